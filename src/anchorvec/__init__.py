@@ -1,0 +1,1 @@
+"""Turn an open decoder LLM into a text embedder."""
