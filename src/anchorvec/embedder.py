@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -29,6 +30,7 @@ from transformers import (
 )
 
 from anchorvec.errors import AnchorvecError
+from anchorvec.files import new_folder, write_json
 
 SMOLLM2_ON_THE_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -53,26 +55,20 @@ def build_embedder(
     `max_tokens` counts everything: what the tokenizer adds, the prompt, the text and its end.
     With `end_prompt` None each text ends in the tokenizer's end token; otherwise in the prompt's words.
     `prompts` are stored with the model under sentence-transformers' names (`query`, `document`, ...).
-    `seed` matters for `tiny` alone. Raises AnchorvecError if the base is no decoder, has no end token,
-    or if `folder` is in use.
+    `seed` matters for `tiny` alone. Raises AnchorvecError if the base is no decoder, has no end token or fewer
+    positions than `max_tokens`, or if `folder` is in use.
     """
     folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise AnchorvecError(f"{folder}: the folder is not empty; name a new one")
-    model, tokenizer = load_base(base, revision=revision, trust_remote_code=trust_remote_code, seed=seed)
-    check_causal(model, base)
-    tokenizer = with_end(tokenizer, max_tokens=max_tokens, end_prompt=end_prompt)
-    model.config.pad_token_id = tokenizer.pad_token_id
-
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-        new = Path(scratch) / "embedder"
-        model.save_pretrained(new)
-        save_tokenizer(tokenizer, new)
-        _add_sentence_transformers_files(new, prompts or {}, trust_remote_code)
-        if folder.exists():
-            folder.rmdir()
-        new.rename(folder)
+    with new_folder(folder) as scratch:
+        model, tokenizer = load_base(base, revision=revision, trust_remote_code=trust_remote_code, seed=seed)
+        check_causal(model, base)
+        tokenizer = with_end(tokenizer, max_tokens=max_tokens, end_prompt=end_prompt)
+        check_fit(model, tokenizer, base)
+        # A model never trains the embedding of its config's pad token, which is often the end token (T2).
+        model.config.get_text_config().pad_token_id = None
+        model.save_pretrained(scratch)
+        save_tokenizer(tokenizer, scratch)
+        _add_sentence_transformers_files(scratch, prompts or {}, trust_remote_code)
     return folder
 
 
@@ -88,27 +84,34 @@ def load_base(
         return tiny_causal_lm(seed=seed), byte_tokenizer()
     if base == "smollm2":
         base = str(_packaged_smollm2() or SMOLLM2_ON_THE_HUB)
-    if base.endswith(".gguf"):
-        return _load_gguf(Path(base))
-    if base.startswith((".", "/", "~")) and not Path(base).expanduser().is_dir():
+    is_gguf = base.endswith(".gguf")
+    if base.startswith((".", "/", "~")) and not is_gguf and not Path(base).expanduser().is_dir():
         raise AnchorvecError(f"model.base: there is no folder {base}")
     base = str(Path(base).expanduser()) if Path(base).expanduser().is_dir() else base
     where = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
+        if is_gguf:
+            return _load_gguf(Path(base).expanduser())
         config = AutoConfig.from_pretrained(base, **where)
         if config.is_encoder_decoder:
             raise AnchorvecError(
                 f"model.base: {base} is an encoder-decoder ({config.model_type}); name a decoder-only causal LM"
             )
         tokenizer = AutoTokenizer.from_pretrained(base, **where)
-        model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", use_safetensors=True, **where)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            base, dtype="auto", use_safetensors=True, output_loading_info=True, **where
+        )
     except AnchorvecError:
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise AnchorvecError(
-            f"model.base: {base} cannot be loaded as a causal LM with safetensors weights; "
+            f"model.base: {base} cannot be loaded as a causal LM from safetensors or GGUF weights; "
             f"name a hub id, a local folder or a .gguf file ({_first_line(error)})"
         ) from error
+    if missing := sorted(report["missing_keys"]):  # they would be random, and nothing would say so
+        raise AnchorvecError(
+            f"model.base: {base} holds no weights for {missing[0]}; name a causal LM, LM head included"
+        )
     return model, tokenizer
 
 
@@ -117,7 +120,7 @@ def with_end(
 ) -> PreTrainedTokenizerFast:
     """A copy of `tokenizer` that closes every text with exactly one end, kept under truncation.
 
-    Its post-processor is one template: what the tokenizer put before a text until now (BOS, read from a
+    Its post-processor is one template: what the base's tokenizer puts before a text (BOS, read from a
     probe: T22), then either `text, end token`, or `before, text, after` of the end prompt. Truncation to
     `max_tokens` reserves the template's place (T1). Padding is on the right; a tokenizer without a pad token
     pads with its end token, which is harmless because padding is found by mask, never by id (T2).
@@ -141,7 +144,7 @@ def with_end(
     def ids(text: str) -> list[int]:
         return list(backend.encode(text, add_special_tokens=False).ids)
 
-    prefix = _tokens_before_text(backend)
+    prefix = _prefix(backend)
     before, after = (ids(part) for part in end_prompt) if end_prompt else ([], [tokenizer.eos_token_id])
     if not after:
         raise AnchorvecError("model.end: the words after the text are empty; write at least one")
@@ -151,7 +154,7 @@ def with_end(
             f"model.max_tokens: {max_tokens} leaves no room for a text; the tokens around it are "
             f"{len(prefix + before + after)}"
         )
-    backend.post_processor = _template(backend, prefix + before, after)
+    backend.post_processor = _template(backend, {"prefix": prefix, "before": before, "after": after})
     backend.enable_truncation(max_tokens)  # saved on purpose, not as the last call left it (T25)
 
     special = {k: v for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
@@ -174,9 +177,9 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     # The general class reads tokenizer.json as it is; a family's own class would rebuild the post-processor.
     path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text())
+    config = json.loads(path.read_text(encoding="utf-8"))
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    write_json(path, config)
 
 
 def template_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
@@ -213,19 +216,44 @@ def load_causal_lm(folder: str | Path) -> PreTrainedModel:
 
 def can_write(folder: str | Path) -> bool:
     """Whether the folder holds a causal LM, head included, rather than a decoder body alone (T26)."""
-    architectures = json.loads((Path(folder) / "config.json").read_text()).get("architectures") or []
+    architectures = (
+        json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")).get("architectures") or []
+    )
     return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures)
+
+
+def stored_prompt(folder: str | Path, name: str) -> str:
+    """The prompt that is stored with the embedder under `name`; empty if there is none."""
+    settings = json.loads((Path(folder) / "config_sentence_transformers.json").read_text(encoding="utf-8"))
+    return str(settings["prompts"].get(name) or "")
 
 
 def check_causal(model: PreTrainedModel, base: str | Path) -> None:
     """Raise AnchorvecError if a later token changes an earlier state: then it is no decoder."""
-    ids = torch.tensor([[3, 4, 5, 6], [3, 4, 5, 7]]) % model.config.get_text_config().vocab_size
-    with torch.no_grad():
-        states = model.eval().base_model(input_ids=ids.to(model.device), use_cache=False).last_hidden_state
-    first, second = states[:, :-1].float()
-    if not torch.allclose(first, second, atol=1e-2, rtol=1e-2):
+    words = model.get_input_embeddings()(torch.arange(3, device=model.device)[None]).detach().requires_grad_()
+    states = model.eval().base_model(inputs_embeds=words, use_cache=False).last_hidden_state
+    # Exactly zero behind a causal mask, whatever the weights; a tiny change of value would prove nothing.
+    (gradient,) = torch.autograd.grad(states[0, 0].abs().sum(), words)
+    if gradient[0, 1:].any():
         raise AnchorvecError(
             f"model.base: {base} ({model.config.model_type}) reads in both directions; name a decoder-only causal LM"
+        )
+
+
+def check_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base: str | Path) -> None:
+    """Raise AnchorvecError if the model has no embedding for a token around each text, or too few positions."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    before, after = template_ids(tokenizer)
+    if outside := [i for i in [*before, *after, tokenizer.pad_token_id] if i >= rows]:
+        raise AnchorvecError(
+            f"model.base: the token {tokenizer.convert_ids_to_tokens(outside[0])!r} (id {outside[0]}) is not among "
+            f"the {rows} embeddings of {base}; set eos_token and pad_token in its tokenizer_config.json to tokens "
+            "that it has"
+        )
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions and tokenizer.model_max_length > positions:
+        raise AnchorvecError(
+            f"model.max_tokens: {tokenizer.model_max_length} is more than the {positions} positions of {base}"
         )
 
 
@@ -265,13 +293,14 @@ def _load_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if importlib.util.find_spec("gguf") is None:
         raise AnchorvecError("model.base: a GGUF file needs another package: pip install 'anchorvec[gguf]'")
     where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
-    tokenizer = AutoTokenizer.from_pretrained(**where)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(
+        **where
+    )  # AutoTokenizer parses the whole file once more
     quantized = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     # A model read from GGUF refuses to be saved, being marked as quantised; the same weights in a fresh one may.
     settings = {k: v for k, v in quantized.config.to_dict().items() if k != "quantization_config"}
-    model = AutoModelForCausalLM.from_config(type(quantized.config).from_dict(settings))
-    model.load_state_dict(quantized.state_dict())
-    return model, tokenizer
+    config = type(quantized.config).from_dict(settings)
+    return type(quantized).from_pretrained(None, config=config, state_dict=quantized.state_dict()), tokenizer
 
 
 def _packaged_smollm2() -> Path | None:
@@ -289,18 +318,28 @@ def _around_text(backend: Tokenizer) -> tuple[list[int], list[int]]:
     return full[:start], full[start + len(bare) :]
 
 
-def _tokens_before_text(backend: Tokenizer) -> list[int]:
+def _prefix(backend: Tokenizer) -> list[int]:
+    """The ids that a base's tokenizer puts before a text; of an embedder's, not its end prompt."""
+    template = json.loads(backend.to_str())["post_processor"] or {}
+    pieces = template.get("special_tokens", {})
+    if "after" in pieces:
+        return list(pieces["prefix"]["ids"]) if "prefix" in pieces else []
     return _around_text(backend)[0]
 
 
-def _template(backend: Tokenizer, before: list[int], after: list[int]) -> TemplateProcessing:
-    pieces, tokens = ["$A:0"], []
-    if before:
-        pieces.insert(0, "before:0")
-        tokens.append({"id": "before", "ids": before, "tokens": [backend.id_to_token(i) for i in before]})
-    pieces.append("after:0")
-    tokens.append({"id": "after", "ids": after, "tokens": [backend.id_to_token(i) for i in after]})
-    return TemplateProcessing(single=pieces, special_tokens=tokens)
+def _template(backend: Tokenizer, pieces: Mapping[str, list[int]]) -> TemplateProcessing:
+    """`prefix before TEXT after`, for a pair of texts too; empty pieces are left out."""
+    tokens = [
+        {"id": name, "ids": ids, "tokens": [backend.id_to_token(i) for i in ids]}
+        for name, ids in pieces.items()
+        if ids
+    ]
+    opening = [f"{name}:0" for name in ("prefix", "before") if pieces[name]]
+    return TemplateProcessing(
+        single=[*opening, "$A:0", "after:0"],
+        pair=[*opening, "$A:0", "$B:0", "after:0"],
+        special_tokens=tokens,
+    )
 
 
 def _add_sentence_transformers_files(

@@ -1,0 +1,18 @@
+"""Scores of embedders and BM25 on test collections, with intervals over queries."""
+
+from anchorvec.evaluation.beir import BeirData, load_beir
+from anchorvec.evaluation.bootstrap import Interval, bootstrap_interval, paired_bootstrap
+from anchorvec.evaluation.evaluate import bm25_scores, evaluate
+from anchorvec.evaluation.scores import TaskScores, scores_table
+
+__all__ = [
+    "BeirData",
+    "Interval",
+    "TaskScores",
+    "bm25_scores",
+    "bootstrap_interval",
+    "evaluate",
+    "load_beir",
+    "paired_bootstrap",
+    "scores_table",
+]

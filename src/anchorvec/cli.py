@@ -1,0 +1,174 @@
+"""The command line: one function per command, no logic."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+
+from anchorvec.errors import AnchorvecError
+
+app = typer.Typer(
+    help="Turn an open decoder LLM into a text embedder.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+console = Console()
+
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped recipe.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace the recipe's.")
+]
+JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result to FILE as JSON.")]
+ModelFolder = Annotated[str, typer.Argument(metavar="MODEL", help="A folder with an embedder, or a hub id.")]
+
+
+def main() -> None:
+    """Run the command line; bad input ends with one line on stderr and exit code 2."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except AnchorvecError as error:
+        Console(stderr=True).print("[bold red]error:[/]", str(error), highlight=False, soft_wrap=True, markup=True)
+        sys.exit(2)
+
+
+@app.command(epilog="Example: anchorvec quickstart --output first-embedder --minutes 20")
+def quickstart(
+    output: Annotated[Path, typer.Option(help="Folder of the run; must be new.")],
+    minutes: Annotated[float, typer.Option(help="Wall time for everything, scoring included.")] = 20,
+    seed: Annotated[int, typer.Option(help="Decides everything that is random.")] = 0,
+    stage_one: Annotated[bool, typer.Option("--stage-one/--no-stage-one", help="Train Stage I.")] = True,
+    json_file: JsonFile = None,
+) -> None:
+    """The whole job on this machine: train, score before and after, export, and a search prompt to try it."""
+    from anchorvec.quickstart import quickstart as run
+    from anchorvec.search import search as ask
+
+    _quiet()
+    result = run(output, minutes=minutes, seed=seed, stage_one=stage_one)
+    _finish(result, json_file)
+    console.print(f"The model is in {result.model}, the whole run took {result.minutes:.1f} minutes.")
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        ask(result.model, result.corpus)
+
+
+@app.command(epilog="Example: anchorvec train debug output=runs/debug stage_one.steps=50")
+def train(recipe: RecipeName, overrides: Overrides = None, json_file: JsonFile = None) -> None:
+    """Stage I, then Stage II, then the export, as the recipe says; KEY=null switches a stage off."""
+    from anchorvec.recipe import load_recipe
+    from anchorvec.training import train as run
+
+    _quiet()
+    result = run(load_recipe(recipe, overrides or []))
+    _finish(result, json_file)
+
+
+@app.command(epilog="Example: anchorvec plan paper/llama-3.2-1b data.train.0.path=pairs.jsonl")
+def plan(recipe: RecipeName, overrides: Overrides = None, json_file: JsonFile = None) -> None:
+    """Show what a recipe would do: recipe, parameters, tokens, disk, a decoded batch. Trains nothing."""
+    from anchorvec.plan import plan as run
+    from anchorvec.recipe import load_recipe
+
+    _quiet()
+    _finish(run(load_recipe(recipe, overrides or [])), json_file)
+
+
+@app.command(epilog="Example: anchorvec evaluate first-embedder/model --data beir/scifact --data beir/nfcorpus")
+def evaluate(
+    model: ModelFolder,
+    data: Annotated[list[Path] | None, typer.Option(help="A folder in BEIR layout; may be repeated.")] = None,
+    task: Annotated[list[str] | None, typer.Option(help="An MTEB task by name; may be repeated.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Texts encoded at a time.")] = 32,
+    bm25: Annotated[bool, typer.Option("--bm25", help="Score BM25 on the folders too.")] = False,
+    json_file: JsonFile = None,
+) -> None:
+    """Score a model on BEIR folders and MTEB tasks."""
+    from anchorvec.evaluation import bm25_scores, evaluate as run, scores_table
+
+    _quiet()
+    scores = run(model, data=data or [], tasks=task or [], batch_size=batch_size, show_progress_bar=True)
+    if bm25:
+        scores |= {f"{folder.name} (BM25)": bm25_scores(folder) for folder in data or []}
+    console.print(scores_table(scores, title=model))
+    _write(json_file, {name: value.to_dict() for name, value in scores.items()})
+
+
+@app.command(epilog='Example: anchorvec search first-embedder/model notes/ --query "open a gzip file"')
+def search(
+    model: ModelFolder,
+    corpus: Annotated[Path, typer.Argument(help="A folder of texts, a JSON Lines file, or a text per line.")],
+    query: Annotated[list[str] | None, typer.Option(help="Ask this; may be repeated. Without: a prompt.")] = None,
+    top_k: Annotated[int, typer.Option(help="Documents shown per query.")] = 5,
+    json_file: JsonFile = None,
+) -> None:
+    """Ask a corpus in the terminal."""
+    from dataclasses import asdict
+
+    from anchorvec.search import print_hits, search as run
+
+    _quiet()
+    found = run(model, corpus, query, top_k, show_progress_bar=True)
+    if query:
+        for text, hits in found.items():
+            console.print(f"[bold]{text}[/]")
+            print_hits(console, hits)
+    _write(json_file, {text: [asdict(hit) for hit in hits] for text, hits in found.items()})
+
+
+@app.command(epilog='Example: anchorvec decode first-embedder/stage_one "Join two tables on a key"')
+def decode(
+    model: Annotated[Path, typer.Argument(help="A folder that can still write, such as a run's stage_one.")],
+    text: Annotated[str, typer.Argument(help="The text whose embedding is read out.")],
+    side: Annotated[Literal["query", "document"], typer.Option("--as", help="Read TEXT as one or the other.")] = "query",
+    max_tokens: Annotated[int, typer.Option(help="Write at most so many tokens.")] = 64,
+    beams: Annotated[int, typer.Option(help="Beams of the search; 1 is greedy.")] = 1,
+    json_file: JsonFile = None,
+) -> None:
+    """Show what an embedding says: the text the model writes from the vector alone."""
+    from anchorvec.decode import decode as run
+
+    _quiet()
+    _finish(run(model, text, side=side, max_tokens=max_tokens, beams=beams), json_file)
+
+
+@app.command(epilog="Example: anchorvec export runs/first my-embedder")
+def export(
+    run: Annotated[Path, typer.Argument(help="A run folder, or one of its stage folders.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the exported model; must be new.")],
+    json_file: JsonFile = None,
+) -> None:
+    """Write one self-contained folder with LoRA merged, compared with the run vector by vector."""
+    from anchorvec.export import export as run_export
+
+    _quiet()
+    _finish(run_export(run, out), json_file)
+
+
+def _quiet() -> None:
+    """Keep the libraries' own bars and notes off the terminal; ours say what matters."""
+    import logging
+
+    from datasets.utils.logging import disable_progress_bar as disable_datasets_bar
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    disable_datasets_bar()
+    logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
+
+
+def _finish(result: Any, json_file: Path | None) -> None:
+    console.print(result)
+    _write(json_file, result.to_dict())
+
+
+def _write(json_file: Path | None, content: dict[str, Any]) -> None:
+    from anchorvec.files import write_json
+
+    if json_file is not None:
+        write_json(json_file, content)

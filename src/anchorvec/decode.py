@@ -1,0 +1,69 @@
+"""What an embedding says: the text that the model writes from the vector alone."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.text import Text
+from transformers import AutoTokenizer
+
+from anchorvec.embedder import load_causal_lm, stored_prompt
+from anchorvec.precision import default_device
+from anchorvec.reconstruction import Reconstruction
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What was written from one embedding, and the likeliest first tokens with their probabilities."""
+
+    text: str
+    first_tokens: list[tuple[str, float]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain JSON values."""
+        return asdict(self)
+
+    def __rich__(self) -> Text:
+        words = ", ".join(f"{token!r} {probability:.1%}" for token, probability in self.first_tokens)
+        return Text.assemble(self.text, (f"\nfirst token: {words}", "dim"))
+
+
+def decode(
+    folder: str | Path,
+    text: str,
+    *,
+    side: Literal["query", "document"] = "query",
+    max_tokens: int = 64,
+    beams: int = 1,
+    first_tokens: int = 5,
+) -> Decoded:
+    """The text that the model in `folder` writes from the embedding of `text`, read as a query or a document.
+
+    The embedding is the only thing the decoder is given: it stands where the first token would (T4). Search is greedy,
+    or over `beams` beams. Raises AnchorvecError if the folder holds an embedder that can no longer write (T26).
+    """
+    model = load_causal_lm(folder).to(default_device()).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(stored_prompt(folder, side) + text, truncation=True, max_length=tokenizer.model_max_length)
+    with torch.no_grad():
+        prefix = Reconstruction(model).encode([ids["input_ids"]])[:, None]  # (1, 1, dim)
+        prefix = prefix.to(model.get_input_embeddings().weight.dtype)
+        logits = model(inputs_embeds=prefix, use_cache=False).logits[0, -1].float()
+        written = model.generate(
+            inputs_embeds=prefix,
+            attention_mask=torch.ones(prefix.shape[:2], dtype=torch.long, device=prefix.device),
+            max_new_tokens=max_tokens,
+            num_beams=beams,
+            do_sample=False,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    likeliest = logits.softmax(-1).topk(first_tokens)
+    return Decoded(
+        text=tokenizer.decode(written[0], skip_special_tokens=True),
+        first_tokens=[
+            (tokenizer.decode([token]), probability)
+            for token, probability in zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
+        ],
+    )

@@ -1,0 +1,158 @@
+"""From a run to one self-contained folder that serves anywhere, compared vector by vector before it appears."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from sentence_transformers import SentenceTransformer
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+from transformers import AutoModel, AutoTokenizer
+
+from anchorvec.embedder import can_write, load_causal_lm, save_tokenizer
+from anchorvec.errors import AnchorvecError
+from anchorvec.files import new_folder, write_text
+from anchorvec.loading import load_model
+
+LEAST_COSINE = 0.9999
+"""What two fp32 programs must agree on for every text; one pad or prompt too many gives 0.99 or less."""
+
+PROBES = [
+    "a",
+    "How do I merge two dictionaries?",
+    "Trägt die Brücke? Ça dépend. Ναι. Да. 可以。はい。 نعم. हाँ 🙂",
+    "  leading and trailing space  ",
+    "line one\nline two\n\n\tindented",
+    "def f(x):\n    return x ** 2  # code",
+    "The quick brown fox jumps over the lazy dog. " * 4,
+    "word " * 60,
+    "日本語の長い文章です。" * 40,
+    "a text far beyond the limit " * 300,
+]
+"""Texts of many lengths and scripts."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An exported folder and how closely it agrees with the run: the smallest cosine over `texts` texts."""
+
+    folder: str
+    texts: int
+    sentence_transformers: float
+    transformers: float
+    can_write: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain JSON values."""
+        return asdict(self)
+
+    def __rich__(self) -> str:
+        writes = "it can still write (anchorvec decode)" if self.can_write else "it can no longer write"
+        return (
+            f"{self.folder}: the same vectors as the run on {self.texts} texts, least cosine "
+            f"{self.sentence_transformers:.6f} in sentence-transformers, {self.transformers:.6f} in transformers; {writes}"
+        )
+
+
+def export(run: str | Path, out: str | Path, *, texts: Sequence[str] = ()) -> Exported:
+    """Write the last model of `run` to `out`: LoRA merged, safetensors, tokenizer, prompts, model card.
+
+    `run` is a run folder or one of its embedder folders. Before `out` appears, three programs encode the probes and
+    `texts` in fp32: the run's own model, the new folder loaded afresh by sentence-transformers, and by plain
+    transformers with last-token pooling (T18, T24). Raises AnchorvecError if any cosine is below 0.9999, if `out`
+    is in use, or if there is nothing to export; nothing is ever deleted or written over.
+    """
+    stage, out, probes = last_stage(Path(run)), Path(out), [*PROBES, *texts]
+    with new_folder(out) as scratch:
+        expected = _encode(load_stage(stage, merge=False), probes)
+        model = load_stage(stage)
+        model.save_pretrained(str(scratch), model_name=out.name)
+        save_tokenizer(model.tokenizer, scratch)
+        if can_write(stage):  # sentence-transformers saved the decoder's body alone (T26)
+            for weights in scratch.glob("model*.safetensors*"):
+                weights.unlink()
+            load_causal_lm(stage).save_pretrained(scratch)
+        card = scratch / "README.md"
+        write_text(card, card.read_text(encoding="utf-8") + _about_the_run(stage, can_write(scratch)))
+
+        cosines = {
+            "sentence-transformers": _least_cosine(expected, _encode(load_model(scratch).float(), probes)),
+            "transformers": _least_cosine(expected, encode_with_transformers(scratch, probes)),
+        }
+        for program, cosine in cosines.items():
+            if not cosine >= LEAST_COSINE:
+                raise AnchorvecError(
+                    f"{stage}: the exported model differs from the run: in {program} the vectors of some text have "
+                    f"cosine {cosine:.6f}, less than {LEAST_COSINE}; nothing was written to {out}"
+                )
+        writes = can_write(scratch)
+    return Exported(str(out), len(probes), *cosines.values(), can_write=writes)
+
+
+def last_stage(run: Path) -> Path:
+    """The embedder folder of the last stage that `run` finished; `run` itself if it is one."""
+    for folder in (run, run / "stage_two", run / "stage_one", run / "base"):
+        if (folder / "modules.json").is_file():
+            return folder
+    raise AnchorvecError(f"{run}: no model in this folder; name a run folder with stage_one or stage_two in it")
+
+
+def load_stage(stage: str | Path, *, merge: bool = True) -> SentenceTransformer:
+    """The embedder of a stage in fp32; a LoRA adapter is put over the stage that it started from, and merged."""
+    stage = Path(stage)
+    if not (stage / "adapter_config.json").is_file():
+        return load_model(stage).float()
+    start = next(
+        (f for f in (stage.parent / "stage_one", stage.parent / "base") if (f / "modules.json").is_file()), None
+    )
+    if start is None:
+        raise AnchorvecError(f"{stage}: a LoRA adapter whose start, stage_one or base, is not beside it any more")
+    model = load_model(start).float()
+    adapted = PeftModel.from_pretrained(model[0].model, str(stage))
+    model[0].model = adapted.merge_and_unload() if merge else adapted
+    return model.eval()
+
+
+def encode_with_transformers(folder: str | Path, texts: Sequence[str]) -> Tensor:
+    """The vectors (texts, dim) that plain transformers gives: last hidden state at each text's last real token."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval()
+    batch = tokenizer(
+        list(texts), padding=True, truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
+    )
+    with torch.no_grad():
+        states = model(**batch, use_cache=False).last_hidden_state  # (texts, length, dim)
+    last = batch["attention_mask"].shape[1] - 1 - batch["attention_mask"].flip(1).argmax(1)
+    vectors: Tensor = states[torch.arange(len(states)), last]
+    return vectors
+
+
+def _encode(model: SentenceTransformer, texts: Sequence[str]) -> Tensor:
+    """(texts, dim), without any prompt, as plain transformers knows none."""
+    return model.encode(list(texts), prompt="", convert_to_tensor=True, show_progress_bar=False).cpu().float()
+
+
+def _least_cosine(a: Tensor, b: Tensor) -> float:
+    return float(cosine_similarity(a, b, dim=1).min())
+
+
+def _about_the_run(stage: Path, writes: bool) -> str:
+    """The model card's section on how the model was made: what it can do, recipe, data, scores."""
+    ability = (
+        "This folder is also a causal LM: `anchorvec decode` writes texts back from their embeddings."
+        if writes
+        else "This folder holds an embedder without the LM head: it can no longer write (`anchorvec decode`)."
+    )
+    parts = [f"\n## How it was made\n\nTrained with anchorvec. {ability}\n"]
+    for name, title, kind in [
+        ("recipe.yaml", "Recipe", "yaml"),
+        ("run.json", "Versions, machine and data", "json"),
+        ("scores.json", "Scores", "json"),
+    ]:
+        path = stage.parent / name
+        if path.is_file():
+            parts.append(f"\n### {title}\n\n```{kind}\n{path.read_text(encoding='utf-8').strip()}\n```\n")
+    return "".join(parts)

@@ -1,0 +1,44 @@
+"""Writing without leaving halves behind: a file or a folder appears whole, or not at all."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from anchorvec.errors import AnchorvecError
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` in UTF-8, replacing what was there in one move."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    scratch.write_text(text, encoding="utf-8")
+    os.replace(scratch, path)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write `content` to `path` as indented JSON, replacing what was there in one move."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A scratch folder that becomes `folder` when the block ends, and vanishes if it fails.
+
+    Raises AnchorvecError at once if `folder` is in use: nothing is ever written over.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise AnchorvecError(f"{folder} is in use; name a new folder")
+    scratch = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    scratch.mkdir(parents=True)
+    try:
+        yield scratch
+        if folder.exists():
+            folder.rmdir()
+        scratch.rename(folder)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise

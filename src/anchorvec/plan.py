@@ -1,0 +1,145 @@
+"""What a recipe would do, before anything is trained."""
+
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group
+from rich.syntax import Syntax
+from rich.table import Table
+from rich.text import Text
+from transformers import AutoTokenizer
+
+from anchorvec.embedder import load_causal_lm
+from anchorvec.precision import default_device, resolve_precision
+from anchorvec.recipe import Recipe, dump_recipe
+from anchorvec.reconstruction import PairTokenizer, TokenPair
+from anchorvec.training import build_base, load_training_data, reconstruction_dataset
+
+SHOWN_PAIRS = 3
+
+
+@dataclass(frozen=True)
+class ShownPair:
+    """The four passes over one pair, as the tokens' texts: what is read, and what is written (every one a target)."""
+
+    query_read: list[str]
+    document_read: list[str]
+    document_written: list[str]
+    query_written: list[str]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The resolved recipe and what it costs. Sizes in bytes; tokens counted over the four passes of the shown batch."""
+
+    recipe: str
+    device: str
+    precision: str
+    rows: dict[str, int]
+    rejected_rows: dict[str, int]
+    parameters: int
+    trained_parameters: dict[str, int]
+    disk: dict[str, int]
+    tokens_per_pair: float
+    tokens: dict[str, int]
+    pairs: list[ShownPair]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain JSON values."""
+        return asdict(self)
+
+    def __rich__(self) -> Group:
+        table = Table(show_header=False, title="Plan")
+        table.add_row("device", f"{self.device}, {self.precision}")
+        for name, rows in self.rows.items():
+            left_out = self.rejected_rows[name]
+            table.add_row(f"pairs of {name}", f"{rows:,}" + (f" ({left_out:,} left out)" if left_out else ""))
+        table.add_row("parameters", f"{self.parameters:,}")
+        for stage, count in self.trained_parameters.items():
+            table.add_row(f"trained in {stage}", f"{count:,} ({count / self.parameters:.1%})")
+        for stage, count in self.tokens.items():
+            table.add_row(f"tokens in {stage}", f"about {count:,}")
+        table.add_row("disk", f"{sum(self.disk.values()) / 1e9:.2f} GB: " + ", ".join(f"{k} {v / 1e9:.2f}" for k, v in self.disk.items()))
+        return Group(Syntax(self.recipe, "yaml"), table, *map(_show_pair, self.pairs))
+
+
+def plan(recipe: Recipe) -> Plan:
+    """Resolve `recipe`, load its data and base model, decode one batch, and count; nothing is trained or kept.
+
+    The base model is loaded, so a plan needs the memory of one copy. Raises AnchorvecError for a recipe or data that
+    cannot be used.
+    """
+    pairs = load_training_data(recipe)
+    rows = reconstruction_dataset(recipe, pairs)
+    with tempfile.TemporaryDirectory() as scratch:
+        base = build_base(recipe, Path(scratch) / "base")
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        model = load_causal_lm(base)
+        base_bytes = sum(path.stat().st_size for path in base.rglob("*") if path.is_file())
+    stage_one = recipe.stage_one
+    tokenize = PairTokenizer(
+        tokenizer,
+        end_token_target=stage_one.end_token_target if stage_one else True,
+        max_target_tokens=stage_one.max_target_tokens if stage_one else None,
+    )
+    sample = rows.shuffle(seed=recipe.seed).select(range(min(64, len(rows))))
+    batch = tokenize(list(sample))["pairs"]
+    read = sum(len(pair.query) + len(pair.document) for pair in batch) / len(batch)
+    four_passes = sum(pair.tokens for pair in batch) / len(batch)
+
+    parameters = sum(p.numel() for p in model.parameters())
+    body = sum(p.numel() for p in model.base_model.parameters())
+    trained, tokens, disk = {}, {}, {"base": base_bytes}
+    if stage_one:
+        trained["stage_one"] = parameters
+        tokens["stage_one"] = round(four_passes * stage_one.pairs_per_step * stage_one.steps)
+        disk["stage_one"] = 4 * parameters
+    if recipe.stage_two:
+        lora = recipe.stage_two.lora
+        trained["stage_two"] = _lora_parameters(model.base_model, lora.r) if lora else body
+        tokens["stage_two"] = round(read * recipe.stage_two.pairs_per_step * recipe.stage_two.steps)
+        disk["stage_two"] = 4 * trained["stage_two"]
+    disk["export"] = 4 * (body if recipe.stage_two else parameters)
+    return Plan(
+        recipe=dump_recipe(recipe),
+        device=str(default_device()),
+        precision=resolve_precision(recipe.model.precision),
+        rows={name: len(part.dataset) for name, part in pairs.items()},
+        rejected_rows={name: sum(part.report.rejected.values()) for name, part in pairs.items()},
+        parameters=parameters,
+        trained_parameters=trained,
+        disk=disk,
+        tokens_per_pair=four_passes,
+        tokens=tokens,
+        pairs=[_decoded(pair, tokenizer) for pair in batch[:SHOWN_PAIRS]],
+    )
+
+
+def _lora_parameters(body: Any, rank: int) -> int:
+    """Parameters of LoRA adapters of `rank` on every linear layer."""
+    from torch import nn
+
+    layers = [m for m in body.modules() if isinstance(m, nn.Linear)]
+    return sum(rank * (layer.in_features + layer.out_features) for layer in layers)
+
+
+def _decoded(pair: TokenPair, tokenizer: Any) -> ShownPair:
+    passes = (pair.query, pair.document, pair.document_targets, pair.query_targets)
+    return ShownPair(*([tokenizer.decode([token]) for token in ids] for ids in passes))
+
+
+def _show_pair(pair: ShownPair) -> Text:
+    text = Text()
+    for title, tokens, style in [
+        ("read query      ", pair.query_read, "dim"),
+        ("read document   ", pair.document_read, "dim"),
+        ("write document  ", pair.document_written, "green"),
+        ("write query     ", pair.query_written, "green"),
+    ]:
+        text.append(f"\n{title}", style="bold")
+        text.append("[e] " if style == "green" else "")
+        text.append("|".join(token.replace("\n", "\\n") for token in tokens), style=style)
+    text.append("\n(green: targets; [e]: the embedding of the other side)")
+    return text

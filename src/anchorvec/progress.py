@@ -1,0 +1,87 @@
+"""What a stage tells while it runs: a bar on the terminal and a record per logged step in a file."""
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+OnLog = Callable[[Mapping[str, Any]], None]
+
+
+class StageProgress(TrainerCallback):
+    """Shows loss, tokens per second and time left; appends every record to a JSON Lines file.
+
+    `deadline` is a `time.monotonic()` after which the stage stops at the end of its step.
+    """
+
+    def __init__(
+        self, title: str, log_file: Path, *, deadline: float | None = None, on_log: OnLog | None = None
+    ) -> None:
+        self.title = title
+        self.log_file = log_file
+        self.deadline = deadline
+        self._listener = on_log
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the bar."""
+        self.started = time.monotonic()
+        self.bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            disable=not state.is_world_process_zero,
+        )
+        self.task = self.bar.add_task(self.title, total=state.max_steps, status="")
+        self.bar.start()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Move the bar; stop the stage when its time is over."""
+        self.bar.update(self.task, completed=state.global_step)
+        if self.deadline is not None and time.monotonic() > self.deadline:
+            control.should_training_stop = True
+            control.should_log = True
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write one record and show its loss."""
+        if not state.is_world_process_zero or logs is None or "loss" not in logs:
+            return
+        seconds = time.monotonic() - self.started
+        record = {
+            "stage": self.title,
+            "step": state.global_step,
+            **{key: value for key, value in logs.items() if key != "epoch"},
+            "tokens_per_second": round(logs["tokens"] / seconds, 1),
+            "seconds": round(seconds, 1),
+        }
+        self.log_file.parent.mkdir(parents=True, exist_ok=True)
+        with self.log_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        status = f"loss {record['loss']:.3f}, {record['tokens_per_second']:.0f} tokens/s"
+        self.bar.update(self.task, status=status)
+        if self._listener is not None:
+            self._listener(record)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave the finished bar on the terminal."""
+        self.bar.stop()

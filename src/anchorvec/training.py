@@ -1,0 +1,359 @@
+"""Runs the stages of a recipe: from a base model to a folder per stage.
+
+A run folder holds `recipe.yaml` (resolved), `run.json` (versions, device, data), and `base/`, `stage_one/`,
+`stage_two/`: embedder folders, each the start of the next. Both stages go through transformers' Trainer.
+"""
+
+import platform
+from collections.abc import Mapping
+from contextlib import nullcontext
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, concatenate_datasets
+from peft import LoraConfig
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
+from sentence_transformers.sentence_transformer.training_args import (
+    BatchSamplers,
+    MultiDatasetBatchSamplers,
+    SentenceTransformerTrainingArguments,
+)
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from anchorvec.contrastive import contrastive_datasets, contrastive_loss
+from anchorvec.data import Pairs, read_pairs, weighted
+from anchorvec.embedder import build_embedder, load_causal_lm, save_causal_lm, save_tokenizer
+from anchorvec.errors import AnchorvecError
+from anchorvec.files import new_folder, write_json
+from anchorvec.precision import default_device, resolve_precision
+from anchorvec.progress import OnLog, StageProgress
+from anchorvec.recipe import Recipe, StageOne, StageTwo, save_recipe
+from anchorvec.reconstruction import PairTokenizer, Reconstruction, TokenPair, micro_batches
+
+MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
+"""Tokens (padding included) whose activations are held at one time, where the recipe does not say."""
+
+
+def train(recipe: Recipe, *, on_log: OnLog | None = None) -> Path:
+    """Run the stages that `recipe` switches on and return the run folder, `recipe.output`.
+
+    `on_log` is called with every record that is also appended to `log.jsonl`. Raises AnchorvecError if the
+    output folder already holds a run, or if the recipe or its data cannot be used.
+    """
+    output = new_run_folder(recipe)
+    pairs = load_training_data(recipe)
+    save_recipe(recipe, output / "recipe.yaml")
+    write_json(output / "run.json", describe_run(recipe, pairs))
+    folder = build_base(recipe, output / "base")
+    if recipe.stage_one is not None:
+        folder = train_stage_one(recipe, folder, output / "stage_one", pairs, on_log=on_log)
+    if recipe.stage_two is not None:
+        train_stage_two(recipe, folder, output / "stage_two", pairs, on_log=on_log)
+    return output
+
+
+def new_run_folder(recipe: Recipe) -> Path:
+    """Create `recipe.output` and return it; raise AnchorvecError rather than write into a used folder."""
+    if recipe.output is None:
+        raise AnchorvecError("output: the recipe names no folder for the run; add output=FOLDER")
+    if recipe.output.exists() and (not recipe.output.is_dir() or any(recipe.output.iterdir())):
+        raise AnchorvecError(f"output: {recipe.output} is in use; name a new folder")
+    recipe.output.mkdir(parents=True, exist_ok=True)
+    return recipe.output
+
+
+def load_training_data(recipe: Recipe) -> dict[str, Pairs]:
+    """Every data set of the recipe by its name, before weights."""
+    loaded: dict[str, Pairs] = {}
+    for source in recipe.data.train:
+        if source.name in loaded:
+            raise AnchorvecError(f"data.train: two data sets are named {source.name}; give one a `name`")
+        loaded[source.name] = read_pairs(source.path, strict=recipe.data.strict, split=source.split)
+    return loaded
+
+
+def stored_prompts(recipe: Recipe) -> dict[str, str]:
+    """The prompts that are stored with the model (T15).
+
+    `query` and `document` are the instructions that all data sets share, else those of the first; where
+    instructions differ, each data set's own is stored under its name too.
+    """
+    first = recipe.data.train[0]
+    prompts = {"query": first.instruction, "document": first.document_instruction}
+    if len({source.instruction for source in recipe.data.train}) > 1:
+        prompts |= {source.name: source.instruction for source in recipe.data.train}
+    return prompts
+
+
+def build_base(recipe: Recipe, folder: Path) -> Path:
+    """The untrained embedder of the recipe's base model, written into `folder`."""
+    settings = recipe.model
+    return build_embedder(
+        settings.base,
+        folder,
+        max_tokens=settings.max_tokens,
+        end_prompt=None if settings.end == "token" else (settings.end.before, settings.end.after),
+        prompts=stored_prompts(recipe),
+        revision=settings.revision,
+        trust_remote_code=settings.trust_remote_code,
+        seed=recipe.seed,
+    )
+
+
+def train_stage_one(
+    recipe: Recipe,
+    start: Path,
+    folder: Path,
+    pairs: Mapping[str, Pairs],
+    *,
+    deadline: float | None = None,
+    on_log: OnLog | None = None,
+) -> Path:
+    """Train the embedder in `start` by reconstruction and write it to `folder`: a causal LM still (T12).
+
+    All parameters train, with fp32 master weights (T9). `deadline` is a `time.monotonic()` at which training
+    ends early.
+    """
+    stage = recipe.stage_one
+    assert stage is not None
+    dataset = reconstruction_dataset(recipe, pairs)
+    model = load_causal_lm(start)
+    trainer = ReconstructionTrainer(
+        model=Reconstruction(model, alpha=stage.alpha),
+        args=TrainingArguments(**_arguments(recipe, stage, folder)),
+        train_dataset=dataset,
+        data_collator=PairTokenizer(
+            AutoTokenizer.from_pretrained(start),
+            end_token_target=stage.end_token_target,
+            max_target_tokens=stage.max_target_tokens,
+        ),
+        callbacks=_callbacks(recipe, "Stage I", deadline, on_log),
+        micro_batch_tokens=stage.micro_batch_tokens,
+        exchange_every=stage.log_every,
+    )
+    if stage.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    with new_folder(folder) as scratch:
+        save_causal_lm(model, start, scratch)
+    return folder
+
+
+def train_stage_two(
+    recipe: Recipe,
+    start: Path,
+    folder: Path,
+    pairs: Mapping[str, Pairs],
+    *,
+    deadline: float | None = None,
+    on_log: OnLog | None = None,
+) -> Path:
+    """Train the embedder in `start` contrastively and write it to `folder`.
+
+    With LoRA the folder holds the adapter alone, to be merged over `start` by `export`; without, a whole model.
+    """
+    stage = recipe.stage_two
+    assert stage is not None
+    model = SentenceTransformer(str(start), model_kwargs={"dtype": torch.float32, "use_safetensors": True})
+    if stage.lora is not None:
+        model.add_adapter(
+            LoraConfig(
+                r=stage.lora.r,
+                lora_alpha=stage.lora.alpha,
+                lora_dropout=stage.lora.dropout,
+                target_modules="all-linear",
+                task_type="FEATURE_EXTRACTION",
+            )
+        )
+    datasets = contrastive_datasets(
+        {
+            source.name: weighted(pairs[source.name].dataset, source.weight, recipe.seed)
+            for source in recipe.data.train
+        },
+        negatives=stage.negatives,
+    )
+    trainer = ContrastiveTrainer(
+        model=model,
+        args=SentenceTransformerTrainingArguments(
+            **_arguments(recipe, stage, folder),
+            batch_sampler=BatchSamplers.NO_DUPLICATES,  # T16
+            multi_dataset_batch_sampler=MultiDatasetBatchSamplers.PROPORTIONAL,  # one data set a batch
+            prompts=_prompts_by_dataset(recipe, datasets),
+        ),
+        train_dataset=datasets,
+        loss=contrastive_loss(model, temperature=stage.temperature, mini_batch_size=stage.mini_batch_size),
+        callbacks=_callbacks(recipe, "Stage II", deadline, on_log),
+    )
+    if stage.gradient_checkpointing:
+        model[0].auto_model.gradient_checkpointing_enable({"use_reentrant": False})
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    with new_folder(folder) as scratch:
+        model.save_pretrained(str(scratch), create_model_card=False)
+        save_tokenizer(model.tokenizer, scratch)
+    return folder
+
+
+class ReconstructionTrainer(Trainer):
+    """A trainer whose batch is the pairs of one optimizer step, cut into micro-batches inside the step.
+
+    Target tokens are counted over all devices before the first micro-batch, so the gradient is that of the whole
+    step however it is cut (T10). Gradients are synchronised with the last micro-batch only.
+    """
+
+    def __init__(
+        self, *args: Any, micro_batch_tokens: int | None = None, exchange_every: int = 10, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.micro_batch_tokens = micro_batch_tokens or MICRO_BATCH_TOKENS.get(self.args.device.type, 2048)
+        self.exchange_every = exchange_every
+        self.tokens_seen = 0
+        self.directions: list[tuple[float, float]] = []  # per step since the last record
+        self.exchange: dict[str, float] = {}
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Backpropagate one optimizer step and return its loss over all devices."""
+        model.train()
+        pairs: list[TokenPair] = inputs["pairs"]
+        counts = torch.tensor(
+            [sum(len(p.document_targets) for p in pairs), sum(len(p.query_targets) for p in pairs)],
+            device=self.args.device,
+        )
+        document_tokens, query_tokens = self.accelerator.reduce(counts, "sum").tolist()
+        step = self.state.global_step + 1
+        exchange = step == 1 or step % self.exchange_every == 0
+        parts = micro_batches(pairs, self.micro_batch_tokens)
+        sums = torch.zeros(6, device=self.args.device, dtype=torch.float64)
+        for i, part in enumerate(parts):
+            last = i == len(parts) - 1
+            with nullcontext() if last else self.accelerator.no_sync(model):
+                with self.compute_loss_context_manager():
+                    out = model(
+                        part,
+                        document_tokens=document_tokens,
+                        query_tokens=query_tokens,
+                        exchange=exchange and len(part) > 1,
+                    )
+                # DDP averages over processes; the loss is already this process's share of the step.
+                self.accelerator.backward(out.loss * self.accelerator.num_processes)
+            sums[0] += out.query_to_document
+            sums[1] += out.document_to_query
+            if out.exchanged_query_to_document is not None:
+                sums[2] += out.exchanged_query_to_document - out.query_to_document
+                sums[3] += out.exchanged_document_to_query - out.document_to_query
+                sums[4] += sum(len(p.document_targets) for p in part)
+                sums[5] += sum(len(p.query_targets) for p in part)
+        self.tokens_seen += sum(pair.tokens for pair in pairs)
+        sums = self.accelerator.reduce(sums, "sum")
+        q2d, d2q = (sums[0] / document_tokens).item(), (sums[1] / query_tokens).item()
+        self.directions.append((q2d, d2q))
+        if exchange:
+            self.exchange = {
+                "exchange_query_to_document": (sums[2] / sums[4].clamp(min=1)).item(),
+                "exchange_document_to_query": (sums[3] / sums[5].clamp(min=1)).item(),
+            }
+        alpha = self.accelerator.unwrap_model(model).alpha
+        return torch.tensor(alpha * q2d + (1 - alpha) * d2q, device=self.args.device)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the two directions, the exchange gaps and the tokens so far to a training record."""
+        if "loss" in logs:
+            q2d, d2q = (sum(values) / len(self.directions) for values in zip(*self.directions, strict=True))
+            self.directions = []
+            parts = {"query_to_document": q2d, "document_to_query": d2q, **self.exchange}
+            logs = {**logs, **parts, "tokens": self.tokens_seen}
+        super().log(logs, start_time)
+
+
+class ContrastiveTrainer(SentenceTransformerTrainer):
+    """sentence-transformers' trainer; it also counts the tokens that it reads."""
+
+    tokens_seen = 0
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """One optimizer step."""
+        masks = [value for key, value in inputs.items() if key.endswith("attention_mask")]
+        self.tokens_seen += int(sum(mask.sum() for mask in masks))
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the tokens so far to a training record."""
+        if "loss" in logs:
+            logs = {**logs, "tokens": self.tokens_seen}
+        super().log(logs, start_time)
+
+
+def reconstruction_dataset(recipe: Recipe, pairs: Mapping[str, Pairs]) -> Dataset:
+    """All data sets, weighted, as rows of query, positive and the two instructions."""
+    parts = []
+    for source in recipe.data.train:
+        part = weighted(pairs[source.name].dataset, source.weight, recipe.seed).select_columns(["query", "positive"])
+        part = part.add_column("query_prompt", [source.instruction] * len(part))
+        parts.append(part.add_column("document_prompt", [source.document_instruction] * len(part)))
+    return concatenate_datasets(parts)
+
+
+def describe_run(recipe: Recipe, pairs: Mapping[str, Pairs]) -> dict[str, Any]:
+    """What a reader needs to repeat the run, beside the recipe: versions, machine, seed, data."""
+    packages = ["anchorvec", "torch", "transformers", "sentence-transformers", "peft", "accelerate", "datasets"]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return {
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "precision": resolve_precision(recipe.model.precision),
+        "seed": recipe.seed,
+        "data": {name: {"rows": len(p.dataset), "rejected": p.report.rejected} for name, p in pairs.items()},
+    }
+
+
+def _arguments(recipe: Recipe, stage: StageOne | StageTwo, folder: Path) -> dict[str, Any]:
+    """Trainer settings that both stages share."""
+    device = default_device()
+    return {
+        "output_dir": str(folder),
+        "max_steps": stage.steps,
+        "per_device_train_batch_size": stage.pairs_per_step,
+        "learning_rate": stage.learning_rate,
+        "warmup_steps": stage.warmup_steps,
+        "lr_scheduler_type": "constant_with_warmup" if stage.schedule == "constant" else stage.schedule,
+        "weight_decay": stage.weight_decay,
+        "max_grad_norm": stage.max_grad_norm,
+        "bf16": resolve_precision(recipe.model.precision) == "bf16",
+        "use_cpu": device.type == "cpu",
+        "logging_steps": stage.log_every,
+        "logging_first_step": True,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_drop_last": True,
+        "remove_unused_columns": False,
+        "seed": recipe.seed,
+    }
+
+
+def _callbacks(recipe: Recipe, title: str, deadline: float | None, on_log: OnLog | None) -> list[TrainerCallback]:
+    assert recipe.output is not None
+    return [StageProgress(title, recipe.output / "log.jsonl", deadline=deadline, on_log=on_log)]
+
+
+def _prompts_by_dataset(recipe: Recipe, datasets: Mapping[str, Dataset]) -> dict[str, dict[str, str]]:
+    """For each data set of Stage II, the instruction of each of its columns."""
+    prompts = {}
+    for source in recipe.data.train:
+        for name in (source.name, f"{source.name}+negatives"):
+            if name in datasets:
+                prompts[name] = {
+                    column: source.instruction if column == "query" else source.document_instruction
+                    for column in datasets[name].column_names
+                }
+    return prompts

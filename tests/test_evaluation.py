@@ -1,0 +1,362 @@
+"""Scores on test collections: reading them, mteb's numbers, the model's prompts, intervals, BM25."""
+
+import gzip
+import io
+import json
+import math
+import os
+import random
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from sentence_transformers import SentenceTransformer
+
+from anchorvec.embedder import build_embedder
+from anchorvec.errors import AnchorvecError
+from anchorvec.evaluation import (
+    BeirData,
+    Interval,
+    TaskScores,
+    bm25_scores,
+    bootstrap_interval,
+    evaluate,
+    load_beir,
+    paired_bootstrap,
+    scores_table,
+)
+
+ANIMALS = ["cat", "dog", "horse", "sheep", "goat", "cow", "duck", "goose"]  # each answers a query
+ANIMALS += ["hen", "fox", "wolf", "bear", "deer", "mouse", "owl", "crow"]
+CORPUS = {f"d{i}": {"title": name.title(), "text": f"The {name} sleeps."} for i, name in enumerate(ANIMALS)}
+QUERIES = {f"q{i}": f"where does a {name} rest" for i, name in enumerate(ANIMALS[:8])}
+QRELS = {f"q{i}": {f"d{i}": 1} for i in range(8)}
+PROMPTS = {"query": "Find the animal of this question: ", "document": "An animal: "}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> SentenceTransformer:
+    """A random embedder with stored prompts for queries and documents."""
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    return SentenceTransformer(
+        str(build_embedder("tiny", folder, max_tokens=96, prompts=PROMPTS)), device="cpu"
+    )
+
+
+@pytest.fixture
+def collection() -> BeirData:
+    """Sixteen documents and eight queries, each answered by one document."""
+    return BeirData(CORPUS, QUERIES, QRELS, name="animals")
+
+
+def write_beir(
+    folder: Path, *, corpus: str | None = None, queries: str | None = None, qrels: str | None = None
+) -> Path:
+    """Write the collection above in BEIR layout, with some file replaced by other text."""
+    documents = "".join(json.dumps({"_id": i, **fields}) + "\n" for i, fields in CORPUS.items())
+    questions = "".join(json.dumps({"_id": i, "text": text}) + "\n" for i, text in QUERIES.items())
+    grades = "".join(f"{q}\t{d}\t{grade}\n" for q, row in QRELS.items() for d, grade in row.items())
+    (folder / "qrels").mkdir(parents=True)
+    (folder / "corpus.jsonl").write_text(documents if corpus is None else corpus)
+    (folder / "queries.jsonl").write_text(questions if queries is None else queries)
+    (folder / "qrels" / "test.tsv").write_text(
+        "query-id\tcorpus-id\tscore\n" + grades if qrels is None else qrels
+    )
+    return folder
+
+
+def ndcg_by_hand(model: SentenceTransformer, query_prompt: str, document_prompt: str) -> dict[str, float]:
+    """nDCG@10 of each query above, which has one relevant document, from plain `encode` calls."""
+    queries = model.encode([query_prompt + text for text in QUERIES.values()], prompt="")
+    texts = [f"{fields['title']} {fields['text']}" for fields in CORPUS.values()]
+    documents = model.encode([document_prompt + text for text in texts], prompt="")
+    similarity = model.similarity(queries, documents)  # (queries, documents)
+    ranks = (
+        (similarity > similarity.diagonal()[:, None]).sum(dim=1).tolist()
+    )  # query i is answered by document i
+    return {q: 1 / math.log2(rank + 2) if rank < 10 else 0.0 for q, rank in zip(QUERIES, ranks, strict=True)}
+
+
+def test_load_beir_reads_plain_and_gzipped_files_alike(tmp_path: Path) -> None:
+    """A folder gives the same collection whether its files are gzipped or not."""
+    plain, zipped = write_beir(tmp_path / "animals"), tmp_path / "zipped" / "animals"
+    for path in plain.rglob("*.*"):
+        copy = zipped / path.relative_to(plain).with_name(f"{path.name}.gz")
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(gzip.compress(path.read_bytes()))
+    assert load_beir(plain) == load_beir(zipped) == BeirData(CORPUS, QUERIES, QRELS, name="animals")
+
+
+def test_load_beir_drops_queries_without_judgement(tmp_path: Path) -> None:
+    """A query that no row of the judgements names is not kept."""
+    folder = write_beir(tmp_path / "animals", qrels="query-id\tcorpus-id\tscore\nq1\td1\t2\n")
+    assert load_beir(folder).queries == {"q1": QUERIES["q1"]}
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"qrels": "query-id\tcorpus-id\tscore\nq1\td1\t1\nq99\td1\t1\n"}, "test.tsv:3: no query .*'q99'"),
+        ({"qrels": "query-id\tcorpus-id\tscore\nq1\td99\t1\n"}, "test.tsv:2: no document .*'d99'"),
+        ({"qrels": "query-id\tcorpus-id\tscore\nq1 d1 1\n"}, "test.tsv:2: .*split by tabs"),
+        ({"qrels": "query-id\tcorpus-id\tscore\nq1\td1\t1\nq1\td1\t2\n"}, "test.tsv:3: .*another score"),
+        ({"qrels": "q1\td1\t1\n"}, "test.tsv:1: .*the first line must be"),
+        ({"qrels": "query-id\tcorpus-id\tscore\n"}, "test.tsv: there is no judgement"),
+        (
+            {"corpus": '{"_id": "d0", "text": "a"}\n{"_id": "d0", "text": "b"}\n'},
+            "corpus.jsonl:2: .*used before",
+        ),
+        ({"corpus": '{"_id": 7, "text": "a"}\n'}, "corpus.jsonl:1: `_id` is 7"),
+        ({"corpus": '{"_id": "d0"}\n'}, "corpus.jsonl:1: `text` is null"),
+        ({"queries": '\n{"_id": "q0", "text": \n'}, "queries.jsonl:2: this is no JSON"),
+        ({"queries": "[1]\n"}, "queries.jsonl:1: .*one JSON object"),
+    ],
+)
+def test_load_beir_names_file_and_line_of_a_bad_row(
+    tmp_path: Path, files: dict[str, str], message: str
+) -> None:
+    """A row that cannot be used is reported with its file and line."""
+    with pytest.raises(AnchorvecError, match=message):
+        load_beir(write_beir(tmp_path / "animals", **files))
+
+
+def test_load_beir_reports_a_row_that_is_not_utf8(tmp_path: Path) -> None:
+    """A line in another encoding is reported with its file and line."""
+    folder = write_beir(tmp_path / "animals")
+    (folder / "corpus.jsonl").write_bytes(b'{"_id": "d0", "text": "a"}\n{"_id": "d1", "text": "\xe9"}\n')
+    with pytest.raises(AnchorvecError, match=r"corpus\.jsonl:2: this is not UTF-8"):
+        load_beir(folder)
+
+
+def test_load_beir_reports_a_missing_file(tmp_path: Path) -> None:
+    """The message names the file that the folder lacks."""
+    with pytest.raises(AnchorvecError, match=r"corpus\.jsonl: there is no such file, nor corpus\.jsonl\.gz"):
+        load_beir(tmp_path)
+
+
+def test_evaluate_uses_the_prompts_stored_with_the_model(
+    model: SentenceTransformer, collection: BeirData
+) -> None:
+    """Every query's nDCG@10 is that of embeddings made with the stored prompts, and differs without them."""
+    per_query = evaluate(model, data=[collection])["animals"].per_query
+    assert per_query == pytest.approx(ndcg_by_hand(model, PROMPTS["query"], PROMPTS["document"]))
+    assert per_query != pytest.approx(ndcg_by_hand(model, "", PROMPTS["document"]))
+    assert per_query != pytest.approx(ndcg_by_hand(model, PROMPTS["query"], ""))
+
+
+def test_evaluate_uses_a_prompt_stored_for_the_name_of_a_folder(
+    model: SentenceTransformer, collection: BeirData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt stored as NAME-query serves the folder NAME, which mteb does not know, and is not changed."""
+    prompts = PROMPTS | {"animals-query": "Which animal? "}
+    monkeypatch.setattr(model, "prompts", prompts)
+    per_query = evaluate(model, data=[collection])["animals"].per_query
+    assert per_query == pytest.approx(ndcg_by_hand(model, "Which animal? ", PROMPTS["document"]))
+    assert model.prompts is prompts
+
+
+def test_evaluate_instruction_replaces_the_query_prompt(
+    model: SentenceTransformer, collection: BeirData
+) -> None:
+    """`instruction` stands before each query in place of the stored prompt; documents keep theirs."""
+    per_query = evaluate(model, data=[collection], instruction="Name it: ")["animals"].per_query
+    assert per_query == pytest.approx(ndcg_by_hand(model, "Name it: ", PROMPTS["document"]))
+
+
+def test_evaluate_describes_the_result(model: SentenceTransformer, collection: BeirData) -> None:
+    """Counts, device and dtype are reported, and the mean of the queries is mteb's own score."""
+    scores = evaluate(model, data=[collection])["animals"]
+    assert (scores.queries, scores.documents, scores.device, scores.dtype) == (8, 16, "cpu", "float32")
+    assert scores.seconds > 0
+    mean = np.mean(list(scores.per_query.values()))
+    assert scores.metrics["ndcg_at_10"].mean == pytest.approx(mean)
+    assert scores.main_score == pytest.approx(mean, abs=1e-5)  # mteb rounds to five digits
+
+
+def test_evaluate_mean_reciprocal_rank_and_recall_are_those_of_mteb(
+    model: SentenceTransformer, collection: BeirData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The means over single queries equal mteb's own MRR@10 and Recall@10."""
+    from anchorvec.evaluation import _mteb
+
+    results = []
+    original = _mteb.mteb.evaluate
+    monkeypatch.setattr(
+        _mteb.mteb, "evaluate", lambda *a, **k: results.append(original(*a, **k)) or results[-1]
+    )
+    metrics = evaluate(model, data=[collection])["animals"].metrics
+    [scores] = results[0].task_results[0].scores["test"]
+    for name in ("mrr_at_10", "recall_at_10"):
+        assert metrics[name].mean == pytest.approx(scores[name], abs=1e-5)
+
+
+def test_evaluate_reads_a_model_folder_without_network(
+    model: SentenceTransformer,
+    collection: BeirData,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A model's folder scores as the loaded model does, and no connection is opened, offline mode or not."""
+    model.save_pretrained(str(tmp_path / "model"), create_model_card=False)
+    opened: list[object] = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *address, **_: opened.append(address))
+    monkeypatch.setattr(socket.socket, "connect", lambda _, address: opened.append(address))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    from_folder = evaluate(tmp_path / "model", data=[write_beir(tmp_path / "animals")])
+    assert from_folder["animals"].per_query == evaluate(model, data=[collection])["animals"].per_query
+    assert opened == []
+
+
+def test_evaluate_scores_tasks_of_mteb_by_name(
+    model: SentenceTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A retrieval task of mteb has the three metrics; any other task has mteb's main score alone."""
+    import mteb
+    from datasets import Dataset
+
+    from anchorvec.evaluation import _mteb
+
+    rows = {"sentence1": ANIMALS, "sentence2": ANIMALS[::-1], "score": [float(i) for i in range(16)]}
+    stored = {
+        "BIOSSES": {"test": Dataset.from_dict(rows)},
+        "SciFact": _mteb.BeirTask(BeirData(CORPUS, QUERIES, QRELS)).dataset,
+    }
+    for name, dataset in stored.items():  # in place of a download
+        kind = type(mteb.get_task(name))
+        monkeypatch.setattr(kind, "data_loaded", True)
+        monkeypatch.setattr(kind, "dataset", dataset)
+    results = evaluate(model, tasks=["BIOSSES", "SciFact"])
+    assert results["SciFact"].queries == 8
+    assert set(results["SciFact"].metrics) == {"ndcg_at_10", "recall_at_10", "mrr_at_10"}
+    assert (results["BIOSSES"].metrics, results["BIOSSES"].queries) == ({}, 0)
+    assert -1 <= results["BIOSSES"].main_score <= 1
+
+
+def test_evaluate_leaves_the_random_state_alone(model: SentenceTransformer, collection: BeirData) -> None:
+    """The random generators, which mteb seeds, go on after an evaluation as if there had been none."""
+
+    def draw() -> tuple[float, float, float]:
+        return random.random(), float(np.random.rand()), torch.rand(1).item()
+
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    expected = draw()
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    evaluate(model, data=[collection])
+    assert draw() == expected
+
+
+def test_evaluate_names_the_extra_that_is_missing(
+    model: SentenceTransformer, collection: BeirData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without mteb or bm25s the message is the command that installs them."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for score in (lambda: evaluate(model, data=[collection]), lambda: bm25_scores(collection)):
+        with pytest.raises(AnchorvecError, match=r"pip install 'anchorvec\[evaluate\]'"):
+            score()
+
+
+@pytest.mark.slow
+def test_evaluate_writes_nothing_in_the_home_folder(tmp_path: Path) -> None:
+    """A fresh process that scores a folder leaves the home folder empty."""
+    home = tmp_path / "home"
+    home.mkdir()
+    script = "import sys; from anchorvec.evaluation import bm25_scores; bm25_scores(sys.argv[1])"
+    drop = ("HF_HOME", "MTEB_CACHE", "XDG_CACHE_HOME")
+    environment = {name: value for name, value in os.environ.items() if name not in drop}
+    subprocess.run(
+        [sys.executable, "-c", script, str(write_beir(tmp_path / "animals"))],
+        env=environment | {"HOME": str(home), "PYTHONPATH": os.pathsep.join(sys.path)},
+        check=True,
+    )
+    assert list(home.rglob("*")) == []
+
+
+def test_evaluate_refuses_unknown_tasks_models_and_empty_requests(tmp_path: Path) -> None:
+    """A misspelt task, a missing folder and nothing to do are each answered with what to write."""
+    with pytest.raises(AnchorvecError, match=r"no task 'SciFac'.*SciFact"):
+        evaluate(tmp_path, tasks=["SciFac"])
+    with pytest.raises(AnchorvecError, match="there is no such folder; name a model's folder"):
+        evaluate(tmp_path / "missing", data=[write_beir(tmp_path / "animals")])
+    with pytest.raises(AnchorvecError, match="nothing to score on"):
+        evaluate(tmp_path)
+
+
+def test_evaluate_refuses_weights_that_are_not_safetensors(
+    model: SentenceTransformer, collection: BeirData, tmp_path: Path
+) -> None:
+    """A folder with pickled weights is not read."""
+    folder = tmp_path / "pickled"
+    model.save_pretrained(str(folder), create_model_card=False)
+    (folder / "model.safetensors").unlink()
+    torch.save(model[0].auto_model.state_dict(), folder / "pytorch_model.bin")
+    with pytest.raises(AnchorvecError, match="safetensors"):
+        evaluate(folder, data=[collection])
+
+
+def test_bm25_ranks_by_shared_words(collection: BeirData) -> None:
+    """Each query shares its animal with one document alone, which BM25 ranks first."""
+    scores = bm25_scores(collection)
+    assert scores.per_query == dict.fromkeys(QUERIES, 1.0)
+    assert scores.metrics["mrr_at_10"] == Interval(1.0, 1.0, 1.0)
+
+
+def test_bm25_gives_zero_to_a_query_without_a_shared_word(collection: BeirData) -> None:
+    """Documents that share no word with the query are not counted as found."""
+    queries = QUERIES | {"q1": "whale", "q2": "of the"}
+    per_query = bm25_scores(BeirData(CORPUS, queries, QRELS)).per_query
+    assert per_query == {query: float(query not in {"q1", "q2"}) for query in QUERIES}
+
+
+def test_bootstrap_interval_agrees_with_the_normal_approximation() -> None:
+    """For many values the ends lie 1.96 standard errors from the mean."""
+    values = np.random.default_rng(0).normal(size=2_000)
+    interval = bootstrap_interval(values)
+    reach = 1.96 * values.std() / math.sqrt(values.size)
+    assert interval.mean == pytest.approx(values.mean())
+    assert interval.low == pytest.approx(values.mean() - reach, abs=reach / 20)
+    assert interval.high == pytest.approx(values.mean() + reach, abs=reach / 20)
+
+
+def test_bootstrap_interval_depends_on_the_seed_alone() -> None:
+    """The same seed gives the same ends, another seed others."""
+    values = np.arange(50) / 50
+    assert bootstrap_interval(values, seed=3) == bootstrap_interval(values, seed=3)
+    assert bootstrap_interval(values, seed=3) != bootstrap_interval(values, seed=4)
+
+
+def test_paired_bootstrap_compares_query_by_query() -> None:
+    """A gain that is the same in every query is certain, however much the queries differ."""
+    a = {f"q{i}": i / 100 for i in range(50)}
+    b = {query: score + 0.25 for query, score in reversed(a.items())} | {"only in b": 0.0}
+    difference = paired_bootstrap(a, b)
+    assert (difference.mean, difference.low, difference.high) == pytest.approx((0.25, 0.25, 0.25))
+
+
+def test_paired_bootstrap_needs_a_common_query() -> None:
+    """Scores on different data cannot be compared."""
+    with pytest.raises(AnchorvecError, match="no query in common"):
+        paired_bootstrap({"a": 1.0}, {"b": 1.0})
+
+
+def test_scores_table_shows_means_with_intervals() -> None:
+    """A row names a system and shows its three metrics with their intervals."""
+    metrics = {"ndcg_at_10": Interval(0.553, 0.521, 0.585)}
+    metrics |= {"recall_at_10": Interval(0.7, 0.6, 0.8), "mrr_at_10": Interval(0.4, 0.3, 0.5)}
+    console = Console(width=100, file=io.StringIO())
+    console.print(scores_table({"BM25": TaskScores(0.553, metrics, {}, 8, 16, "cpu", "float32", 1.0)}))
+    text = console.file.getvalue()
+    assert "nDCG@10" in text
+    assert "0.553 [0.521, 0.585]" in text
+
+
+def test_task_scores_are_plain_values_for_json() -> None:
+    """The dictionary of a result can be written as JSON: a mean as a number, its interval beside it."""
+    scores = TaskScores(0.5, {"ndcg_at_10": Interval(0.5, 0.4, 0.6)}, {"q": 0.5}, 1, 2, "cpu", "float32", 1.0)
+    flat = json.loads(json.dumps(scores.to_dict()))
+    assert (flat["ndcg_at_10"], flat["ndcg_at_10_interval"]) == (0.5, [0.4, 0.6])
+    assert (flat["queries"], flat["per_query"]) == (1, {"q": 0.5})
