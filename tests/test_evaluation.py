@@ -43,9 +43,7 @@ PROMPTS = {"query": "Find the animal of this question: ", "document": "An animal
 def model(tmp_path_factory: pytest.TempPathFactory) -> SentenceTransformer:
     """A random embedder with stored prompts for queries and documents."""
     folder = tmp_path_factory.mktemp("model") / "tiny"
-    return SentenceTransformer(
-        str(build_embedder("tiny", folder, max_tokens=96, prompts=PROMPTS)), device="cpu"
-    )
+    return SentenceTransformer(str(build_embedder("tiny", folder, max_tokens=96, prompts=PROMPTS)), device="cpu")
 
 
 @pytest.fixture
@@ -64,9 +62,7 @@ def write_beir(
     (folder / "qrels").mkdir(parents=True)
     (folder / "corpus.jsonl").write_text(documents if corpus is None else corpus)
     (folder / "queries.jsonl").write_text(questions if queries is None else queries)
-    (folder / "qrels" / "test.tsv").write_text(
-        "query-id\tcorpus-id\tscore\n" + grades if qrels is None else qrels
-    )
+    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + grades if qrels is None else qrels)
     return folder
 
 
@@ -76,9 +72,7 @@ def ndcg_by_hand(model: SentenceTransformer, query_prompt: str, document_prompt:
     texts = [f"{fields['title']} {fields['text']}" for fields in CORPUS.values()]
     documents = model.encode([document_prompt + text for text in texts], prompt="")
     similarity = model.similarity(queries, documents)  # (queries, documents)
-    ranks = (
-        (similarity > similarity.diagonal()[:, None]).sum(dim=1).tolist()
-    )  # query i is answered by document i
+    ranks = (similarity > similarity.diagonal()[:, None]).sum(dim=1).tolist()  # query i is answered by document i
     return {q: 1 / math.log2(rank + 2) if rank < 10 else 0.0 for q, rank in zip(QUERIES, ranks, strict=True)}
 
 
@@ -117,9 +111,7 @@ def test_load_beir_drops_queries_without_judgement(tmp_path: Path) -> None:
         ({"queries": "[1]\n"}, "queries.jsonl:1: .*one JSON object"),
     ],
 )
-def test_load_beir_names_file_and_line_of_a_bad_row(
-    tmp_path: Path, files: dict[str, str], message: str
-) -> None:
+def test_load_beir_names_file_and_line_of_a_bad_row(tmp_path: Path, files: dict[str, str], message: str) -> None:
     """A row that cannot be used is reported with its file and line."""
     with pytest.raises(AnchorvecError, match=message):
         load_beir(write_beir(tmp_path / "animals", **files))
@@ -139,9 +131,7 @@ def test_load_beir_reports_a_missing_file(tmp_path: Path) -> None:
         load_beir(tmp_path)
 
 
-def test_evaluate_uses_the_prompts_stored_with_the_model(
-    model: SentenceTransformer, collection: BeirData
-) -> None:
+def test_evaluate_uses_the_prompts_stored_with_the_model(model: SentenceTransformer, collection: BeirData) -> None:
     """Every query's nDCG@10 is that of embeddings made with the stored prompts, and differs without them."""
     per_query = evaluate(model, data=[collection])["animals"].per_query
     assert per_query == pytest.approx(ndcg_by_hand(model, PROMPTS["query"], PROMPTS["document"]))
@@ -160,9 +150,7 @@ def test_evaluate_uses_a_prompt_stored_for_the_name_of_a_folder(
     assert model.prompts is prompts
 
 
-def test_evaluate_instruction_replaces_the_query_prompt(
-    model: SentenceTransformer, collection: BeirData
-) -> None:
+def test_evaluate_instruction_replaces_the_query_prompt(model: SentenceTransformer, collection: BeirData) -> None:
     """`instruction` stands before each query in place of the stored prompt; documents keep theirs."""
     per_query = evaluate(model, data=[collection], instruction="Name it: ")["animals"].per_query
     assert per_query == pytest.approx(ndcg_by_hand(model, "Name it: ", PROMPTS["document"]))
@@ -186,9 +174,7 @@ def test_evaluate_mean_reciprocal_rank_and_recall_are_those_of_mteb(
 
     results = []
     original = _mteb.mteb.evaluate
-    monkeypatch.setattr(
-        _mteb.mteb, "evaluate", lambda *a, **k: results.append(original(*a, **k)) or results[-1]
-    )
+    monkeypatch.setattr(_mteb.mteb, "evaluate", lambda *a, **k: results.append(original(*a, **k)) or results[-1])
     metrics = evaluate(model, data=[collection])["animals"].metrics
     [scores] = results[0].task_results[0].scores["test"]
     for name in ("mrr_at_10", "recall_at_10"):
@@ -212,9 +198,7 @@ def test_evaluate_reads_a_model_folder_without_network(
     assert opened == []
 
 
-def test_evaluate_scores_tasks_of_mteb_by_name(
-    model: SentenceTransformer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_evaluate_scores_tasks_of_mteb_by_name(model: SentenceTransformer, monkeypatch: pytest.MonkeyPatch) -> None:
     """A retrieval task of mteb has the three metrics; any other task has mteb's main score alone."""
     import mteb
     from datasets import Dataset

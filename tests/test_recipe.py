@@ -62,9 +62,7 @@ def mistake(text: str, *overrides: str) -> str:
 def test_defaults_are_the_paper_s_numbers() -> None:
     """A recipe that names only its data has the settings of the paper."""
     recipe = load(DATA)
-    assert recipe.stage_one == StageOne(
-        steps=2000, pairs_per_step=512, learning_rate=4e-5, warmup_steps=300, alpha=0.2
-    )
+    assert recipe.stage_one == StageOne(steps=2000, pairs_per_step=512, learning_rate=4e-5, warmup_steps=300, alpha=0.2)
     assert recipe.stage_two == StageTwo(
         steps=1000, pairs_per_step=512, learning_rate=2e-4, temperature=0.05, lora=Lora(r=16, alpha=32)
     )
@@ -194,8 +192,7 @@ def test_several_mistakes_are_counted() -> None:
 def test_warm_up_longer_than_the_run_names_both_keys() -> None:
     """A stage that ends in its warm-up is refused, with the value that was not written too."""
     assert mistake(DATA + "stage_two: {steps: 100}") == (
-        "my.yaml: stage_two.warmup_steps, stage_two.steps: "
-        "300 steps of warm-up do not fit into 100 steps; set both"
+        "my.yaml: stage_two.warmup_steps, stage_two.steps: 300 steps of warm-up do not fit into 100 steps; set both"
     )
 
 
@@ -217,8 +214,7 @@ def test_data_sets_have_different_names() -> None:
     """Two files of the same name would be mixed up in logs and batches."""
     text = "data: {train: [{path: a/train.jsonl}, {path: b/train.jsonl}]}"
     assert mistake(text) == (
-        "my.yaml: data.train.1.name, data.train.0.name: "
-        "both data sets are called train; give each its own name"
+        "my.yaml: data.train.1.name, data.train.0.name: both data sets are called train; give each its own name"
     )
     assert load(text, "data.train.1.name=b").data.train[1].name == "b"
 
@@ -338,9 +334,7 @@ def test_a_child_differs_in_what_it_writes() -> None:
         + "seed: 5\nstage_one: {alpha: 0.5, log_every: 3}\n"
         + "stage_two: {lora: {r: 8}}\nevaluation: {tasks: [A, B]}"
     )
-    Path("below/child.yaml").write_text(
-        "extends: base.yaml\nstage_one: {alpha: 0.7}\nevaluation: {tasks: [C]}"
-    )
+    Path("below/child.yaml").write_text("extends: base.yaml\nstage_one: {alpha: 0.7}\nevaluation: {tasks: [C]}")
     recipe = load("extends: below/child.yaml\nstage_two: {lora: null}")
     assert recipe.stage_one == StageOne(alpha=0.7, log_every=3)
     assert recipe.stage_two == StageTwo(lora=None)
@@ -355,13 +349,9 @@ def test_a_mistake_is_told_of_the_file_that_made_it() -> None:
     assert mistake(child + "\nseed: -1", "stage_one.alpha=0").startswith("my.yaml: seed: ")
     assert mistake(child, "stage_one.alpha=3").startswith("command line: stage_one.alpha: ")
     # A rule about two keys: the one that was set last broke it.
-    assert mistake(child, "stage_one.alpha=0", "stage_one.steps=9").startswith(
-        "command line: stage_one.warmup_steps, "
-    )
+    assert mistake(child, "stage_one.alpha=0", "stage_one.steps=9").startswith("command line: stage_one.warmup_steps, ")
     Path("base.yaml").write_text(DATA + "stage_one: {warmup_steps: 300}")
-    assert mistake("extends: base.yaml\nstage_one: {steps: 9}", "stage_one.alpha=0").startswith(
-        "my.yaml: stage_one."
-    )
+    assert mistake("extends: base.yaml\nstage_one: {steps: 9}", "stage_one.alpha=0").startswith("my.yaml: stage_one.")
 
 
 def test_a_shipped_recipe_can_be_extended_and_is_named() -> None:
@@ -448,9 +438,7 @@ def test_saving_replaces_the_file_whole(folder: Path) -> None:
     assert list(path.parent.iterdir()) == [path]
 
 
-texts = st.text(max_size=20) | st.sampled_from(
-    ["no", "4e-5", "08", "1_0", "~", "2024-01-01", "<<", "Q: \n", "'\"\x85"]
-)
+texts = st.text(max_size=20) | st.sampled_from(["no", "4e-5", "08", "1_0", "~", "2024-01-01", "<<", "Q: \n", "'\"\x85"])
 numbers = st.floats(min_value=0, exclude_min=True, allow_infinity=False)
 counts = st.integers(1, 10**6)
 stage = {

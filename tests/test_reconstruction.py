@@ -5,11 +5,11 @@ import random
 
 import pytest
 import torch
-from conftest import FAMILIES, make_model, make_tokenizer
 from torch.nn.functional import log_softmax
 
 from anchorvec.embedder import with_end
 from anchorvec.reconstruction import PairTokenizer, Reconstruction, TokenPair, micro_batches, output_head
+from conftest import FAMILIES, make_model, make_tokenizer
 
 
 def make_pairs(n: int = 6, *, seed: int = 0, vocab_size: int = 260) -> list[TokenPair]:
@@ -151,7 +151,12 @@ def test_targets_are_the_text_alone(kind, end_prompt):
     """No instruction, BOS, pad or template is a target; the end token is one if asked for, and once (T5)."""
     tokenizer = with_end(make_tokenizer(kind), max_tokens=64, end_prompt=end_prompt)
     rows = [
-        {"query": "why?", "positive": "because it is so", "query_prompt": "Instruct: find\n", "document_prompt": ""},
+        {
+            "query": "why?",
+            "positive": "because it is so",
+            "query_prompt": "Instruct: find\n",
+            "document_prompt": "",
+        },
         {"query": "q", "positive": "d", "query_prompt": "", "document_prompt": "text: "},
     ]
     for wanted in [True, False]:

@@ -25,9 +25,7 @@ PROMPTS = {"query": "question: ", "document": "document: "}
 def model(tmp_path_factory: pytest.TempPathFactory) -> SentenceTransformer:
     """A random embedder with stored prompts."""
     folder = tmp_path_factory.mktemp("model") / "tiny"
-    return SentenceTransformer(
-        str(build_embedder("tiny", folder, max_tokens=64, prompts=PROMPTS)), device="cpu"
-    )
+    return SentenceTransformer(str(build_embedder("tiny", folder, max_tokens=64, prompts=PROMPTS)), device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +34,7 @@ def index(model: SentenceTransformer) -> Index:
     return Index(model, DOCUMENTS)
 
 
-def test_index_ranks_by_the_models_similarity_with_its_prompts(
-    model: SentenceTransformer, index: Index
-) -> None:
+def test_index_ranks_by_the_models_similarity_with_its_prompts(model: SentenceTransformer, index: Index) -> None:
     """Hits are sorted by the similarity of prompted query and prompted documents."""
     query = model.encode(["question: how to cook"], prompt="")
     documents = model.encode([f"document: {text}" for text in DOCUMENTS.values()], prompt="")

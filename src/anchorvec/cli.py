@@ -88,7 +88,8 @@ def evaluate(
     json_file: JsonFile = None,
 ) -> None:
     """Score a model on BEIR folders and MTEB tasks."""
-    from anchorvec.evaluation import bm25_scores, evaluate as run, scores_table
+    from anchorvec.evaluation import bm25_scores, scores_table
+    from anchorvec.evaluation import evaluate as run
 
     _quiet()
     scores = run(model, data=data or [], tasks=task or [], batch_size=batch_size, show_progress_bar=True)
@@ -109,7 +110,8 @@ def search(
     """Ask a corpus in the terminal."""
     from dataclasses import asdict
 
-    from anchorvec.search import print_hits, search as run
+    from anchorvec.search import print_hits
+    from anchorvec.search import search as run
 
     _quiet()
     found = run(model, corpus, query, top_k, show_progress_bar=True)
@@ -124,7 +126,9 @@ def search(
 def decode(
     model: Annotated[Path, typer.Argument(help="A folder that can still write, such as a run's stage_one.")],
     text: Annotated[str, typer.Argument(help="The text whose embedding is read out.")],
-    side: Annotated[Literal["query", "document"], typer.Option("--as", help="Read TEXT as one or the other.")] = "query",
+    side: Annotated[
+        Literal["query", "document"], typer.Option("--as", help="Read TEXT as one or the other.")
+    ] = "query",
     max_tokens: Annotated[int, typer.Option(help="Write at most so many tokens.")] = 64,
     beams: Annotated[int, typer.Option(help="Beams of the search; 1 is greedy.")] = 1,
     json_file: JsonFile = None,

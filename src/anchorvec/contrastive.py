@@ -7,6 +7,7 @@ unmodified; only the arrangement of the data is ours.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer
@@ -24,7 +25,7 @@ def contrastive_loss(
     `mini_batch_size` texts are held in memory at a time through cached gradients (GradCache), which encodes
     every text twice; None encodes the whole step once. Loss and gradient are the same.
     """
-    options = {"scale": 1 / temperature, "directions": ("query_to_doc",)}
+    options: dict[str, Any] = {"scale": 1 / temperature, "directions": ("query_to_doc",)}
     if mini_batch_size is None:
         return MultipleNegativesRankingLoss(model, **options)
     return CachedMultipleNegativesRankingLoss(model, mini_batch_size=mini_batch_size, **options)

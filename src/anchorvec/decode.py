@@ -43,8 +43,9 @@ def decode(
     The embedding is the only thing the decoder is given: it stands where the first token would (T4). Search is greedy,
     or over `beams` beams. Raises AnchorvecError if the folder holds an embedder that can no longer write (T26).
     """
-    model = load_causal_lm(folder).to(default_device()).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model: Any = load_causal_lm(folder).eval()
+    model = model.to(default_device())
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer(stored_prompt(folder, side) + text, truncation=True, max_length=tokenizer.model_max_length)
     with torch.no_grad():
         prefix = Reconstruction(model).encode([ids["input_ids"]])[:, None]  # (1, 1, dim)

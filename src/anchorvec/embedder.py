@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -55,8 +56,8 @@ def build_embedder(
     `max_tokens` counts everything: what the tokenizer adds, the prompt, the text and its end.
     With `end_prompt` None each text ends in the tokenizer's end token; otherwise in the prompt's words.
     `prompts` are stored with the model under sentence-transformers' names (`query`, `document`, ...).
-    `seed` matters for `tiny` alone. Raises AnchorvecError if the base is no decoder, has no end token or fewer
-    positions than `max_tokens`, or if `folder` is in use.
+    `seed` matters for `tiny` alone. Raises AnchorvecError if the base is no decoder, has no end token or
+    fewer positions than `max_tokens`, or if `folder` is in use.
     """
     folder = Path(folder)
     with new_folder(folder) as scratch:
@@ -88,7 +89,7 @@ def load_base(
     if base.startswith((".", "/", "~")) and not is_gguf and not Path(base).expanduser().is_dir():
         raise AnchorvecError(f"model.base: there is no folder {base}")
     base = str(Path(base).expanduser()) if Path(base).expanduser().is_dir() else base
-    where = {"revision": revision, "trust_remote_code": trust_remote_code}
+    where: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         if is_gguf:
             return _load_gguf(Path(base).expanduser())
@@ -97,10 +98,15 @@ def load_base(
             raise AnchorvecError(
                 f"model.base: {base} is an encoder-decoder ({config.model_type}); name a decoder-only causal LM"
             )
+        if config.get_text_config() is not config:
+            raise AnchorvecError(
+                f"model.base: {base} ({config.model_type}) reads more than text; name a text-only causal LM"
+            )
         tokenizer = AutoTokenizer.from_pretrained(base, **where)
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             base, dtype="auto", use_safetensors=True, output_loading_info=True, **where
         )
+        model, report = loaded
     except AnchorvecError:
         raise
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
@@ -171,7 +177,7 @@ def with_end(
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Save `tokenizer` with its truncation length set and without padding, whatever the last call used (T25)."""
+    """Save `tokenizer` with its own truncation and without padding, whatever the last call used (T25)."""
     tokenizer.backend_tokenizer.enable_truncation(tokenizer.model_max_length)
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.save_pretrained(folder)
@@ -188,7 +194,7 @@ def template_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[in
 
 
 def save_causal_lm(model: PreTrainedModel, like: str | Path, folder: str | Path) -> None:
-    """Save a trained causal LM, head included (T12), as an embedder with the tokenizer and settings of `like`."""
+    """Save a trained causal LM, head included (T12), as an embedder with the other files of `like`."""
     like, folder = Path(like), Path(folder)
     model.save_pretrained(folder)
     for path in like.iterdir():
@@ -216,9 +222,10 @@ def load_causal_lm(folder: str | Path) -> PreTrainedModel:
 
 def can_write(folder: str | Path) -> bool:
     """Whether the folder holds a causal LM, head included, rather than a decoder body alone (T26)."""
-    architectures = (
-        json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")).get("architectures") or []
-    )
+    path = Path(folder) / "config.json"
+    if not path.is_file():  # a LoRA adapter
+        return False
+    architectures = json.loads(path.read_text(encoding="utf-8")).get("architectures") or []
     return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures)
 
 
@@ -241,14 +248,14 @@ def check_causal(model: PreTrainedModel, base: str | Path) -> None:
 
 
 def check_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base: str | Path) -> None:
-    """Raise AnchorvecError if the model has no embedding for a token around each text, or too few positions."""
-    rows = model.get_input_embeddings().weight.shape[0]
+    """Raise AnchorvecError if the model lacks an embedding that every text needs, or positions."""
+    rows = len(model.get_input_embeddings().get_parameter("weight"))
     before, after = template_ids(tokenizer)
     if outside := [i for i in [*before, *after, tokenizer.pad_token_id] if i >= rows]:
         raise AnchorvecError(
-            f"model.base: the token {tokenizer.convert_ids_to_tokens(outside[0])!r} (id {outside[0]}) is not among "
-            f"the {rows} embeddings of {base}; set eos_token and pad_token in its tokenizer_config.json to tokens "
-            "that it has"
+            f"model.base: the token {tokenizer.convert_ids_to_tokens(outside[0])} (id {outside[0]}) is not "
+            f"among the {rows} embeddings of {base}; set `eos_token` and `pad_token` in its "
+            "tokenizer_config.json to tokens that the model has"
         )
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions and tokenizer.model_max_length > positions:
@@ -258,13 +265,13 @@ def check_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base: 
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of single bytes with the end token `<|end|>`, 257 ids; it reads any text and needs no download."""
+    """A tokenizer of single bytes with the end token `<|end|>`, 257 ids, that reads any text."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate(["<|end|>", *alphabet])}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")  # noqa: S106
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
 
 
 def tiny_causal_lm(*, seed: int = 0, vocab_size: int = 257, hidden_size: int = 64) -> PreTrainedModel:
@@ -292,12 +299,11 @@ def _load_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         raise AnchorvecError(f"model.base: there is no file {path}")
     if importlib.util.find_spec("gguf") is None:
         raise AnchorvecError("model.base: a GGUF file needs another package: pip install 'anchorvec[gguf]'")
-    where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(
-        **where
-    )  # AutoTokenizer parses the whole file once more
+    where: dict[str, Any] = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+    # AutoTokenizer would parse the whole file once more, for a config that is not needed.
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(**where)
     quantized = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-    # A model read from GGUF refuses to be saved, being marked as quantised; the same weights in a fresh one may.
+    # A model read from GGUF is marked as quantised and refuses to be saved; a fresh one on its weights may.
     settings = {k: v for k, v in quantized.config.to_dict().items() if k != "quantization_config"}
     config = type(quantized.config).from_dict(settings)
     return type(quantized).from_pretrained(None, config=config, state_dict=quantized.state_dict()), tokenizer
@@ -311,10 +317,10 @@ def _packaged_smollm2() -> Path | None:
 
 
 def _around_text(backend: Tokenizer) -> tuple[list[int], list[int]]:
-    """The ids before and after the text `probe`."""
-    bare = list(backend.encode("probe", add_special_tokens=False).ids)
-    full = list(backend.encode("probe").ids)
-    start = next(i for i in range(len(full)) if full[i : i + len(bare)] == bare)
+    """The ids before and after the text `probe`, whatever its truncation."""
+    bare = backend.encode("probe", add_special_tokens=False)
+    full = backend.post_processor.process(bare).ids if backend.post_processor else bare.ids
+    start = next(i for i in range(len(full)) if full[i : i + len(bare)] == bare.ids)
     return full[:start], full[start + len(bare) :]
 
 
@@ -330,9 +336,7 @@ def _prefix(backend: Tokenizer) -> list[int]:
 def _template(backend: Tokenizer, pieces: Mapping[str, list[int]]) -> TemplateProcessing:
     """`prefix before TEXT after`, for a pair of texts too; empty pieces are left out."""
     tokens = [
-        {"id": name, "ids": ids, "tokens": [backend.id_to_token(i) for i in ids]}
-        for name, ids in pieces.items()
-        if ids
+        {"id": name, "ids": ids, "tokens": [backend.id_to_token(i) for i in ids]} for name, ids in pieces.items() if ids
     ]
     opening = [f"{name}:0" for name in ("prefix", "before") if pieces[name]]
     return TemplateProcessing(
@@ -342,9 +346,7 @@ def _template(backend: Tokenizer, pieces: Mapping[str, list[int]]) -> TemplatePr
     )
 
 
-def _add_sentence_transformers_files(
-    folder: Path, prompts: Mapping[str, str], trust_remote_code: bool
-) -> None:
+def _add_sentence_transformers_files(folder: Path, prompts: Mapping[str, str], trust_remote_code: bool) -> None:
     """Write modules.json and the module folders beside the causal LM, which stays as it is (T26)."""
     options = {"trust_remote_code": trust_remote_code}
     transformer = Transformer(

@@ -16,6 +16,7 @@ from anchorvec.embedder import can_write, load_causal_lm, save_tokenizer
 from anchorvec.errors import AnchorvecError
 from anchorvec.files import new_folder, write_text
 from anchorvec.loading import load_model
+from anchorvec.model_card import model_card
 
 LEAST_COSINE = 0.9999
 """What two fp32 programs must agree on for every text; one pad or prompt too many gives 0.99 or less."""
@@ -69,27 +70,25 @@ def export(run: str | Path, out: str | Path, *, texts: Sequence[str] = ()) -> Ex
     with new_folder(out) as scratch:
         expected = _encode(load_stage(stage, merge=False), probes)
         model = load_stage(stage)
-        model.save_pretrained(str(scratch), model_name=out.name)
+        # sentence-transformers' own card would look things up on the hub
+        model.save_pretrained(str(scratch), create_model_card=False)
         save_tokenizer(model.tokenizer, scratch)
         if can_write(stage):  # sentence-transformers saved the decoder's body alone (T26)
             for weights in scratch.glob("model*.safetensors*"):
                 weights.unlink()
             load_causal_lm(stage).save_pretrained(scratch)
-        card = scratch / "README.md"
-        write_text(card, card.read_text(encoding="utf-8") + _about_the_run(stage, can_write(scratch)))
+        write_text(scratch / "README.md", model_card(stage, model, name=out.name, writes=can_write(scratch)))
 
-        cosines = {
-            "sentence-transformers": _least_cosine(expected, _encode(load_model(scratch).float(), probes)),
-            "transformers": _least_cosine(expected, encode_with_transformers(scratch, probes)),
-        }
-        for program, cosine in cosines.items():
+        loaded = _least_cosine(expected, _encode(load_model(scratch).float(), probes))
+        plain = _least_cosine(expected, encode_with_transformers(scratch, probes))
+        for program, cosine in (("sentence-transformers", loaded), ("transformers", plain)):
             if not cosine >= LEAST_COSINE:
                 raise AnchorvecError(
                     f"{stage}: the exported model differs from the run: in {program} the vectors of some text have "
                     f"cosine {cosine:.6f}, less than {LEAST_COSINE}; nothing was written to {out}"
                 )
         writes = can_write(scratch)
-    return Exported(str(out), len(probes), *cosines.values(), can_write=writes)
+    return Exported(str(out), len(probes), sentence_transformers=loaded, transformers=plain, can_write=writes)
 
 
 def last_stage(run: Path) -> Path:
@@ -106,7 +105,8 @@ def load_stage(stage: str | Path, *, merge: bool = True) -> SentenceTransformer:
     if not (stage / "adapter_config.json").is_file():
         return load_model(stage).float()
     start = next(
-        (f for f in (stage.parent / "stage_one", stage.parent / "base") if (f / "modules.json").is_file()), None
+        (f for f in (stage.parent / "stage_one", stage.parent / "base") if (f / "modules.json").is_file()),
+        None,
     )
     if start is None:
         raise AnchorvecError(f"{stage}: a LoRA adapter whose start, stage_one or base, is not beside it any more")
@@ -137,22 +137,3 @@ def _encode(model: SentenceTransformer, texts: Sequence[str]) -> Tensor:
 
 def _least_cosine(a: Tensor, b: Tensor) -> float:
     return float(cosine_similarity(a, b, dim=1).min())
-
-
-def _about_the_run(stage: Path, writes: bool) -> str:
-    """The model card's section on how the model was made: what it can do, recipe, data, scores."""
-    ability = (
-        "This folder is also a causal LM: `anchorvec decode` writes texts back from their embeddings."
-        if writes
-        else "This folder holds an embedder without the LM head: it can no longer write (`anchorvec decode`)."
-    )
-    parts = [f"\n## How it was made\n\nTrained with anchorvec. {ability}\n"]
-    for name, title, kind in [
-        ("recipe.yaml", "Recipe", "yaml"),
-        ("run.json", "Versions, machine and data", "json"),
-        ("scores.json", "Scores", "json"),
-    ]:
-        path = stage.parent / name
-        if path.is_file():
-            parts.append(f"\n### {title}\n\n```{kind}\n{path.read_text(encoding='utf-8').strip()}\n```\n")
-    return "".join(parts)

@@ -16,7 +16,7 @@ def write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     scratch.write_text(text, encoding="utf-8")
-    os.replace(scratch, path)
+    scratch.replace(path)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -30,10 +30,14 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
     Raises AnchorvecError at once if `folder` is in use: nothing is ever written over.
     """
+    folder = folder.absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise AnchorvecError(f"{folder} is in use; name a new folder")
     scratch = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    scratch.mkdir(parents=True)
+    try:
+        scratch.mkdir(parents=True)
+    except OSError as error:
+        raise AnchorvecError(f"{folder} cannot be made: {error.strerror}") from error
     try:
         yield scratch
         if folder.exists():

@@ -29,6 +29,4 @@ def load_model(model: SentenceTransformer | str | Path) -> SentenceTransformer:
         )
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise AnchorvecError(
-            f"{name}: this cannot be loaded as a sentence-transformers model ({reason})"
-        ) from error
+        raise AnchorvecError(f"{name}: this cannot be loaded as a sentence-transformers model ({reason})") from error

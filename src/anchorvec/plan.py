@@ -61,7 +61,10 @@ class Plan:
             table.add_row(f"trained in {stage}", f"{count:,} ({count / self.parameters:.1%})")
         for stage, count in self.tokens.items():
             table.add_row(f"tokens in {stage}", f"about {count:,}")
-        table.add_row("disk", f"{sum(self.disk.values()) / 1e9:.2f} GB: " + ", ".join(f"{k} {v / 1e9:.2f}" for k, v in self.disk.items()))
+        table.add_row(
+            "disk",
+            f"{sum(self.disk.values()) / 1e9:.2f} GB: " + ", ".join(f"{k} {v / 1e9:.2f}" for k, v in self.disk.items()),
+        )
         return Group(Syntax(self.recipe, "yaml"), table, *map(_show_pair, self.pairs))
 
 

@@ -44,9 +44,7 @@ class StageProgress(TrainerCallback):
         self.task = self.bar.add_task(self.title, total=state.max_steps, status="")
         self.bar.start()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Move the bar; stop the stage when its time is over."""
         self.bar.update(self.task, completed=state.global_step)
         if self.deadline is not None and time.monotonic() > self.deadline:

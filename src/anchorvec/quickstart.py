@@ -36,7 +36,12 @@ STAGE_ONE_SHARE = 0.1
 PROBE_PAIRS = 8
 """Pairs in each of the two steps by which a stage's speed is measured."""
 
-TITLES = {"bm25": "BM25", "untrained": "untrained", "stage_one": "after Stage I", "stage_two": "after Stage II"}
+TITLES = {
+    "bm25": "BM25",
+    "untrained": "untrained",
+    "stage_one": "after Stage I",
+    "stage_two": "after Stage II",
+}
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,7 @@ def quickstart(
         say(f"scoring: {TITLES[name]}")
         scores[name] = system()
         say(f"  nDCG@10 {scores[name].metrics['ndcg_at_10']}")
-        write_json(folder / "scores.json", {key: value.to_dict() for key, value in scores.items()})
+        write_json(folder / "scores.json", {key: {corpus.name: value.to_dict()} for key, value in scores.items()})
 
     def embedder_scores(stage: Path) -> TaskScores:
         return _only(evaluate(load_stage(stage), data=[corpus], batch_size=recipe.evaluation.batch_size))
@@ -192,7 +197,7 @@ def _tokens_per_second(recipe: Recipe, name: str, start: Path, pairs: Mapping[st
         train_stage = train_stage_one if name == "stage_one" else train_stage_two
         train_stage(probe, start, Path(scratch) / name, pairs, on_log=records.append)
     first, second = records
-    return (second["tokens"] - first["tokens"]) / (second["seconds"] - first["seconds"])
+    return float(second["tokens"] - first["tokens"]) / float(second["seconds"] - first["seconds"])
 
 
 def _only(scores: Mapping[str, TaskScores]) -> TaskScores:

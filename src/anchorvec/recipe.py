@@ -325,9 +325,7 @@ def _read_with_parents(name_or_path: str | Path) -> list[_Layer]:
             return layers
         parent = layer.pop("extends")
         if not isinstance(parent, str):
-            raise AnchorvecError(
-                f"{source}: extends: should be one recipe, by name or path, not {_show(parent)}"
-            )
+            raise AnchorvecError(f"{source}: extends: should be one recipe, by name or path, not {_show(parent)}")
         try:
             parent_source, path = _find(parent, folder=path.parent)
         except AnchorvecError as error:
@@ -382,9 +380,7 @@ def _parse_override(override: str) -> dict[Any, Any]:
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
-        raise AnchorvecError(
-            f"{_COMMAND_LINE}: {_show(override)}: write key=value, such as stage_one.steps=100"
-        )
+        raise AnchorvecError(f"{_COMMAND_LINE}: {_show(override)}: write key=value, such as stage_one.steps=100")
     try:
         layer = _parse(text, source=_COMMAND_LINE)
     except AnchorvecError:
@@ -434,15 +430,11 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:null", re.compile(r"(~|null|Null|NULL|)$"), ["~", "n", "N", ""]
-)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"(~|null|Null|NULL|)$"), ["~", "n", "N", ""])
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:bool", re.compile(r"(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
 )
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][0-9_]*)$"), list("-+0123456789")
-)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][0-9_]*)$"), list("-+0123456789"))
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 
 
@@ -480,9 +472,7 @@ def _explain(details: ErrorDetails, source: str, key: _Key) -> str:
         case "extra_forbidden" | "invalid_key":
             return f"unknown key; {_nearest(key)}"
         case "missing" | "too_short" if key in (("data",), ("data", "train")):
-            return (
-                "no training data; name some, for example data.train.0.path=pairs.jsonl on the command line"
-            )
+            return "no training data; name some, for example data.train.0.path=pairs.jsonl on the command line"
         case "missing":
             return "missing, and it has no default"
         case "model_type":

@@ -89,7 +89,10 @@ class Reconstruction(nn.Module):
             self.alpha, [pair.query for pair in pairs], [pair.document_targets for pair in pairs], exchange
         )
         document_to_query, exchanged_d2q = self._direction(
-            1 - self.alpha, [pair.document for pair in pairs], [pair.query_targets for pair in pairs], exchange
+            1 - self.alpha,
+            [pair.document for pair in pairs],
+            [pair.query_targets for pair in pairs],
+            exchange,
         )
         loss = self.alpha * query_to_document / N_D + (1 - self.alpha) * document_to_query / N_Q
         return ReconstructionOutput(
@@ -104,7 +107,7 @@ class Reconstruction(nn.Module):
         """
         ids = _pad(texts, self._device)  # (texts, length)
         last = torch.tensor([len(text) - 1 for text in texts], device=self._device)
-        states = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (texts, length, dim)
+        states: Tensor = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (texts, length, dim)
         return states[torch.arange(len(texts), device=self._device), last]
 
     def decode(self, embeddings: Tensor, targets: Sequence[Sequence[int]]) -> Tensor:
@@ -148,9 +151,11 @@ class Reconstruction(nn.Module):
             logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
             return F.cross_entropy(logits, chunk_targets, reduction="sum")
 
-        chunks = zip(states.split(HEAD_CHUNK_TOKENS), targets.split(HEAD_CHUNK_TOKENS), strict=True)
+        chunks = zip(torch.split(states, HEAD_CHUNK_TOKENS), torch.split(targets, HEAD_CHUNK_TOKENS), strict=True)
         losses = [
-            checkpoint(chunk_loss, *chunk, use_reentrant=False) if len(states) > HEAD_CHUNK_TOKENS else chunk_loss(*chunk)
+            checkpoint(chunk_loss, *chunk, use_reentrant=False)
+            if len(states) > HEAD_CHUNK_TOKENS
+            else chunk_loss(*chunk)
             for chunk in chunks
         ]
         return torch.stack(losses).sum()
@@ -219,9 +224,7 @@ class PairTokenizer:
         columns = zip(queries, documents, query_targets, document_targets, strict=True)
         return {"pairs": [TokenPair(*column) for column in columns]}
 
-    def read_and_write(
-        self, texts: Sequence[str], prompts: Sequence[str]
-    ) -> tuple[list[list[int]], list[list[int]]]:
+    def read_and_write(self, texts: Sequence[str], prompts: Sequence[str]) -> tuple[list[list[int]], list[list[int]]]:
         """The ids by which each text is encoded, and the ids that are to be written for it."""
         read = self.tokenizer(
             [prompt + text for prompt, text in zip(prompts, texts, strict=True)],

@@ -63,9 +63,7 @@ class Index:
         from sentence_transformers.util import semantic_search
 
         embedding = self.model.encode_query([query], convert_to_tensor=True)  # (1, dim)
-        [found] = semantic_search(
-            embedding, self._embeddings, top_k=top_k, score_function=self.model.similarity
-        )
+        [found] = semantic_search(embedding, self._embeddings, top_k=top_k, score_function=self.model.similarity)
         return [Hit(float(hit["score"]), *self._documents[int(hit["corpus_id"])]) for hit in found]
 
 

@@ -7,6 +7,7 @@ A run folder holds `recipe.yaml` (resolved), `run.json` (versions, device, data)
 import platform
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig
+from rich.console import Group
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from sentence_transformers.sentence_transformer.training_args import (
     BatchSamplers,
@@ -27,6 +29,8 @@ from anchorvec.contrastive import contrastive_datasets, contrastive_loss
 from anchorvec.data import Pairs, read_pairs, weighted
 from anchorvec.embedder import build_embedder, load_causal_lm, save_causal_lm, save_tokenizer
 from anchorvec.errors import AnchorvecError
+from anchorvec.evaluation import TaskScores, evaluate, scores_table
+from anchorvec.export import Exported, export, load_stage
 from anchorvec.files import new_folder, write_json
 from anchorvec.precision import default_device, resolve_precision
 from anchorvec.progress import OnLog, StageProgress
@@ -37,22 +41,51 @@ MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 """Tokens (padding included) whose activations are held at one time, where the recipe does not say."""
 
 
-def train(recipe: Recipe, *, on_log: OnLog | None = None) -> Path:
-    """Run the stages that `recipe` switches on and return the run folder, `recipe.output`.
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run made: its folder, the exported model, and the scores that its recipe asked for, by stage."""
 
-    `on_log` is called with every record that is also appended to `log.jsonl`. Raises AnchorvecError if the
-    output folder already holds a run, or if the recipe or its data cannot be used.
+    output: str
+    export: Exported
+    scores: dict[str, dict[str, TaskScores]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain JSON values."""
+        plain = {stage: {k: v.to_dict() for k, v in of_stage.items()} for stage, of_stage in self.scores.items()}
+        return asdict(self) | {"scores": plain}
+
+    def __rich__(self) -> Group:
+        tables = [scores_table(of_stage, title=stage) for stage, of_stage in self.scores.items()]
+        return Group(*tables, self.export)
+
+
+def train(recipe: Recipe, *, on_log: OnLog | None = None) -> TrainResult:
+    """Run the stages that `recipe` switches on, score them, and export the last one to `model` in the run folder.
+
+    The run folder is `recipe.output`. `on_log` is called with every record that is also appended to `log.jsonl`.
+    Raises AnchorvecError if the folder already holds a run, or if the recipe or its data cannot be used.
     """
     output = new_run_folder(recipe)
     pairs = load_training_data(recipe)
     save_recipe(recipe, output / "recipe.yaml")
     write_json(output / "run.json", describe_run(recipe, pairs))
     folder = build_base(recipe, output / "base")
+    stages = {"untrained": folder}
     if recipe.stage_one is not None:
-        folder = train_stage_one(recipe, folder, output / "stage_one", pairs, on_log=on_log)
+        stages["stage_one"] = train_stage_one(recipe, folder, output / "stage_one", pairs, on_log=on_log)
     if recipe.stage_two is not None:
-        train_stage_two(recipe, folder, output / "stage_two", pairs, on_log=on_log)
-    return output
+        start = stages.get("stage_one", folder)
+        stages["stage_two"] = train_stage_two(recipe, start, output / "stage_two", pairs, on_log=on_log)
+    scores = {}
+    settings = recipe.evaluation
+    if settings.data or settings.tasks:
+        for name, stage in stages.items():
+            scores[name] = evaluate(
+                load_stage(stage), data=settings.data, tasks=settings.tasks, batch_size=settings.batch_size
+            )
+            plain = {k: {task: v.to_dict() for task, v in of_stage.items()} for k, of_stage in scores.items()}
+            write_json(output / "scores.json", plain)
+    return TrainResult(str(output), export(output, output / "model"), scores)
 
 
 def new_run_folder(recipe: Recipe) -> Path:
@@ -170,10 +203,7 @@ def train_stage_two(
             )
         )
     datasets = contrastive_datasets(
-        {
-            source.name: weighted(pairs[source.name].dataset, source.weight, recipe.seed)
-            for source in recipe.data.train
-        },
+        {source.name: weighted(pairs[source.name].dataset, source.weight, recipe.seed) for source in recipe.data.train},
         negatives=stage.negatives,
     )
     trainer = ContrastiveTrainer(
@@ -189,7 +219,8 @@ def train_stage_two(
         callbacks=_callbacks(recipe, "Stage II", deadline, on_log),
     )
     if stage.gradient_checkpointing:
-        model[0].auto_model.gradient_checkpointing_enable({"use_reentrant": False})
+        body: Any = model[0].model
+        body.gradient_checkpointing_enable({"use_reentrant": False})
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     with new_folder(folder) as scratch:
@@ -304,7 +335,15 @@ def reconstruction_dataset(recipe: Recipe, pairs: Mapping[str, Pairs]) -> Datase
 
 def describe_run(recipe: Recipe, pairs: Mapping[str, Pairs]) -> dict[str, Any]:
     """What a reader needs to repeat the run, beside the recipe: versions, machine, seed, data."""
-    packages = ["anchorvec", "torch", "transformers", "sentence-transformers", "peft", "accelerate", "datasets"]
+    packages = [
+        "anchorvec",
+        "torch",
+        "transformers",
+        "sentence-transformers",
+        "peft",
+        "accelerate",
+        "datasets",
+    ]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return {
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},

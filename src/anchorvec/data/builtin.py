@@ -16,7 +16,9 @@ def builtin_rows(name: str) -> Iterator[dict[str, str]]:
     """The rows (query, positive, for some sets negative) of the data set `builtin:NAME`; the same at every call."""
     sets: dict[str, Callable[[], Iterator[dict[str, str]]]] = {"debug": _debug, "docstrings": _docstrings}
     if name.removeprefix(PREFIX) not in sets:
-        raise AnchorvecError(f"data.train: there is no {name}; the built-in data sets are {', '.join(map(PREFIX.__add__, sets))}")
+        raise AnchorvecError(
+            f"data.train: there is no {name}; the built-in data sets are {', '.join(map(PREFIX.__add__, sets))}"
+        )
     return sets[name.removeprefix(PREFIX)]()
 
 

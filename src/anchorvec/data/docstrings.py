@@ -1,8 +1,8 @@
 """Pairs from the documentation of this Python: a docstring's first sentence, and the rest of it.
 
-The corpus of `anchorvec quickstart`: present wherever our dependencies are, and nothing to download. Sources are read and
-parsed, never imported. How well a model finds the rest of a docstring from its summary is measured on whole packages that
-the training pairs leave out.
+The corpus of `anchorvec quickstart`: present wherever our dependencies are, and nothing to download.
+Sources are read and parsed, never imported. How well a model finds the rest of a docstring from its summary
+is measured on whole packages that the training pairs leave out.
 """
 
 import ast
@@ -38,12 +38,12 @@ MAX_DOCUMENT_CHARACTERS = 2_000
 MIN_DOCUMENT_CHARACTERS = 40
 MIN_DOCUMENT_WORDS = 8
 MAX_FILE_BYTES = 1_000_000  # larger ones are tables written by a program
-# Parsing takes most of the time: without the files that are less documentation than this, a third less, for a tenth of the pairs.
-MIN_DOCSTRING_SHARE = 0.1
+# Parsing takes most of the time, half of it for files with a smaller share, which hold a fifth of the pairs.
+MIN_DOCSTRING_SHARE = 0.15
 SHINGLE_WORDS = 8
 NEAR_DUPLICATE = 0.8  # Jaccard similarity of two documents' shingles, or of two queries' words
 
-# Tests say what they test, vendored copies repeat a package that may be held out; neither documents its own package.
+# Tests say what they test, and vendored copies repeat a package that may be held out.
 _SKIPPED_FOLDERS = {
     *("test", "tests", "testing", "_testing", "conftest", "benchmarks"),
     *("_vendor", "vendor", "vendored", "_vendored", "extern", "externals", "_extern", "third_party"),
@@ -51,20 +51,22 @@ _SKIPPED_FOLDERS = {
 }
 _SKIPPED_PACKAGES = {"anchorvec", "idlelib", "lib2to3", "ensurepip", "turtledemo", "antigravity", "this"}
 _TEST_FILE = re.compile(r"(test_.*|.*_test|conftest)\.py")
-# transformers writes 170 modelling files from others: the same docstrings again, and a quarter of the parsing time.
+# transformers writes 1,200 modelling files from others: 18 MB with the same docstrings again.
 _GENERATED = re.compile(rb"auto(matically |-)?generated|do not edit", re.IGNORECASE)
 # A summary is over where a blank line, a field list, a heading, a doctest or a list begins.
 _SUMMARY_END = re.compile(r"\n\s*\n|\n(?=\s*(?:[:@>*=~^.+-]|\d+[.)]\s|[A-Z]\w+:\s*$))", re.MULTILINE)
 _SENTENCE_END = re.compile(r"[.!?][\"'`)\]]*\s+(?=[A-Z`\"'(\[*:])")
-_ABBREVIATION = re.compile(r"(?:\b(?:e\.g|i\.e|etc|vs|cf|approx|resp|fig|eqs?|al|[a-z])|\.\.)\.$", re.IGNORECASE)
+_ABBREVIATION = re.compile(r"(?i:\b(?:e\.g|i\.e|etc|vs|cf|approx|resp|fig|eqs?|al|[a-z])|\.\.)\.$")
 _ROLE = re.compile(r":[\w:+-]+:`[~!]?([^`<]*?)(?:\s*<[^`]*>)?`")  # :class:`~a.B` and :ref:`text <target>`
+_FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
+_DOCUMENTED = ast.Module | ast.ClassDef | _FUNCTION
 _WORD = re.compile(r"[^\W_]+")
 _BOILERPLATE = re.compile(r"copyright|licen[sc]e|\ball rights reserved\b|auto-?generated", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class DocstringPair:
-    """A docstring's first sentence and its rest. `name` is dotted (module.Class.method), `package` its first part."""
+    """A docstring's first sentence and its rest; `name` is module.Class.method, `package` its first part."""
 
     query: str
     document: str
@@ -92,18 +94,19 @@ class _Scan:
 
 
 def docstring_pairs(packages: Iterable[str] | None = None) -> list[DocstringPair]:
-    """The pairs of the given top-level packages (default: the standard library and all that is installed), sorted by name.
+    """The pairs of these top-level packages, by default of Python and all that is installed, sorted by name.
 
-    The query is the first sentence on one line, without markup of roles and backticks and without its last period; the
-    document is the rest as it stands, at most 2,000 characters. Left out: short ones, documents that contain their query,
-    licences, second uses of a query or a document, and near-duplicates of an earlier document (Jaccard similarity of 8-word
-    shingles >= 0.8). Nothing is random. Raises AnchorvecError for a package that is not installed.
+    The query is the first sentence on one line, without role markup, backticks and its last period; the
+    document is the rest as it stands, at most 2,000 characters. Left out: short ones, documents that
+    contain their query, licences, second uses of a query or a document, near-duplicates of an earlier
+    document (Jaccard similarity of 8-word shingles >= 0.8), and whole files that are generated or hold
+    little documentation. Nothing is random. Raises AnchorvecError for a package that is not installed.
     """
     return _scan(_packages(), packages).pairs
 
 
 def _packages() -> dict[str, Path]:
-    """Each importable top-level name with its folder or file, in import order: standard library, then site-packages."""
+    """Each top-level name with its folder or file, found in the order of imports: standard library first."""
     roots = [Path(sysconfig.get_paths()["stdlib"])]
     roots += [Path(entry) for entry in sys.path if Path(entry).name in ("site-packages", "dist-packages")]
     packages: dict[str, Path] = {}
@@ -119,7 +122,7 @@ def _packages() -> dict[str, Path]:
     return packages
 
 
-def _scan(installed: dict[str, Path], names: Iterable[str] | None) -> _Scan:
+def _scan(installed: dict[str, Path], names: Iterable[str] | None, score: Sequence[DocstringPair] = ()) -> _Scan:
     names = sorted(installed if names is None else set(names))
     for name in names:
         if name not in installed:
@@ -135,13 +138,13 @@ def _scan(installed: dict[str, Path], names: Iterable[str] | None) -> _Scan:
                     if texts is not None:  # of a property's getter and setter, the first counts
                         pairs.setdefault(name, DocstringPair(*texts, package, name))
     counts["pairs before duplicates"] = len(pairs)
-    kept = _without_repeats([pairs[name] for name in sorted(pairs)], counts)
+    kept = _without_repeats([pairs[name] for name in sorted(pairs)], score, counts)
     return _Scan(kept, counts)
 
 
 @contextmanager
 def _quick_parsing() -> Iterator[None]:
-    """Silence about invalid escapes in others' sources, and no cyclic collection: a tenth of the time of a scan."""
+    """No warnings about others' invalid escapes, and no cyclic garbage collection, a tenth of the time."""
     collected = gc.isenabled()
     gc.disable()
     try:
@@ -168,7 +171,7 @@ def _modules(package: str, path: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _docstrings(module: str, path: Path, counts: Counter[str]) -> Iterator[tuple[str, str]]:
-    """Each dotted name that has a docstring, with it. A file that Python cannot parse is counted and gives nothing."""
+    """Each dotted name that has a docstring, with it. What is skipped or cannot be parsed is counted."""
     source = path.read_bytes()
     if len(source) > MAX_FILE_BYTES or _GENERATED.search(source, 0, 2_000):
         counts["generated files"] += 1
@@ -187,15 +190,15 @@ def _docstrings(module: str, path: Path, counts: Counter[str]) -> Iterator[tuple
 
 
 def _walk(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
-    """The docstrings of a module or class and of what it defines, also under `if` and `try`; not of inner functions."""
-    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+    """The raw docstrings of a module or class and what it defines, also under `if` and `try`."""
+    if isinstance(node, _DOCUMENTED):
         docstring = ast.get_docstring(node, clean=False)
         if docstring:
             yield name, docstring
-    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-        return
+        if isinstance(node, _FUNCTION):
+            return
     for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        if isinstance(child, _FUNCTION | ast.ClassDef):
             yield from _walk(child, f"{name}.{child.name}")
         elif isinstance(child, ast.If | ast.Try):
             yield from _walk(child, name)
@@ -233,8 +236,11 @@ def _normalised(text: str) -> str:
     return "".join(_WORD.findall(text.lower()))
 
 
-def _without_repeats(pairs: Sequence[DocstringPair], counts: Counter[str]) -> list[DocstringPair]:
-    """The pairs whose query and document are new: a query with two documents has no right answer."""
+def _without_repeats(
+    pairs: Sequence[DocstringPair], score: Sequence[DocstringPair], counts: Counter[str]
+) -> list[DocstringPair]:
+    """The pairs that repeat neither an earlier one nor the score set."""
+    # A query with two documents has no right answer: the first counts.
     queries: set[str] = set()
     documents: set[str] = set()
     new = []
@@ -245,39 +251,42 @@ def _without_repeats(pairs: Sequence[DocstringPair], counts: Counter[str]) -> li
         queries.add(query)
         documents.add(document)
     counts["duplicates"] += len(pairs) - len(new)
-    repeated = near_duplicates([pair.document for pair in new])
-    counts["near-duplicates"] += int(repeated.sum())
-    return [pair for pair, is_repeated in zip(new, repeated, strict=True) if not is_repeated]
+    near = near_duplicates([pair.document for pair in new], [pair.document for pair in score])
+    # Like queries ("A beta continuous random variable") may both be trained on, but not when one is scored.
+    asked = [pair.query for pair in score]
+    near |= near_duplicates([pair.query for pair in new], asked, width=1, among=False)
+    counts["near-duplicates"] += int(near.sum())
+    return [pair for pair, is_near in zip(new, near, strict=True) if not is_near]
 
 
 def near_duplicates(
-    texts: Sequence[str], width: int = SHINGLE_WORDS, reference: Sequence[str] | None = None
+    texts: Sequence[str], reference: Sequence[str] = (), *, width: int = SHINGLE_WORDS, among: bool = True
 ) -> NDArray[np.bool_]:
-    """Which texts resemble one of `reference`, or, without it, an earlier text that is kept: (len(texts),).
+    """Which texts resemble one of `reference` or, with `among`, an earlier text that is kept: (len(texts),).
 
-    Two texts do where the Jaccard similarity of their shingles, `width` consecutive words each, is 0.8 or more. Exact: such
-    sets share one of the rarest 0.2 n + 1 members of either (any common order will do), so few pairs need comparing.
+    Two texts do where the Jaccard similarity of their shingles, `width` consecutive words each, is 0.8 or
+    more. Exact: such sets share a member among the rarest 0.2 n + 1 of each, for any order that is common
+    to both, so few pairs need comparing.
     """
-    known = reference or ()
-    sets = _shingles([*known, *texts], width)
+    sets = _shingles([*reference, *texts], width)
     resembles = np.zeros(len(sets), dtype=bool)
     kept_with: dict[int, list[int]] = {}  # a shingle, and the kept texts that have it among their rarest
     for i, members in enumerate(sets):
         rarest = members[: len(members) - int(NEAR_DUPLICATE * len(members)) + 1].tolist()
-        if i >= len(known):
+        if i >= len(reference):
             for j in {j for shingle in rarest for j in kept_with.get(shingle, ())}:
                 common = len(np.intersect1d(members, sets[j], assume_unique=True))
                 if common >= NEAR_DUPLICATE * (len(members) + len(sets[j]) - common):
                     resembles[i] = True
                     break
-        if i < len(known) or (reference is None and not resembles[i]):
+        if i < len(reference) or (among and not resembles[i]):
             for shingle in rarest:
                 kept_with.setdefault(shingle, []).append(i)
-    return resembles[len(known) :]
+    return resembles[len(reference) :]
 
 
 def _shingles(texts: Sequence[str], width: int) -> list[NDArray[np.int64]]:
-    """Each text's set of shingles as a sorted array of ranks; rank 0 is the rarest of all. A short text is one shingle."""
+    """Each text's set of shingles as a sorted array of ranks, 0 the rarest. A short text is one shingle."""
     if not texts:
         return []
     numbers: defaultdict[str, int] = defaultdict(itertools.count(1).__next__)
@@ -309,25 +318,21 @@ def quickstart_data(
     n_queries: int = 500,
     n_documents: int = 1_200,
 ) -> DocstringData:
-    """Pairs to train on, and a score set from the held-out packages: `n_documents` of theirs, `n_queries` with their query.
+    """Training pairs, and a score set: `n_documents` of the held-out packages, `n_queries` of their queries.
 
-    Documents and queries are drawn with `random.Random(seed)` from the pairs sorted by name; the score set depends on the
-    held-out packages alone, not on what else is installed. No training pair is a near-duplicate of a document or a query in
-    it (8-word shingles of documents, words of queries, Jaccard similarity >= 0.8). With fewer pairs than asked for, all are
-    used. Raises AnchorvecError when a held-out package is not installed.
+    Both are drawn with `random.Random(seed)` from the pairs sorted by name, and depend on the held-out
+    packages alone, not on what else is installed. No training pair is a near-duplicate of the score set
+    (Jaccard similarity of the documents' 8-word shingles or of the queries' words >= 0.8). Fewer pairs than
+    asked for are all used, and `description` says so. Raises AnchorvecError when a held-out package is not
+    installed.
     """
     installed = _packages()
     held = _scan(installed, held_out)
-    others = _scan(installed, set(installed) - set(held_out))
-
     draw = random.Random(seed)
     drawn = draw.sample(held.pairs, min(n_documents, len(held.pairs)))
     score = sorted(drawn, key=lambda pair: pair.name)
     queries = sorted(drawn[:n_queries], key=lambda pair: pair.name)
-
-    near_score = near_duplicates([p.document for p in others.pairs], reference=[p.document for p in score])
-    near_score |= near_duplicates([p.query for p in others.pairs], 1, [p.query for p in score])
-    train = [pair for pair, near in zip(others.pairs, near_score, strict=True) if not near]
+    training = _scan(installed, set(installed) - set(held_out), score)
 
     asked = {pair.name for pair in queries}
     rows = [[pair.name, pair.query if pair.name in asked else "", pair.document] for pair in score]
@@ -340,21 +345,20 @@ def quickstart_data(
         "score_documents_asked_for": n_documents,
         "score_queries": len(queries),
         "score_queries_asked_for": n_queries,
-        "train_pairs": len(train),
-        "train_pairs_near_the_score_set": int(near_score.sum()),
-        "counts": {"train": dict(others.counts), "held_out": dict(held.counts)},
-        "packages": _describe_packages([*train, *score]),
+        "train_pairs": len(training.pairs),
+        "counts": {"train": dict(training.counts), "held_out": dict(held.counts)},
+        "packages": _describe_packages([*training.pairs, *score]),
     }
-    return DocstringData(train, score, queries, fingerprint, description)
+    return DocstringData(training.pairs, score, queries, fingerprint, description)
 
 
 def _describe_packages(pairs: Iterable[DocstringPair]) -> dict[str, dict[str, Any]]:
     """For each distribution (Python for the standard library): its version and how many pairs are from it."""
     distributions = importlib.metadata.packages_distributions()
-    counts = Counter(
-        "Python" if pair.package in sys.stdlib_module_names else distributions.get(pair.package, [pair.package])[0]
-        for pair in pairs
-    )
+    counts: Counter[str] = Counter()
+    for pair in pairs:
+        is_python = pair.package in sys.stdlib_module_names
+        counts["Python" if is_python else distributions.get(pair.package, [pair.package])[0]] += 1
     described = {}
     for name, count in sorted(counts.items()):
         try:
@@ -366,11 +370,11 @@ def _describe_packages(pairs: Iterable[DocstringPair]) -> dict[str, dict[str, An
 
 
 def write_beir(data: DocstringData, folder: str | Path) -> None:
-    """Write the score set as a BEIR folder: corpus.jsonl, queries.jsonl, qrels/test.tsv; each file appears whole."""
+    """Write the score set as a BEIR folder: corpus.jsonl, queries.jsonl and qrels/test.tsv."""
     folder = Path(folder)
-    corpus = [{"_id": p.name, "title": "", "text": p.document} for p in data.score]
-    queries = [{"_id": p.name, "title": "", "text": p.query} for p in data.queries]
-    judgements = ["query-id\tcorpus-id\tscore", *(f"{p.name}\t{p.name}\t1" for p in data.queries)]
-    write_text(folder / "corpus.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in corpus))
-    write_text(folder / "queries.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in queries))
-    write_text(folder / "qrels" / "test.tsv", "".join(line + "\n" for line in judgements))
+    corpus = [{"_id": pair.name, "title": "", "text": pair.document} for pair in data.score]
+    queries = [{"_id": pair.name, "title": "", "text": pair.query} for pair in data.queries]
+    for name, rows in (("corpus.jsonl", corpus), ("queries.jsonl", queries)):
+        write_text(folder / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    judgements = [f"{pair.name}\t{pair.name}\t1\n" for pair in data.queries]
+    write_text(folder / "qrels" / "test.tsv", "".join(["query-id\tcorpus-id\tscore\n", *judgements]))

@@ -65,9 +65,7 @@ def named_task(name: str) -> Any:
     try:
         return mteb.get_task(name)
     except KeyError as error:
-        raise AnchorvecError(
-            f"mteb has no task {name!r} ({error.args[0].removeprefix('KeyError: ')})"
-        ) from error
+        raise AnchorvecError(f"mteb has no task {name!r} ({error.args[0].removeprefix('KeyError: ')})") from error
 
 
 def encoder(model: SentenceTransformer, instruction: str | None) -> Any:
@@ -133,11 +131,7 @@ class Bm25:
             _words(list(queries["text"])), k=min(top_k, len(self._documents)), show_progress=False
         )  # (queries, k) each
         return {
-            query: {
-                self._documents[i]: float(score)
-                for i, score in zip(row, row_scores, strict=True)
-                if score > 0
-            }
+            query: {self._documents[i]: float(score) for i, score in zip(row, row_scores, strict=True) if score > 0}
             for query, row, row_scores in zip(queries["id"], found, scores, strict=True)
         }
 

@@ -70,9 +70,7 @@ def load_beir(folder: str | Path) -> BeirData:
         if document not in corpus:
             raise AnchorvecError(f"{place}: no document in corpus.jsonl has the id {document!r}")
         if qrels.setdefault(query, {}).setdefault(document, grade) != grade:
-            raise AnchorvecError(
-                f"{place}: query {query!r} and document {document!r} already have another score"
-            )
+            raise AnchorvecError(f"{place}: query {query!r} and document {document!r} already have another score")
     if not qrels:
         raise AnchorvecError(f"{path}: there is no judgement; write rows of query-id, corpus-id and score")
 

@@ -58,9 +58,7 @@ def evaluate(
         from anchorvec.loading import load_model
 
         # Names are looked up before anything is loaded or run, so that a misspelt one fails at once.
-        all_tasks = [_mteb.BeirTask(part) for part in collections] + [
-            _mteb.named_task(name) for name in tasks
-        ]
+        all_tasks = [_mteb.BeirTask(part) for part in collections] + [_mteb.named_task(name) for name in tasks]
         model = load_model(model)
         device, dtype = str(model.device), str(next(model.parameters()).dtype).removeprefix("torch.")
         encoder = _mteb.encoder(model, instruction)
@@ -86,15 +84,11 @@ def bm25_scores(data: str | Path | BeirData, *, seed: int = 0) -> TaskScores:
         start = time.perf_counter()
         outcome = _mteb.run(_mteb.Bm25(), _mteb.BeirTask(collection))
         seconds = time.perf_counter() - start
-    [scores] = _scores(
-        collection.name, outcome, device="cpu", dtype="float32", seconds=seconds, seed=seed
-    ).values()
+    [scores] = _scores(collection.name, outcome, device="cpu", dtype="float32", seconds=seconds, seed=seed).values()
     return scores
 
 
-def _scores(
-    name: str, outcome: Any, *, device: str, dtype: str, seconds: float, seed: int
-) -> dict[str, TaskScores]:
+def _scores(name: str, outcome: Any, *, device: str, dtype: str, seconds: float, seed: int) -> dict[str, TaskScores]:
     """One entry for a task, or one for each ranking where it has several; these share the task's seconds."""
     if not outcome.rankings:
         return {name: TaskScores(outcome.main_score, {}, {}, 0, 0, device, dtype, seconds)}
@@ -103,8 +97,7 @@ def _scores(
         f"{name}/{ranking.split}/{ranking.subset}" if several else name: TaskScores(
             main_score=outcome.main_score,
             metrics={
-                metric: bootstrap_interval(list(getattr(ranking, metric).values()), seed=seed)
-                for metric in METRICS
+                metric: bootstrap_interval(list(getattr(ranking, metric).values()), seed=seed) for metric in METRICS
             },
             per_query=ranking.ndcg_at_10,
             queries=len(ranking.ndcg_at_10),

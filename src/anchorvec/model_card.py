@@ -1,0 +1,118 @@
+"""The README of an exported model: how to use it, and how it was made."""
+
+import json
+from pathlib import Path
+
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+from sentence_transformers import SentenceTransformer
+
+_TEMPLATE = """\
+---
+{{ card_data }}
+---
+
+# {{ name }}
+
+A text embedder made from `{{ base }}` with anchorvec: {{ stages }}. It maps a text of up to {{ max_tokens }} tokens to
+{{ dimensions }} numbers, read at the last token of the text, which the tokenizer itself adds. Similarity is the cosine.
+
+```python
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("{{ name }}")
+queries = model.encode_query(["how do I join two tables?"])
+documents = model.encode_document(["Merge DataFrame objects with a database-style join."])
+print(model.similarity(queries, documents))
+```
+
+Prompts stored with the model:
+{% for key, prompt in prompts.items() %}
+- `{{ key }}`: `{{ prompt | tojson }}`
+{%- endfor %}
+
+{{ ability }}
+
+## Scores
+{% if scores %}
+| system | task | main score | 95% interval |
+| --- | --- | --- | --- |
+{%- for system, tasks in scores.items() %}{% for task, score in tasks.items() %}
+| {{ system }} | {{ task }} | {{ "%.3f" | format(score.main_score) }} | {{ intervals(score) }} |
+{%- endfor %}{% endfor %}
+
+{{ score_set }}
+{% else %}
+None were taken in this run.
+{% endif %}
+## Recipe
+
+```yaml
+{{ recipe }}
+```
+
+## Versions, machine and data
+
+```json
+{{ run }}
+```
+"""
+
+
+def model_card(stage: Path, model: SentenceTransformer, *, name: str, writes: bool) -> str:
+    """The card of the model that was trained in the folder `stage` of a run, with the run's recipe, data and scores.
+
+    `writes` says whether the folder still holds the LM head that `anchorvec decode` needs (T26).
+    """
+    run_folder = stage.parent
+    recipe_text = _read(run_folder / "recipe.yaml") or "# not saved beside the model"
+    run_text = _read(run_folder / "run.json") or "{}"
+    scores = json.loads(_read(run_folder / "scores.json") or "{}")
+    recipe = yaml.safe_load(recipe_text) or {}
+    recipe.pop("output", None)  # a path of the machine that trained
+    base = recipe.get("model", {}).get("base", "a decoder LLM")
+    stages = {
+        "stage_one": "Stage I, bidirectional reconstruction",
+        "stage_two": "Stage II, contrastive learning",
+    }
+    trained = [text for key, text in stages.items() if recipe.get(key)]
+    card = ModelCard.from_template(
+        ModelCardData(
+            library_name="sentence-transformers",
+            pipeline_tag="sentence-similarity",
+            tags=["sentence-transformers", "feature-extraction", "anchorvec"],
+        ),
+        template_str=_TEMPLATE,
+        name=name,
+        base=base,
+        stages=", then ".join(trained) or "not trained yet",
+        max_tokens=model.max_seq_length,
+        dimensions=model.get_embedding_dimension(),
+        prompts=model.prompts,
+        ability=(
+            "This folder is also a causal LM: `anchorvec decode` writes texts back from their embeddings."
+            if writes
+            else "This folder holds no LM head: it can no longer write texts back from their embeddings."
+        ),
+        scores=scores,
+        intervals=lambda score: (
+            "{:.3f} to {:.3f}".format(*score["ndcg_at_10_interval"]) if "ndcg_at_10_interval" in score else ""
+        ),
+        score_set=_describe_score_set(json.loads(run_text).get("score_set")),
+        recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).strip(),
+        run=run_text.strip(),
+    )
+    return str(card)
+
+
+def _describe_score_set(score_set: dict[str, object] | None) -> str:
+    if score_set is None:
+        return ""
+    return (
+        f"{score_set['score_queries']} docstring summaries against {score_set['score_documents']} docstring bodies of the "
+        "held-out packages named below; fingerprint and versions there too."
+    )
+
+
+def _read(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8") if path.is_file() else None

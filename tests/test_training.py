@@ -1,0 +1,209 @@
+"""Both stages through the trainers, on the tiny model and the toy corpus."""
+
+import copy
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
+from transformers import TrainingArguments
+
+from anchorvec.contrastive import contrastive_datasets, contrastive_loss
+from anchorvec.decode import decode
+from anchorvec.embedder import build_embedder
+from anchorvec.errors import AnchorvecError
+from anchorvec.export import export, load_stage
+from anchorvec.recipe import load_recipe
+from anchorvec.reconstruction import Reconstruction
+from anchorvec.training import ReconstructionTrainer, stored_prompts, train
+from conftest import make_model
+from test_reconstruction import gradients, make_pairs
+
+QUICK = ["stage_one.steps=3", "stage_two.steps=3", "stage_one.warmup_steps=1", "stage_two.warmup_steps=1"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run of the recipe `debug`, cut to three steps a stage, with LoRA in Stage II."""
+    output = tmp_path_factory.mktemp("run") / "run"
+    lora = ["stage_two.lora.r=4", "stage_two.lora.alpha=8"]
+    train(load_recipe("debug", [f"output={output}", *QUICK, *lora]))
+    return output
+
+
+def test_a_run_leaves_every_stage_and_can_be_rerun(run, tmp_path):
+    """A run folder holds recipe, versions, log, each stage and the export; its recipe gives the same weights again."""
+    for name in ["recipe.yaml", "run.json", "log.jsonl", "base", "stage_one", "stage_two", "model"]:
+        assert (run / name).exists(), name
+    again = tmp_path / "again"
+    train(load_recipe(run / "recipe.yaml", [f"output={again}"]))
+    for weights in [
+        "stage_one/model.safetensors",
+        "stage_two/adapter_model.safetensors",
+        "model/model.safetensors",
+    ]:
+        first, second = load_file(run / weights), load_file(again / weights)
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[key], second[key]) for key in first), weights
+
+
+def test_the_log_has_both_directions_and_the_exchange_gap(run):
+    """From the first step of Stage I each record shows both losses and how much they need the embedding."""
+    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    first = records[0]
+    assert first["stage"] == "Stage I"
+    assert first["step"] == 1
+    for key in [
+        "query_to_document",
+        "document_to_query",
+        "exchange_query_to_document",
+        "exchange_document_to_query",
+    ]:
+        assert isinstance(first[key], float)
+    assert first["loss"] == pytest.approx(0.2 * first["query_to_document"] + 0.8 * first["document_to_query"], rel=1e-4)
+    assert records[-1]["stage"] == "Stage II"
+
+
+def test_a_used_output_folder_is_refused(run):
+    """A second run into the same folder fails and changes nothing."""
+    before = sorted(path.name for path in run.iterdir())
+    with pytest.raises(AnchorvecError, match="is in use"):
+        train(load_recipe("debug", [f"output={run}"]))
+    assert sorted(path.name for path in run.iterdir()) == before
+
+
+@pytest.mark.parametrize("off", ["stage_one", "stage_two"])
+def test_either_stage_can_be_switched_off(off, tmp_path):
+    """With one stage null the other runs alone, and its model is exported."""
+    steps = [part for part in QUICK if not part.startswith(off)]
+    train(load_recipe("debug", [f"output={tmp_path / 'run'}", f"{off}=null", *steps]))
+    assert not (tmp_path / "run" / off).exists()
+    SentenceTransformer(str(tmp_path / "run" / "model"), device="cpu").encode(["text"])
+
+
+def test_the_micro_batch_budget_does_not_change_training(tmp_path):
+    """Five steps of fp32 SGD end in the same weights to 1e-5, whatever the token budget."""
+    start = make_model().float()
+    ends = []
+    for budget in (30, 100, 100_000):
+        model = copy.deepcopy(start)
+        trainer = ReconstructionTrainer(
+            model=Reconstruction(model),
+            args=TrainingArguments(
+                output_dir=str(tmp_path),
+                max_steps=5,
+                per_device_train_batch_size=4,
+                learning_rate=0.1,
+                optim="sgd",
+                report_to="none",
+                save_strategy="no",
+                disable_tqdm=True,
+                remove_unused_columns=False,
+                use_cpu=True,
+            ),
+            train_dataset=Dataset.from_dict({"index": list(range(20))}),
+            data_collator=lambda rows: {"pairs": [make_pairs(20)[row["index"]] for row in rows]},
+            micro_batch_tokens=budget,
+        )
+        trainer.train()
+        ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert (ends[0] - torch.cat([p.detach().flatten() for p in start.parameters()])).abs().max() > 1e-3
+    torch.testing.assert_close(ends[1], ends[0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(ends[2], ends[0], atol=1e-5, rtol=0)
+
+
+def test_the_cached_loss_equals_the_plain_one(tmp_path):
+    """Stage II's loss and gradient do not depend on the mini-batch size, None included."""
+    model = SentenceTransformer(str(build_embedder("tiny", tmp_path / "base", max_tokens=32)), device="cpu").double()
+    texts = [["one", "two two", "three"], ["a", "bb bb", "ccc"], ["x", "y y", "z"]]
+    losses, found = [], []
+    for size in (None, 1, 2):
+        loss = contrastive_loss(model, temperature=0.1, mini_batch_size=size)
+        value = loss([dict(model.tokenize(column)) for column in texts], None)
+        losses.append(value)
+        found.append(gradients(model, value))
+    for value, gradient in zip(losses[1:], found[1:], strict=True):
+        torch.testing.assert_close(value, losses[0])
+        for name, expected in found[0].items():
+            torch.testing.assert_close(gradient[name], expected, atol=1e-8, rtol=1e-6)
+
+
+def test_rows_with_and_without_negatives_become_two_datasets():
+    """A batch has the same columns in every row, so the data set is split where only some rows have negatives."""
+    rows = Dataset.from_dict({"query": ["q1", "q2"], "positive": ["p1", "p2"], "negatives": [["n1", "n2", "n3"], []]})
+    arranged = contrastive_datasets({"set": rows}, negatives=2)
+    assert arranged["set"].to_list() == [{"query": "q2", "positive": "p2"}]
+    assert arranged["set+negatives"].to_list() == [
+        {"query": "q1", "positive": "p1", "negative_1": "n1", "negative_2": "n2"}
+    ]
+    assert list(contrastive_datasets({"set": rows}, negatives=0)) == ["set"]
+
+
+def test_instructions_reach_the_model_as_prompts(tmp_path):
+    """The instruction of the recipe is stored as the query prompt, in every stage and in the export (T15)."""
+    instruction = "data.train.0.instruction='Instruct: find it\nQuery: '"
+    recipe = load_recipe("debug", [f"output={tmp_path / 'run'}", *QUICK, instruction])
+    assert stored_prompts(recipe)["query"] == recipe.data.train[0].instruction
+    train(recipe)
+    model = SentenceTransformer(str(tmp_path / "run" / "model"), device="cpu")
+    assert model.prompts["query"] == recipe.data.train[0].instruction
+    assert model.prompts["document"] == ""
+
+
+def test_export_merges_lora_and_is_compared(run, tmp_path):
+    """The export holds no adapter, and gives the vectors of the run's adapter over Stage I."""
+    result = export(run, tmp_path / "model", texts=["a further probe"])
+    assert min(result.sentence_transformers, result.transformers) >= 0.9999
+    assert not list((tmp_path / "model").glob("adapter*"))
+    texts = ["one", "another text"]
+    expected = load_stage(run / "stage_two", merge=False).encode(texts)
+    found = SentenceTransformer(str(tmp_path / "model"), device="cpu").encode(texts)
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), atol=1e-5, rtol=1e-5)
+    started = load_stage(run / "stage_one").encode(texts)
+    assert abs(started - expected).max() > 1e-4  # the adapter does something
+
+
+def test_export_fails_where_vectors_differ_and_deletes_nothing(run, tmp_path, monkeypatch):
+    """If a program gives other vectors the export is refused, no folder appears, and the run stays."""
+    monkeypatch.setattr("anchorvec.export.encode_with_transformers", lambda folder, texts: torch.randn(len(texts), 64))
+    with pytest.raises(AnchorvecError, match="in transformers the vectors"):
+        export(run, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    assert (run / "stage_two" / "adapter_model.safetensors").exists()
+
+
+def test_a_stage_one_export_can_still_write(run, tmp_path):
+    """Exporting Stage I keeps the LM head (T26), so decode works; after Stage II it says plainly that it cannot."""
+    assert export(run / "stage_one", tmp_path / "one").can_write
+    decode(tmp_path / "one", "text", max_tokens=2)
+    assert not export(run / "stage_two", tmp_path / "two").can_write
+    with pytest.raises(AnchorvecError, match="can no longer write"):
+        decode(tmp_path / "two", "text")
+
+
+@pytest.mark.slow
+def test_stage_one_learns_to_write_documents_back(tmp_path):
+    """After some hundred steps on the toy corpus, the model writes the document from the query's embedding alone."""
+    train(
+        load_recipe(
+            "debug",
+            [f"output={tmp_path / 'run'}", "stage_two=null", "stage_one.steps=600", "stage_one.alpha=0.5"],
+        )
+    )
+    written = decode(tmp_path / "run" / "stage_one", "mice for the lynx of the canyon")
+    assert written.text == "By the canyon lives the lynx. It eats mice."
+
+
+def test_one_batch_overfits():
+    """Adam on a single batch drives the loss towards zero: the embeddings carry whole texts."""
+    model, pairs = make_model().float().train(), make_pairs(4)
+    objective = Reconstruction(model, alpha=0.5)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(150):
+        loss = objective(pairs).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.05
