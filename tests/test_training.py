@@ -11,10 +11,10 @@ from sentence_transformers import SentenceTransformer
 from transformers import TrainingArguments
 
 from anchorvec.contrastive import contrastive_datasets, contrastive_loss
-from anchorvec.decode import decode
+from anchorvec.decoding import decode
 from anchorvec.embedder import build_embedder
 from anchorvec.errors import AnchorvecError
-from anchorvec.export import export, load_stage
+from anchorvec.exporting import export, load_stage
 from anchorvec.recipe import load_recipe
 from anchorvec.reconstruction import Reconstruction
 from anchorvec.training import ReconstructionTrainer, stored_prompts, train
@@ -167,7 +167,9 @@ def test_export_merges_lora_and_is_compared(run, tmp_path):
 
 def test_export_fails_where_vectors_differ_and_deletes_nothing(run, tmp_path, monkeypatch):
     """If a program gives other vectors the export is refused, no folder appears, and the run stays."""
-    monkeypatch.setattr("anchorvec.export.encode_with_transformers", lambda folder, texts: torch.randn(len(texts), 64))
+    monkeypatch.setattr(
+        "anchorvec.exporting.encode_with_transformers", lambda folder, texts: torch.randn(len(texts), 64)
+    )
     with pytest.raises(AnchorvecError, match="in transformers the vectors"):
         export(run, tmp_path / "model")
     assert not (tmp_path / "model").exists()

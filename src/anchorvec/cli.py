@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from anchorvec.errors import AnchorvecError
 
@@ -33,7 +34,7 @@ def main() -> None:
     try:
         app()
     except AnchorvecError as error:
-        Console(stderr=True).print("[bold red]error:[/]", str(error), highlight=False, soft_wrap=True, markup=True)
+        Console(stderr=True).print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
         sys.exit(2)
 
 
@@ -46,8 +47,8 @@ def quickstart(
     json_file: JsonFile = None,
 ) -> None:
     """The whole job on this machine: train, score before and after, export, and a search prompt to try it."""
-    from anchorvec.quickstart import quickstart as run
-    from anchorvec.search import search as ask
+    from anchorvec.quickstarting import quickstart as run
+    from anchorvec.searching import search as ask
 
     _quiet()
     result = run(output, minutes=minutes, seed=seed, stage_one=stage_one)
@@ -71,7 +72,7 @@ def train(recipe: RecipeName, overrides: Overrides = None, json_file: JsonFile =
 @app.command(epilog="Example: anchorvec plan paper/llama-3.2-1b data.train.0.path=pairs.jsonl")
 def plan(recipe: RecipeName, overrides: Overrides = None, json_file: JsonFile = None) -> None:
     """Show what a recipe would do: recipe, parameters, tokens, disk, a decoded batch. Trains nothing."""
-    from anchorvec.plan import plan as run
+    from anchorvec.planning import plan as run
     from anchorvec.recipe import load_recipe
 
     _quiet()
@@ -110,14 +111,14 @@ def search(
     """Ask a corpus in the terminal."""
     from dataclasses import asdict
 
-    from anchorvec.search import print_hits
-    from anchorvec.search import search as run
+    from anchorvec.searching import print_hits
+    from anchorvec.searching import search as run
 
     _quiet()
     found = run(model, corpus, query, top_k, show_progress_bar=True)
     if query:
         for text, hits in found.items():
-            console.print(f"[bold]{text}[/]")
+            console.print(Text(text, style="bold"))
             print_hits(console, hits)
     _write(json_file, {text: [asdict(hit) for hit in hits] for text, hits in found.items()})
 
@@ -134,7 +135,7 @@ def decode(
     json_file: JsonFile = None,
 ) -> None:
     """Show what an embedding says: the text the model writes from the vector alone."""
-    from anchorvec.decode import decode as run
+    from anchorvec.decoding import decode as run
 
     _quiet()
     _finish(run(model, text, side=side, max_tokens=max_tokens, beams=beams), json_file)
@@ -147,7 +148,7 @@ def export(
     json_file: JsonFile = None,
 ) -> None:
     """Write one self-contained folder with LoRA merged, compared with the run vector by vector."""
-    from anchorvec.export import export as run_export
+    from anchorvec.exporting import export as run_export
 
     _quiet()
     _finish(run_export(run, out), json_file)

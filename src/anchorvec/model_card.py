@@ -109,8 +109,8 @@ def _describe_score_set(score_set: dict[str, object] | None) -> str:
     if score_set is None:
         return ""
     return (
-        f"{score_set['score_queries']} docstring summaries against {score_set['score_documents']} docstring bodies of the "
-        "held-out packages named below; fingerprint and versions there too."
+        f"{score_set['score_queries']} docstring summaries against {score_set['score_documents']} docstring bodies "
+        "of the held-out packages named below; fingerprint and versions there too."
     )
 
 

@@ -30,7 +30,7 @@ from anchorvec.data import Pairs, read_pairs, weighted
 from anchorvec.embedder import build_embedder, load_causal_lm, save_causal_lm, save_tokenizer
 from anchorvec.errors import AnchorvecError
 from anchorvec.evaluation import TaskScores, evaluate, scores_table
-from anchorvec.export import Exported, export, load_stage
+from anchorvec.exporting import Exported, export, load_stage
 from anchorvec.files import new_folder, write_json
 from anchorvec.precision import default_device, resolve_precision
 from anchorvec.progress import OnLog, StageProgress
@@ -306,6 +306,9 @@ class ContrastiveTrainer(SentenceTransformerTrainer):
     """sentence-transformers' trainer; it also counts the tokens that it reads."""
 
     tokens_seen = 0
+
+    def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
+        """Leave out the library's model card, which encodes examples and asks the hub; `export` writes one."""
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None

@@ -10,7 +10,7 @@ from sentence_transformers import SentenceTransformer
 
 from anchorvec.embedder import build_embedder
 from anchorvec.errors import AnchorvecError
-from anchorvec.search import Hit, Index, prompt_loop, read_corpus, search
+from anchorvec.searching import Hit, Index, prompt_loop, read_corpus, search
 
 DOCUMENTS = {
     "a": "The cat sleeps.",

@@ -54,7 +54,8 @@ class Exported:
         writes = "it can still write (anchorvec decode)" if self.can_write else "it can no longer write"
         return (
             f"{self.folder}: the same vectors as the run on {self.texts} texts, least cosine "
-            f"{self.sentence_transformers:.6f} in sentence-transformers, {self.transformers:.6f} in transformers; {writes}"
+            f"{self.sentence_transformers:.6f} in sentence-transformers, {self.transformers:.6f} in transformers; "
+            f"{writes}"
         )
 
 
