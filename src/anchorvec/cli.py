@@ -157,6 +157,7 @@ def export(
 def _quiet() -> None:
     """Keep the libraries' own bars and notes off the terminal; ours say what matters."""
     import logging
+    import warnings
 
     from datasets.utils.logging import disable_progress_bar as disable_datasets_bar
     from transformers.utils import logging as transformers_logging
@@ -165,6 +166,7 @@ def _quiet() -> None:
     transformers_logging.disable_progress_bar()
     disable_datasets_bar()
     logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 def _finish(result: Any, json_file: Path | None) -> None:

@@ -6,10 +6,12 @@ tokenizer's own post-processor, so `tokenizer.json` carries it into every progra
 """
 
 import importlib.util
+import io
 import json
 import shutil
 import tempfile
 from collections.abc import Mapping
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -302,7 +304,8 @@ def _load_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     where: dict[str, Any] = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     # AutoTokenizer would parse the whole file once more, for a config that is not needed.
     tokenizer = PreTrainedTokenizerFast.from_pretrained(**where)
-    quantized = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    with redirect_stderr(io.StringIO()):  # a progress bar that no setting turns off
+        quantized = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     # A model read from GGUF is marked as quantised and refuses to be saved; a fresh one on its weights may.
     settings = {k: v for k, v in quantized.config.to_dict().items() if k != "quantization_config"}
     config = type(quantized.config).from_dict(settings)

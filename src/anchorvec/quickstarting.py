@@ -175,16 +175,17 @@ def plan_steps(recipe: Recipe, start: Path, pairs: Mapping[str, Pairs], *, secon
         "stage_two": statistics.mean(len(pair.query) + len(pair.document) for pair in batch),
     }
     planned = {}
-    for name, speed in speeds.items():
+    for name, speed in speeds.items():  # Stage I first: Stage II gets what it leaves
         stage: StageOne | StageTwo = getattr(recipe, name)
-        share = 1.0 if len(speeds) == 1 else STAGE_ONE_SHARE if name == "stage_one" else 1 - STAGE_ONE_SHARE
-        steps = int(share * seconds * speed / (tokens[name] * stage.pairs_per_step))
-        if steps < 1:
-            raise AnchorvecError(
-                f"the time is too short: {max(seconds, 0):.0f} s are left for training, less than a step of {name}; "
-                "give more --minutes"
-            )
-        planned[name] = stage.model_copy(update={"steps": steps, "warmup_steps": steps // 10})
+        share = STAGE_ONE_SHARE if name == "stage_one" and len(speeds) > 1 else 1.0
+        seconds_per_step = tokens[name] * stage.pairs_per_step / speed
+        steps = max(1, int(share * seconds / seconds_per_step))
+        planned[name] = stage.model_copy(update={"steps": steps, "warmup_steps": steps // 20})
+        seconds -= steps * seconds_per_step
+    if seconds < 0:
+        raise AnchorvecError(
+            f"the time is too short: for one step of each stage {-seconds:.0f} s are missing; give more --minutes"
+        )
     return recipe.model_copy(update=planned)
 
 
