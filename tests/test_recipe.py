@@ -455,7 +455,6 @@ recipes = st.builds(
         revision=st.none() | texts,
         max_tokens=st.integers(8, 10**6),
         end=st.just("token") | st.builds(EndPrompt, before=texts, after=texts.filter(bool)),
-        trust_remote_code=st.booleans(),
     ),
     data=st.builds(
         DataSettings,

@@ -14,7 +14,8 @@ from anchorvec.contrastive import contrastive_datasets, contrastive_loss
 from anchorvec.decoding import decode
 from anchorvec.embedder import build_embedder
 from anchorvec.errors import AnchorvecError
-from anchorvec.exporting import export, load_stage
+from anchorvec.exporting import export
+from anchorvec.loading import load_model
 from anchorvec.recipe import load_recipe
 from anchorvec.reconstruction import Reconstruction
 from anchorvec.training import ReconstructionTrainer, stored_prompts, train
@@ -133,12 +134,12 @@ def test_the_cached_loss_equals_the_plain_one(tmp_path):
 def test_rows_with_and_without_negatives_become_two_datasets():
     """A batch has the same columns in every row, so the data set is split where only some rows have negatives."""
     rows = Dataset.from_dict({"query": ["q1", "q2"], "positive": ["p1", "p2"], "negatives": [["n1", "n2", "n3"], []]})
-    arranged = contrastive_datasets({"set": rows}, negatives=2)
+    arranged = contrastive_datasets("set", rows, negatives=2)
     assert arranged["set"].to_list() == [{"query": "q2", "positive": "p2"}]
     assert arranged["set+negatives"].to_list() == [
         {"query": "q1", "positive": "p1", "negative_1": "n1", "negative_2": "n2"}
     ]
-    assert list(contrastive_datasets({"set": rows}, negatives=0)) == ["set"]
+    assert list(contrastive_datasets("set", rows, negatives=0)) == ["set"]
 
 
 def test_instructions_reach_the_model_as_prompts(tmp_path):
@@ -158,10 +159,10 @@ def test_export_merges_lora_and_is_compared(run, tmp_path):
     assert min(result.sentence_transformers, result.transformers) >= 0.9999
     assert not list((tmp_path / "model").glob("adapter*"))
     texts = ["one", "another text"]
-    expected = load_stage(run / "stage_two", merge=False).encode(texts)
+    expected = load_model(run / "stage_two", merge=False).encode(texts)
     found = SentenceTransformer(str(tmp_path / "model"), device="cpu").encode(texts)
     torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), atol=1e-5, rtol=1e-5)
-    started = load_stage(run / "stage_one").encode(texts)
+    started = load_model(run / "stage_one").encode(texts)
     assert abs(started - expected).max() > 1e-4  # the adapter does something
 
 
@@ -183,6 +184,104 @@ def test_a_stage_one_export_can_still_write(run, tmp_path):
     assert not export(run / "stage_two", tmp_path / "two").can_write
     with pytest.raises(AnchorvecError, match="can no longer write"):
         decode(tmp_path / "two", "text")
+
+
+def write_rows(path, rows):
+    """Write `rows` as JSON Lines and return the path."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_several_datasets_with_weights_instructions_and_negatives(tmp_path):
+    """Both stages train on a mix; every instruction is stored under the name of its data set."""
+    one = write_rows(tmp_path / "one.jsonl", [{"query": f"q{i}", "positive": f"p{i}"} for i in range(40)])
+    rows = [{"query": f"a{i}", "positive": f"b{i}", **({"negative": f"c{i}"} if i % 2 else {})} for i in range(40)]
+    two = write_rows(tmp_path / "two.jsonl", rows)
+    mixed = (
+        f"data.train=[{{path: {one}, instruction: 'one ', weight: 0.5}}, "
+        f"{{path: {two}, instruction: 'two ', document_instruction: 'doc '}}]"
+    )
+    sizes = ["stage_one.pairs_per_step=4", "stage_two.pairs_per_step=4", "stage_one.gradient_checkpointing=true"]
+    recipe = load_recipe("debug", [f"output={tmp_path / 'run'}", mixed, *QUICK, *sizes])
+    train(recipe)
+    prompts = SentenceTransformer(str(tmp_path / "run" / "model"), device="cpu").prompts
+    assert prompts == {
+        **{"query": "", "one-query": "one ", "two-query": "two "},
+        **{"document": "", "one-document": "", "two-document": "doc "},
+    }
+
+
+def test_a_dataset_smaller_than_a_step_is_refused(tmp_path):
+    """Too few rows for one step are an error that names the key, not a run that trains nothing."""
+    rows = write_rows(tmp_path / "few.jsonl", [{"query": f"q{i}", "positive": f"p{i}"} for i in range(5)])
+    for off, stage in [("stage_two", "stage_one"), ("stage_one", "stage_two")]:
+        recipe = load_recipe("debug", [f"output={tmp_path / stage}", f"data.train=[{{path: {rows}}}]", f"{off}=null"])
+        with pytest.raises(AnchorvecError, match=rf"{stage}.pairs_per_step: 16 is more than the 5 rows"):
+            train(recipe)
+
+
+def test_repeated_texts_do_not_end_a_stage_unnoticed(tmp_path):
+    """Where batches without duplicates run out before the planned steps, the run fails instead of stopping early."""
+    rows = [{"query": f"q{i % 3}", "positive": f"p{i}"} for i in range(64)]
+    path = write_rows(tmp_path / "same.jsonl", rows)
+    few = ["stage_one=null", "stage_two.pairs_per_step=16", "stage_two.steps=2", "stage_two.warmup_steps=0"]
+    with pytest.raises(AnchorvecError, match="repeat texts"):
+        train(load_recipe("debug", [f"output={tmp_path / 'run'}", f"data.train=[{{path: {path}}}]", *few]))
+
+
+def test_an_instruction_without_room_for_a_text_is_refused(tmp_path):
+    """An instruction that fills the limit is an error that names its key."""
+    long = f"data.train.0.instruction={'x' * 70}"
+    with pytest.raises(AnchorvecError, match=r"data.train.0.instruction: it leaves no room"):
+        train(load_recipe("debug", [f"output={tmp_path / 'run'}", long, *QUICK]))
+
+
+def test_the_seed_decides_new_lora_weights(tmp_path):
+    """Stage II alone: the same seed gives the same adapter, another seed another one."""
+    found = {}
+    for name, seed in [("a", 0), ("b", 0), ("c", 1)]:
+        few = ["stage_one=null", "stage_two.steps=2", "stage_two.warmup_steps=0", "stage_two.lora.r=4"]
+        train(load_recipe("debug", [f"output={tmp_path / name}", f"seed={seed}", *few]))
+        found[name] = load_file(tmp_path / name / "stage_two" / "adapter_model.safetensors")
+    key = next(key for key in found["a"] if "lora_A" in key)
+    assert torch.equal(found["a"][key], found["b"][key])
+    assert not torch.equal(found["a"][key], found["c"][key])
+
+
+def test_a_positive_of_the_same_query_is_no_negative():
+    """A text that another row has as positive of the same query is left out of the negatives (T16)."""
+    rows = Dataset.from_dict({"query": ["q", "q"], "positive": ["p1", "p2"], "negatives": [["p2", "n"], ["p1"]]})
+    arranged = contrastive_datasets("set", rows, negatives=1)
+    assert arranged["set+negatives"].to_list() == [{"query": "q", "positive": "p1", "negative_1": "n"}]
+    assert arranged["set"].to_list() == [{"query": "q", "positive": "p2"}]
+
+
+def test_the_card_names_recipe_stages_and_what_the_folder_can_do(run, tmp_path):
+    """The exported card says which stages were trained, how to use the model, and nothing of the machine's paths."""
+    export(run, tmp_path / "two")
+    export(run / "stage_one", tmp_path / "one")
+    last, first = ((tmp_path / name / "README.md").read_text() for name in ("two", "one"))
+    assert "Stage I, bidirectional reconstruction, then Stage II" in last
+    assert "then Stage II" not in first
+    assert "holds no LM head" in last
+    assert "also a causal LM" in first
+    assert str(run) not in last
+    assert "temperature: 0.05" in last
+
+
+def test_scores_are_taken_when_the_recipe_asks(tmp_path):
+    """`evaluation.data` scores every stage; a missing folder fails before anything is trained."""
+    folder = tmp_path / "beir"
+    (folder / "qrels").mkdir(parents=True)
+    write_rows(folder / "corpus.jsonl", [{"_id": f"d{i}", "title": "", "text": f"text {i}"} for i in range(5)])
+    write_rows(folder / "queries.jsonl", [{"_id": "q", "text": "text 1"}])
+    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq\td1\t1\n")
+    result = train(load_recipe("debug", [f"output={tmp_path / 'run'}", f"evaluation.data=[{folder}]", *QUICK]))
+    assert list(result.scores) == ["untrained", "stage_one", "stage_two"]
+    assert "| stage_two | beir |" in (tmp_path / "run" / "model" / "README.md").read_text()
+    with pytest.raises(AnchorvecError, match="nowhere"):
+        train(load_recipe("debug", [f"output={tmp_path / 'other'}", "evaluation.data=[/nowhere]", *QUICK]))
+    assert not list((tmp_path / "other").iterdir())
 
 
 @pytest.mark.slow

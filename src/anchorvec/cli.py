@@ -47,11 +47,14 @@ def quickstart(
     json_file: JsonFile = None,
 ) -> None:
     """The whole job on this machine: train, score before and after, export, and a search prompt to try it."""
+    import psutil
+
     from anchorvec.quickstarting import quickstart as run
     from anchorvec.searching import search as ask
 
     _quiet()
-    result = run(output, minutes=minutes, seed=seed, stage_one=stage_one)
+    started = psutil.Process().create_time()
+    result = run(output, minutes=minutes, seed=seed, stage_one=stage_one, started=started)
     _finish(result, json_file)
     console.print(f"The model is in {result.model}, the whole run took {result.minutes:.1f} minutes.")
     if sys.stdin.isatty() and sys.stdout.isatty():
@@ -69,7 +72,7 @@ def train(recipe: RecipeName, overrides: Overrides = None, json_file: JsonFile =
     _finish(result, json_file)
 
 
-@app.command(epilog="Example: anchorvec plan paper/llama-3.2-1b data.train.0.path=pairs.jsonl")
+@app.command(epilog="Example: anchorvec plan paper/llama-3.2-1b 'data.train=[{path: pairs.jsonl}]'")
 def plan(recipe: RecipeName, overrides: Overrides = None, json_file: JsonFile = None) -> None:
     """Show what a recipe would do: recipe, parameters, tokens, disk, a decoded batch. Trains nothing."""
     from anchorvec.planning import plan as run

@@ -6,7 +6,8 @@ The candidates d of a query are all positives and all hard negatives of the step
 unmodified; only the arrangement of the data is ours.
 """
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 from datasets import Dataset
@@ -31,24 +32,32 @@ def contrastive_loss(
     return CachedMultipleNegativesRankingLoss(model, mini_batch_size=mini_batch_size, **options)
 
 
-def contrastive_datasets(pairs: Mapping[str, Dataset], *, negatives: int = 1) -> dict[str, Dataset]:
+def contrastive_datasets(name: str, pairs: Dataset, *, negatives: int = 1) -> dict[str, Dataset]:
     """Data sets for sentence-transformers' trainer: columns query, positive, negative_1 .. negative_n.
 
-    `pairs` maps a name to rows of query, positive and a list of negatives. A batch needs the same columns in
-    every row, so a data set in which only some rows have `negatives` of them is split in two: `name` and
-    `name+negatives`; rows with fewer are used without.
+    `pairs` has rows of query, positive and a list of negatives. A batch needs the same columns in every row, so
+    where only some rows have `negatives` of them there are two: `name` and `name+negatives`; rows with fewer are
+    used without. A negative that is a positive of the same query in another row is left out (T16).
     """
+    if negatives:
+        pairs = pairs.map(_without_own_positives(pairs))
+    has_negatives = [len(listed) >= negatives > 0 for listed in pairs["negatives"]]
+    with_rows = [i for i, has in enumerate(has_negatives) if has]
+    without_rows = [i for i, has in enumerate(has_negatives) if not has]
     arranged = {}
-    for name, dataset in pairs.items():
-        has_negatives = [len(row) >= negatives > 0 for row in dataset["negatives"]]
-        with_rows = [i for i, has in enumerate(has_negatives) if has]
-        without_rows = [i for i, has in enumerate(has_negatives) if not has]
-        if without_rows:
-            arranged[name] = dataset.select(without_rows).select_columns(["query", "positive"])
-        if with_rows:
-            key = f"{name}+negatives" if without_rows else name
-            arranged[key] = dataset.select(with_rows).map(
-                lambda row: {f"negative_{n + 1}": row["negatives"][n] for n in range(negatives)},
-                remove_columns=[c for c in dataset.column_names if c not in ("query", "positive")],
-            )
+    if without_rows:
+        arranged[name] = pairs.select(without_rows).select_columns(["query", "positive"])
+    if with_rows:
+        arranged[f"{name}+negatives" if without_rows else name] = pairs.select(with_rows).map(
+            lambda row: {f"negative_{n + 1}": row["negatives"][n] for n in range(negatives)},
+            remove_columns=[column for column in pairs.column_names if column not in ("query", "positive")],
+        )
     return arranged
+
+
+def _without_own_positives(dataset: Dataset) -> Callable[[dict[str, Any]], dict[str, list[str]]]:
+    """The map that drops, from each row's negatives, all positives that its query has in any row (T16)."""
+    positives = defaultdict(set)
+    for query, positive in zip(dataset["query"], dataset["positive"], strict=True):
+        positives[query].add(positive)
+    return lambda row: {"negatives": [text for text in row["negatives"] if text not in positives[row["query"]]]}

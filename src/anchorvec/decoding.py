@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 from rich.text import Text
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 from anchorvec.embedder import load_causal_lm, stored_prompt
 from anchorvec.precision import default_device
@@ -54,11 +54,13 @@ def decode(
         written = model.generate(
             inputs_embeds=prefix,
             attention_mask=torch.ones(prefix.shape[:2], dtype=torch.long, device=prefix.device),
-            max_new_tokens=max_tokens,
-            num_beams=beams,
-            do_sample=False,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+            # a fresh one: the base's own may punish repetition or sample
+            generation_config=GenerationConfig(
+                max_new_tokens=max_tokens,
+                num_beams=beams,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            ),
         )
     likeliest = logits.softmax(-1).topk(first_tokens)
     return Decoded(

@@ -49,7 +49,6 @@ def build_embedder(
     end_prompt: EndPrompt | None = None,
     prompts: Mapping[str, str] | None = None,
     revision: str | None = None,
-    trust_remote_code: bool = False,
     seed: int = 0,
 ) -> Path:
     """Write `base` as an untrained embedder into `folder` and return the folder.
@@ -63,7 +62,7 @@ def build_embedder(
     """
     folder = Path(folder)
     with new_folder(folder) as scratch:
-        model, tokenizer = load_base(base, revision=revision, trust_remote_code=trust_remote_code, seed=seed)
+        model, tokenizer = load_base(base, revision=revision, seed=seed)
         check_causal(model, base)
         tokenizer = with_end(tokenizer, max_tokens=max_tokens, end_prompt=end_prompt)
         check_fit(model, tokenizer, base)
@@ -71,16 +70,16 @@ def build_embedder(
         model.config.get_text_config().pad_token_id = None
         model.save_pretrained(scratch)
         save_tokenizer(tokenizer, scratch)
-        _add_sentence_transformers_files(scratch, prompts or {}, trust_remote_code)
+        _add_sentence_transformers_files(scratch, prompts or {})
     return folder
 
 
 def load_base(
-    base: str | Path, *, revision: str | None = None, trust_remote_code: bool = False, seed: int = 0
+    base: str | Path, *, revision: str | None = None, seed: int = 0
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The causal LM and the tokenizer that `base` names, on the CPU, in the checkpoint's own dtype.
 
-    Weights are read from safetensors or GGUF only.
+    Weights are read from safetensors or GGUF only, and no code that comes with a model is run.
     """
     base = str(base)
     if base == "tiny":
@@ -91,7 +90,7 @@ def load_base(
     if base.startswith((".", "/", "~")) and not is_gguf and not Path(base).expanduser().is_dir():
         raise AnchorvecError(f"model.base: there is no folder {base}")
     base = str(Path(base).expanduser()) if Path(base).expanduser().is_dir() else base
-    where: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    where: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     try:
         if is_gguf:
             return _load_gguf(Path(base).expanduser())
@@ -206,20 +205,28 @@ def save_causal_lm(model: PreTrainedModel, like: str | Path, folder: str | Path)
             shutil.copy2(path, folder / path.name)
 
 
-def load_causal_lm(folder: str | Path) -> PreTrainedModel:
+def load_causal_lm(folder: str | Path, *, attention: str = "auto") -> PreTrainedModel:
     """The causal LM of an embedder folder with fp32 weights.
+
+    `attention` is transformers' `attn_implementation`; `auto` leaves the choice to it.
 
     Raises AnchorvecError if the folder has no LM head to write with (T26).
     """
     folder = Path(folder)
-    if not (folder / "config.json").is_file():
+    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise AnchorvecError(f"{folder}: no config.json; name a folder that anchorvec wrote")
     if not can_write(folder):
         raise AnchorvecError(
             f"{folder}: this folder can no longer write: it holds an embedder without the LM head; "
             "name the run's stage_one folder"
         )
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+    options = attention_options(attention)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **options)
+
+
+def attention_options(attention: str) -> dict[str, Any]:
+    """Keyword arguments of `from_pretrained` for the recipe's `model.attention`."""
+    return {} if attention == "auto" else {"attn_implementation": attention}
 
 
 def can_write(folder: str | Path) -> bool:
@@ -233,7 +240,10 @@ def can_write(folder: str | Path) -> bool:
 
 def stored_prompt(folder: str | Path, name: str) -> str:
     """The prompt that is stored with the embedder under `name`; empty if there is none."""
-    settings = json.loads((Path(folder) / "config_sentence_transformers.json").read_text(encoding="utf-8"))
+    path = Path(folder) / "config_sentence_transformers.json"
+    if not path.is_file():
+        raise AnchorvecError(f"{folder}: not an embedder, no {path.name}; name a folder that anchorvec wrote")
+    settings = json.loads(path.read_text(encoding="utf-8"))
     return str(settings["prompts"].get(name) or "")
 
 
@@ -349,17 +359,14 @@ def _template(backend: Tokenizer, pieces: Mapping[str, list[int]]) -> TemplatePr
     )
 
 
-def _add_sentence_transformers_files(folder: Path, prompts: Mapping[str, str], trust_remote_code: bool) -> None:
+def _add_sentence_transformers_files(folder: Path, prompts: Mapping[str, str]) -> None:
     """Write modules.json and the module folders beside the causal LM, which stays as it is (T26)."""
-    options = {"trust_remote_code": trust_remote_code}
     transformer = Transformer(
         str(folder),
         # Texts go to the tokenizer as they are; a chat template would move the pooled position (T21).
         modality_config={"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
         module_output_name="token_embeddings",
-        model_kwargs={**options, "dtype": "auto"},
-        processor_kwargs=dict(options),
-        config_kwargs=dict(options),
+        model_kwargs={"dtype": "auto"},
     )
     model = SentenceTransformer(
         modules=[transformer, Pooling(transformer.get_embedding_dimension(), pooling_mode="lasttoken")],

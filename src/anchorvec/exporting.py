@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
@@ -69,8 +68,8 @@ def export(run: str | Path, out: str | Path, *, texts: Sequence[str] = ()) -> Ex
     """
     stage, out, probes = last_stage(Path(run)), Path(out), [*PROBES, *texts]
     with new_folder(out) as scratch:
-        expected = _encode(load_stage(stage, merge=False), probes)
-        model = load_stage(stage)
+        expected = _encode(load_model(stage, merge=False).float(), probes)
+        model = load_model(stage).float()
         # sentence-transformers' own card would look things up on the hub
         model.save_pretrained(str(scratch), create_model_card=False)
         save_tokenizer(model.tokenizer, scratch)
@@ -98,23 +97,6 @@ def last_stage(run: Path) -> Path:
         if (folder / "modules.json").is_file():
             return folder
     raise AnchorvecError(f"{run}: no model in this folder; name a run folder with stage_one or stage_two in it")
-
-
-def load_stage(stage: str | Path, *, merge: bool = True) -> SentenceTransformer:
-    """The embedder of a stage in fp32; a LoRA adapter is put over the stage that it started from, and merged."""
-    stage = Path(stage)
-    if not (stage / "adapter_config.json").is_file():
-        return load_model(stage).float()
-    start = next(
-        (f for f in (stage.parent / "stage_one", stage.parent / "base") if (f / "modules.json").is_file()),
-        None,
-    )
-    if start is None:
-        raise AnchorvecError(f"{stage}: a LoRA adapter whose start, stage_one or base, is not beside it any more")
-    model = load_model(start).float()
-    adapted = PeftModel.from_pretrained(model[0].model, str(stage))
-    model[0].model = adapted.merge_and_unload() if merge else adapted
-    return model.eval()
 
 
 def encode_with_transformers(folder: str | Path, texts: Sequence[str]) -> Tensor:

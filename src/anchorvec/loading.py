@@ -2,16 +2,18 @@
 
 from pathlib import Path
 
+from peft import PeftModel
 from sentence_transformers import SentenceTransformer
 
 from anchorvec.errors import AnchorvecError
 
 
-def load_model(model: SentenceTransformer | str | Path) -> SentenceTransformer:
-    """`model` itself if it is one, else the model of that folder or hub id.
+def load_model(model: SentenceTransformer | str | Path, *, merge: bool = True) -> SentenceTransformer:
+    """`model` itself if it is one, else the embedder of that folder or hub id, in its own dtype.
 
-    Nothing is trusted: no code from the folder is run, and the weights are read from safetensors only.
-    Raises AnchorvecError if there is no such model.
+    The folder of a Stage II with LoRA holds an adapter alone; it is put over the stage it started from, which
+    stands beside it, and with `merge` merged into it. Nothing is trusted: no code from the folder is run, and the
+    weights are read from safetensors only. Raises AnchorvecError if there is no such model.
     """
     if isinstance(model, SentenceTransformer):
         return model
@@ -20,6 +22,11 @@ def load_model(model: SentenceTransformer | str | Path) -> SentenceTransformer:
     is_local = folder.exists() or isinstance(model, Path) or name.startswith((".", "/", "~"))
     if is_local and not folder.is_dir():
         raise AnchorvecError(f"{name}: there is no such folder; name a model's folder or its id on the hub")
+    if (folder / "adapter_config.json").is_file():
+        loaded = load_model(_start_of(folder))
+        adapted = PeftModel.from_pretrained(loaded[0].model, str(folder))
+        loaded[0].model = adapted.merge_and_unload() if merge else adapted
+        return loaded.eval()
     try:
         return SentenceTransformer(
             str(folder) if is_local else name,
@@ -30,3 +37,11 @@ def load_model(model: SentenceTransformer | str | Path) -> SentenceTransformer:
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise AnchorvecError(f"{name}: this cannot be loaded as a sentence-transformers model ({reason})") from error
+
+
+def _start_of(stage: Path) -> Path:
+    """The embedder folder beside an adapter that its training started from."""
+    for start in (stage.parent / "stage_one", stage.parent / "base"):
+        if (start / "modules.json").is_file():
+            return start
+    raise AnchorvecError(f"{stage}: a LoRA adapter whose start, stage_one or base, is not beside it any more")

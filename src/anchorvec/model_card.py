@@ -76,6 +76,8 @@ def model_card(stage: Path, model: SentenceTransformer, *, name: str, writes: bo
         "stage_two": "Stage II, contrastive learning",
     }
     trained = [text for key, text in stages.items() if recipe.get(key)]
+    if stage.name in ("base", "stage_one"):
+        trained = trained[: ("base", "stage_one").index(stage.name)]
     card = ModelCard.from_template(
         ModelCardData(
             library_name="sentence-transformers",

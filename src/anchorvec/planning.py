@@ -1,5 +1,6 @@
 """What a recipe would do, before anything is trained."""
 
+import statistics
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from transformers import AutoTokenizer
 
 from anchorvec.embedder import load_causal_lm
 from anchorvec.precision import default_device, resolve_precision
-from anchorvec.recipe import Recipe, dump_recipe
+from anchorvec.recipe import Recipe, dump_recipe, load_recipe
 from anchorvec.reconstruction import PairTokenizer, TokenPair
 from anchorvec.training import build_base, load_training_data, reconstruction_dataset
 
@@ -68,12 +69,13 @@ class Plan:
         return Group(Syntax(self.recipe, "yaml"), table, *map(_show_pair, self.pairs))
 
 
-def plan(recipe: Recipe) -> Plan:
+def plan(recipe: Recipe | str | Path) -> Plan:
     """Resolve `recipe`, load its data and base model, decode one batch, and count; nothing is trained or kept.
 
     The base model is loaded, so a plan needs the memory of one copy. Raises AnchorvecError for a recipe or data that
     cannot be used.
     """
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     pairs = load_training_data(recipe)
     rows = reconstruction_dataset(recipe, pairs)
     with tempfile.TemporaryDirectory() as scratch:
@@ -102,6 +104,12 @@ def plan(recipe: Recipe) -> Plan:
     if recipe.stage_two:
         lora = recipe.stage_two.lora
         trained["stage_two"] = _lora_parameters(model.base_model, lora.r) if lora else body
+        with_negatives = statistics.mean(
+            len(listed) >= recipe.stage_two.negatives for part in pairs.values() for listed in part.dataset["negatives"]
+        )
+        # a negative is taken to be as long as a positive
+        documents = statistics.mean(len(pair.document) for pair in batch)
+        read += with_negatives * recipe.stage_two.negatives * documents
         tokens["stage_two"] = round(read * recipe.stage_two.pairs_per_step * recipe.stage_two.steps)
         disk["stage_two"] = 4 * trained["stage_two"]
     disk["export"] = 4 * (body if recipe.stage_two else parameters)

@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -16,7 +16,8 @@ OnLog = Callable[[Mapping[str, Any]], None]
 class StageProgress(TrainerCallback):
     """Shows loss, tokens per second and time left; appends every record to a JSON Lines file.
 
-    `deadline` is a `time.monotonic()` after which the stage stops at the end of its step.
+    `deadline` is a `time.monotonic()` after which the stage stops at the end of its step. As a context manager it
+    gives the terminal back, however the stage ends.
     """
 
     def __init__(
@@ -26,12 +27,7 @@ class StageProgress(TrainerCallback):
         self.log_file = log_file
         self.deadline = deadline
         self._listener = on_log
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Start the bar."""
-        self.started = time.monotonic()
+        self.stopped_early = False
         self.bar = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
@@ -39,8 +35,19 @@ class StageProgress(TrainerCallback):
             TextColumn("{task.fields[status]}"),
             TimeRemainingColumn(),
             console=Console(stderr=True),
-            disable=not state.is_world_process_zero,
         )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.stop()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the bar."""
+        self.started = time.monotonic()
         self.task = self.bar.add_task(self.title, total=state.max_steps, status="")
         self.bar.start()
 
@@ -48,6 +55,7 @@ class StageProgress(TrainerCallback):
         """Move the bar; stop the stage when its time is over."""
         self.bar.update(self.task, completed=state.global_step)
         if self.deadline is not None and time.monotonic() > self.deadline:
+            self.stopped_early = state.global_step < state.max_steps
             control.should_training_stop = True
             control.should_log = True
 
@@ -67,8 +75,8 @@ class StageProgress(TrainerCallback):
             "stage": self.title,
             "step": state.global_step,
             **{key: value for key, value in logs.items() if key != "epoch"},
-            "tokens_per_second": round(logs["tokens"] / seconds, 1),
-            "seconds": round(seconds, 1),
+            "tokens_per_second": logs["tokens"] / seconds,
+            "seconds": seconds,
         }
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
         with self.log_file.open("a", encoding="utf-8") as file:
@@ -77,9 +85,3 @@ class StageProgress(TrainerCallback):
         self.bar.update(self.task, status=status)
         if self._listener is not None:
             self._listener(record)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Leave the finished bar on the terminal."""
-        self.bar.stop()

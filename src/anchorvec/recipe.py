@@ -85,8 +85,6 @@ class ModelSettings(_Section):
     it faster."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """The attention implementation of transformers. `auto` leaves the choice to it."""
-    trust_remote_code: bool = False
-    """Run the Python code that comes with a hub model. Only for a model whose code you have read."""
 
 
 class TrainData(_Section):
@@ -118,7 +116,7 @@ class DataSettings(_Section):
     """The pairs that both stages train on."""
 
     train: list[TrainData] = Field(min_length=1)
-    """The data sets, at least one. A batch is drawn from one of them."""
+    """The data sets, at least one. A batch of Stage II is drawn from one of them; Stage I mixes them."""
     strict: bool = False
     """Fail at the first bad row, instead of leaving bad rows out and counting them."""
 
@@ -189,7 +187,8 @@ class StageOne(_Stage):
     max_target_tokens: PositiveInt | None = None
     """Write only the first so many tokens of a text. null: all that the encoder reads."""
     micro_batch_tokens: PositiveInt | None = None
-    """Tokens in one micro-batch; the result does not depend on it. null: chosen from the memory."""
+    """Tokens in one micro-batch; the result does not depend on it. null: 2,048 on a CPU, 16,384 on a
+    GPU."""
 
 
 class Lora(_Section):
@@ -221,7 +220,7 @@ class StageTwo(_Stage):
     negatives: NonNegativeInt = 1
     """Hard negatives used per query, where the data have them."""
     mini_batch_size: PositiveInt | None = 32
-    """Pairs encoded at a time by the cached loss; the result does not depend on it. null: the whole step at
+    """Texts of a column encoded at a time by the cached loss; the result does not depend on it. null: the whole step at
     once, without the cache, which is faster and takes more memory."""
 
 

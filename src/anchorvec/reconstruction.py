@@ -83,8 +83,8 @@ class Reconstruction(nn.Module):
         and devices (T10); None counts these pairs alone. With `exchange`, both sums are also computed with each
         pair's embedding given to its neighbour: an embedding that the decoder ignores changes nothing.
         """
-        N_D = document_tokens or sum(len(pair.document_targets) for pair in pairs)
-        N_Q = query_tokens or sum(len(pair.query_targets) for pair in pairs)
+        N_D = max(1, document_tokens or sum(len(pair.document_targets) for pair in pairs))
+        N_Q = max(1, query_tokens or sum(len(pair.query_targets) for pair in pairs))
         query_to_document, exchanged_q2d = self._direction(
             self.alpha, [pair.query for pair in pairs], [pair.document_targets for pair in pairs], exchange
         )
@@ -117,6 +117,8 @@ class Reconstruction(nn.Module):
         the targets follow as the decoder's own token embeddings, each predicting the next.
         """
         ids = _pad(targets, self._device)  # (texts, length)
+        if ids.shape[1] == 0:
+            return 0 * embeddings.sum()
         embedded = self.model.get_input_embeddings()(ids[:, :-1])
         inputs = torch.cat([embeddings[:, None].to(embedded.dtype), embedded], dim=1)  # (texts, length, dim)
         states = self.model.base_model(inputs_embeds=inputs, use_cache=False).last_hidden_state
@@ -244,12 +246,12 @@ class PairTokenizer:
             ]
             if self.end_token_target and seen >= len(text.rstrip()):
                 ids.append(self.tokenizer.eos_token_id)
-            targets.append(ids[: self.max_target_tokens] or [self.tokenizer.eos_token_id])
+            targets.append(ids[: self.max_target_tokens])
         return read["input_ids"], targets
 
 
 def micro_batches(pairs: Sequence[TokenPair], max_tokens: int) -> list[list[TokenPair]]:
-    """`pairs` ordered by length and cut so that no padded pass over a group exceeds `max_tokens` tokens.
+    """`pairs` ordered by length and cut so that the four padded passes over a group have at most `max_tokens` tokens.
 
     A single pair longer than that makes a group of its own.
     """
@@ -263,7 +265,7 @@ def micro_batches(pairs: Sequence[TokenPair], max_tokens: int) -> list[list[Toke
 
 
 def _padded_tokens(group: Sequence[TokenPair]) -> int:
-    """Tokens of the larger of the two passes that read, padding included: what holds activations at one time."""
+    """Tokens of the four passes over a group, padding included: what holds activations at one time."""
     longest = (
         max(len(p.query) for p in group)
         + max(len(p.document) for p in group)

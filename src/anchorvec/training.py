@@ -4,6 +4,7 @@ A run folder holds `recipe.yaml` (resolved), `run.json` (versions, device, data)
 `stage_two/`: embedder folders, each the start of the next. Both stages go through transformers' Trainer.
 """
 
+import os
 import platform
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig
-from rich.console import Group
+from rich.console import Console, Group
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from sentence_transformers.sentence_transformer.training_args import (
     BatchSamplers,
@@ -23,18 +24,19 @@ from sentence_transformers.sentence_transformer.training_args import (
     SentenceTransformerTrainingArguments,
 )
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoTokenizer, PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from anchorvec.contrastive import contrastive_datasets, contrastive_loss
 from anchorvec.data import Pairs, read_pairs, weighted
-from anchorvec.embedder import build_embedder, load_causal_lm, save_causal_lm, save_tokenizer
+from anchorvec.embedder import attention_options, build_embedder, load_causal_lm, save_causal_lm, save_tokenizer
 from anchorvec.errors import AnchorvecError
-from anchorvec.evaluation import TaskScores, evaluate, scores_table
-from anchorvec.exporting import Exported, export, load_stage
+from anchorvec.evaluation import TaskScores, check_test_data, evaluate, scores_table
+from anchorvec.exporting import Exported, export
 from anchorvec.files import new_folder, write_json
+from anchorvec.loading import load_model
 from anchorvec.precision import default_device, resolve_precision
 from anchorvec.progress import OnLog, StageProgress
-from anchorvec.recipe import Recipe, StageOne, StageTwo, save_recipe
+from anchorvec.recipe import Recipe, StageOne, StageTwo, load_recipe, save_recipe
 from anchorvec.reconstruction import PairTokenizer, Reconstruction, TokenPair, micro_batches
 
 MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
@@ -51,40 +53,40 @@ class TrainResult:
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain JSON values."""
-        plain = {stage: {k: v.to_dict() for k, v in of_stage.items()} for stage, of_stage in self.scores.items()}
-        return asdict(self) | {"scores": plain}
+        return asdict(self) | {"scores": _plain(self.scores)}
 
     def __rich__(self) -> Group:
         tables = [scores_table(of_stage, title=stage) for stage, of_stage in self.scores.items()]
         return Group(*tables, self.export)
 
 
-def train(recipe: Recipe, *, on_log: OnLog | None = None) -> TrainResult:
+def train(recipe: Recipe | str | Path, *, on_log: OnLog | None = None) -> TrainResult:
     """Run the stages that `recipe` switches on, score them, and export the last one to `model` in the run folder.
 
     The run folder is `recipe.output`. `on_log` is called with every record that is also appended to `log.jsonl`.
     Raises AnchorvecError if the folder already holds a run, or if the recipe or its data cannot be used.
     """
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     output = new_run_folder(recipe)
+    settings = recipe.evaluation
+    check_test_data(data=settings.data, tasks=settings.tasks)
     pairs = load_training_data(recipe)
+    stages = {"untrained": build_base(recipe, output / "base")}
     save_recipe(recipe, output / "recipe.yaml")
     write_json(output / "run.json", describe_run(recipe, pairs))
-    folder = build_base(recipe, output / "base")
-    stages = {"untrained": folder}
     if recipe.stage_one is not None:
-        stages["stage_one"] = train_stage_one(recipe, folder, output / "stage_one", pairs, on_log=on_log)
+        stages["stage_one"] = train_stage_one(recipe, stages["untrained"], output / "stage_one", pairs, on_log=on_log)
     if recipe.stage_two is not None:
-        start = stages.get("stage_one", folder)
+        start = stages.get("stage_one", stages["untrained"])
         stages["stage_two"] = train_stage_two(recipe, start, output / "stage_two", pairs, on_log=on_log)
-    scores = {}
-    settings = recipe.evaluation
+    scores: dict[str, dict[str, TaskScores]] = {}
     if settings.data or settings.tasks:
         for name, stage in stages.items():
+            model = load_model(stage).float()
             scores[name] = evaluate(
-                load_stage(stage), data=settings.data, tasks=settings.tasks, batch_size=settings.batch_size
+                model, data=settings.data, tasks=settings.tasks, batch_size=settings.batch_size, show_progress_bar=True
             )
-            plain = {k: {task: v.to_dict() for task, v in of_stage.items()} for k, of_stage in scores.items()}
-            write_json(output / "scores.json", plain)
+            write_json(output / "scores.json", _plain(scores))
     return TrainResult(str(output), export(output, output / "model"), scores)
 
 
@@ -99,25 +101,30 @@ def new_run_folder(recipe: Recipe) -> Path:
 
 
 def load_training_data(recipe: Recipe) -> dict[str, Pairs]:
-    """Every data set of the recipe by its name, before weights."""
-    loaded: dict[str, Pairs] = {}
+    """Every data set of the recipe by its name, before weights; what was left out of one is said on stderr."""
+    loaded = {}
     for source in recipe.data.train:
-        if source.name in loaded:
-            raise AnchorvecError(f"data.train: two data sets are named {source.name}; give one a `name`")
         loaded[source.name] = read_pairs(source.path, strict=recipe.data.strict, split=source.split)
+        report = loaded[source.name].report
+        if report.rejected or report.dropped_negatives:
+            Console(stderr=True).print(report.summary(), highlight=False, markup=False)
     return loaded
 
 
 def stored_prompts(recipe: Recipe) -> dict[str, str]:
     """The prompts that are stored with the model (T15).
 
-    `query` and `document` are the instructions that all data sets share, else those of the first; where
-    instructions differ, each data set's own is stored under its name too.
+    `query` and `document` are the instructions that all data sets share. Where data sets differ there is none by
+    default, and each one's are stored as `NAME-query` and `NAME-document`, the keys that mteb looks up too.
     """
-    first = recipe.data.train[0]
-    prompts = {"query": first.instruction, "document": first.document_instruction}
-    if len({source.instruction for source in recipe.data.train}) > 1:
-        prompts |= {source.name: source.instruction for source in recipe.data.train}
+    sources = recipe.data.train
+    instructions = {"query": [s.instruction for s in sources], "document": [s.document_instruction for s in sources]}
+    prompts = {}
+    for side, values in instructions.items():
+        same = len(set(values)) == 1
+        prompts[side] = values[0] if same else ""
+        if not same:
+            prompts |= {f"{s.name}-{side}": value for s, value in zip(sources, values, strict=True)}
     return prompts
 
 
@@ -131,7 +138,6 @@ def build_base(recipe: Recipe, folder: Path) -> Path:
         end_prompt=None if settings.end == "token" else (settings.end.before, settings.end.after),
         prompts=stored_prompts(recipe),
         revision=settings.revision,
-        trust_remote_code=settings.trust_remote_code,
         seed=recipe.seed,
     )
 
@@ -152,25 +158,29 @@ def train_stage_one(
     """
     stage = recipe.stage_one
     assert stage is not None
+    set_seed(recipe.seed)
+    tokenizer = AutoTokenizer.from_pretrained(start)
+    _check_instructions(recipe, tokenizer)
     dataset = reconstruction_dataset(recipe, pairs)
-    model = load_causal_lm(start)
+    _check_rows(recipe, "stage_one", {"the data": dataset})
+    progress = _progress(recipe, "Stage I", deadline, on_log)
+    model = load_causal_lm(start, attention=recipe.model.attention)
     trainer = ReconstructionTrainer(
         model=Reconstruction(model, alpha=stage.alpha),
         args=TrainingArguments(**_arguments(recipe, stage, folder)),
         train_dataset=dataset,
         data_collator=PairTokenizer(
-            AutoTokenizer.from_pretrained(start),
+            tokenizer,
             end_token_target=stage.end_token_target,
             max_target_tokens=stage.max_target_tokens,
         ),
-        callbacks=_callbacks(recipe, "Stage I", deadline, on_log),
+        callbacks=[progress],
         micro_batch_tokens=stage.micro_batch_tokens,
         exchange_every=stage.log_every,
     )
     if stage.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
+    _run(trainer, progress, "stage_one")
     with new_folder(folder) as scratch:
         save_causal_lm(model, start, scratch)
     return folder
@@ -191,7 +201,13 @@ def train_stage_two(
     """
     stage = recipe.stage_two
     assert stage is not None
-    model = SentenceTransformer(str(start), model_kwargs={"dtype": torch.float32, "use_safetensors": True})
+    set_seed(recipe.seed)  # LoRA's new weights are drawn before the trainer seeds
+    options = attention_options(recipe.model.attention)
+    model = SentenceTransformer(
+        str(start),
+        model_kwargs={"dtype": torch.float32, "use_safetensors": True, **options},
+        device=str(default_device()),
+    )
     if stage.lora is not None:
         model.add_adapter(
             LoraConfig(
@@ -202,10 +218,12 @@ def train_stage_two(
                 task_type="FEATURE_EXTRACTION",
             )
         )
-    datasets = contrastive_datasets(
-        {source.name: weighted(pairs[source.name].dataset, source.weight, recipe.seed) for source in recipe.data.train},
-        negatives=stage.negatives,
-    )
+    datasets: dict[str, Dataset] = {}
+    for source in recipe.data.train:
+        parts = contrastive_datasets(source.name, pairs[source.name].dataset, negatives=stage.negatives)
+        datasets |= {name: weighted(part, source.weight, recipe.seed) for name, part in parts.items()}
+    _check_rows(recipe, "stage_two", datasets)
+    progress = _progress(recipe, "Stage II", deadline, on_log)
     trainer = ContrastiveTrainer(
         model=model,
         args=SentenceTransformerTrainingArguments(
@@ -216,13 +234,12 @@ def train_stage_two(
         ),
         train_dataset=datasets,
         loss=contrastive_loss(model, temperature=stage.temperature, mini_batch_size=stage.mini_batch_size),
-        callbacks=_callbacks(recipe, "Stage II", deadline, on_log),
+        callbacks=[progress],
     )
     if stage.gradient_checkpointing:
         body: Any = model[0].model
         body.gradient_checkpointing_enable({"use_reentrant": False})
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
+    _run(trainer, progress, "stage_two")
     with new_folder(folder) as scratch:
         model.save_pretrained(str(scratch), create_model_card=False)
         save_tokenizer(model.tokenizer, scratch)
@@ -260,7 +277,7 @@ class ReconstructionTrainer(Trainer):
         step = self.state.global_step + 1
         exchange = step == 1 or step % self.exchange_every == 0
         parts = micro_batches(pairs, self.micro_batch_tokens)
-        sums = torch.zeros(6, device=self.args.device, dtype=torch.float64)
+        sums = torch.zeros(6, device=self.args.device)
         for i, part in enumerate(parts):
             last = i == len(parts) - 1
             with nullcontext() if last else self.accelerator.no_sync(model):
@@ -284,12 +301,11 @@ class ReconstructionTrainer(Trainer):
         sums = self.accelerator.reduce(sums, "sum")
         q2d, d2q = (sums[0] / document_tokens).item(), (sums[1] / query_tokens).item()
         self.directions.append((q2d, d2q))
-        if exchange:
-            self.exchange = {
-                "exchange_query_to_document": (sums[2] / sums[4].clamp(min=1)).item(),
-                "exchange_document_to_query": (sums[3] / sums[5].clamp(min=1)).item(),
-            }
         alpha = self.accelerator.unwrap_model(model).alpha
+        if exchange and sums[4] > 0:  # a pair alone in its micro-batch has nobody to exchange with
+            gaps = {"exchange_query_to_document": sums[2] / sums[4], "exchange_document_to_query": sums[3] / sums[5]}
+            weights = (alpha, 1 - alpha)
+            self.exchange = {key: gap.item() for (key, gap), w in zip(gaps.items(), weights, strict=True) if w > 0}
         return torch.tensor(alpha * q2d + (1 - alpha) * d2q, device=self.args.device)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -354,13 +370,19 @@ def describe_run(recipe: Recipe, pairs: Mapping[str, Pairs]) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "precision": resolve_precision(recipe.model.precision),
         "seed": recipe.seed,
-        "data": {name: {"rows": len(p.dataset), "rejected": p.report.rejected} for name, p in pairs.items()},
+        "data": {name: asdict(p.report) for name, p in pairs.items()},
     }
+
+
+def _plain(scores: Mapping[str, Mapping[str, TaskScores]]) -> dict[str, Any]:
+    return {stage: {task: value.to_dict() for task, value in tasks.items()} for stage, tasks in scores.items()}
 
 
 def _arguments(recipe: Recipe, stage: StageOne | StageTwo, folder: Path) -> dict[str, Any]:
     """Trainer settings that both stages share."""
     device = default_device()
+    if torch.cuda.device_count() > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise AnchorvecError("several devices are not supported yet; show one, with CUDA_VISIBLE_DEVICES=0")
     return {
         "output_dir": str(folder),
         "max_steps": stage.steps,
@@ -383,9 +405,44 @@ def _arguments(recipe: Recipe, stage: StageOne | StageTwo, folder: Path) -> dict
     }
 
 
-def _callbacks(recipe: Recipe, title: str, deadline: float | None, on_log: OnLog | None) -> list[TrainerCallback]:
+def _progress(recipe: Recipe, title: str, deadline: float | None, on_log: OnLog | None) -> StageProgress:
     assert recipe.output is not None
-    return [StageProgress(title, recipe.output / "log.jsonl", deadline=deadline, on_log=on_log)]
+    return StageProgress(title, recipe.output / "log.jsonl", deadline=deadline, on_log=on_log)
+
+
+def _run(trainer: Trainer, progress: StageProgress, stage: str) -> None:
+    """Train to the last planned step (T13), or to the deadline."""
+    trainer.remove_callback(PrinterCallback)
+    with progress:
+        trainer.train()
+    done, planned = trainer.state.global_step, trainer.args.max_steps
+    if done < planned and not progress.stopped_early:
+        raise AnchorvecError(
+            f"{stage}.pairs_per_step: training ended after {done} of {planned} steps, because the data repeat texts "
+            "too often for so many different pairs in a step; lower it, or remove repeated texts"
+        )
+
+
+def _check_rows(recipe: Recipe, stage: str, datasets: Mapping[str, Dataset]) -> None:
+    """Raise AnchorvecError for a data set that is smaller than one step: it would be skipped without a word."""
+    pairs_per_step = getattr(recipe, stage).pairs_per_step
+    for name, dataset in datasets.items():
+        if len(dataset) < pairs_per_step:
+            raise AnchorvecError(
+                f"{stage}.pairs_per_step: {pairs_per_step} is more than the {len(dataset)} rows of {name}; lower it"
+            )
+
+
+def _check_instructions(recipe: Recipe, tokenizer: Any) -> None:
+    """Raise AnchorvecError for an instruction that leaves no room for a text."""
+    for i, source in enumerate(recipe.data.train):
+        for key in ("instruction", "document_instruction"):
+            tokens = len(tokenizer(getattr(source, key))["input_ids"])
+            if tokens >= recipe.model.max_tokens:
+                raise AnchorvecError(
+                    f"data.train.{i}.{key}: it leaves no room for a text within model.max_tokens = "
+                    f"{recipe.model.max_tokens}; shorten it, or raise the limit"
+                )
 
 
 def _prompts_by_dataset(recipe: Recipe, datasets: Mapping[str, Dataset]) -> dict[str, dict[str, str]]:

@@ -34,7 +34,7 @@ def _debug() -> Iterator[dict[str, str]]:
 
 
 def _docstrings() -> Iterator[dict[str, str]]:
-    """Summaries and bodies from the docstrings of the installed packages, without those that `quickstart` scores on."""
+    """Docstrings of the installed packages, without what `quickstart` scores on with seed 0."""
     from anchorvec.data.docstrings import quickstart_data
 
     for pair in quickstart_data().train:

@@ -2,7 +2,7 @@
 
 from anchorvec.evaluation.beir import BeirData, load_beir
 from anchorvec.evaluation.bootstrap import Interval, bootstrap_interval, paired_bootstrap
-from anchorvec.evaluation.evaluate import bm25_scores, evaluate
+from anchorvec.evaluation.evaluate import bm25_scores, check_test_data, evaluate
 from anchorvec.evaluation.scores import TaskScores, scores_table
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "TaskScores",
     "bm25_scores",
     "bootstrap_interval",
+    "check_test_data",
     "evaluate",
     "load_beir",
     "paired_bootstrap",

@@ -41,16 +41,10 @@ def evaluate(
     entry for each, `TASK/SPLIT/SUBSET`. A folder is read and scored without network and writes nothing;
     an MTEB task is fetched to the cache of Hugging Face. Raises AnchorvecError for data that cannot be used.
     """
-    _require_extra()
-    collections = [part if isinstance(part, BeirData) else load_beir(part) for part in data]
-    names = [collection.name for collection in collections] + list(tasks)
-    if not names:
+    if not data and not tasks:
         raise AnchorvecError("there is nothing to score on; name a folder in BEIR layout or an MTEB task")
-    for name in names:
-        if names.count(name) > 1:
-            raise AnchorvecError(
-                f"two data sets are named {name!r}; rename a folder, the name is the key of the result"
-            )
+    collections = check_test_data(data=data, tasks=tasks)
+    names = [collection.name for collection in collections] + list(tasks)
 
     results: dict[str, TaskScores] = {}
     with _side_effects_undone():
@@ -68,6 +62,26 @@ def evaluate(
             seconds = time.perf_counter() - start
             results |= _scores(name, outcome, device=device, dtype=dtype, seconds=seconds, seed=seed)
     return results
+
+
+def check_test_data(*, data: Sequence[str | Path | BeirData] = (), tasks: Sequence[str] = ()) -> list[BeirData]:
+    """The collections of `data`; raises AnchorvecError for what `evaluate` could not use, tasks included."""
+    if not data and not tasks:
+        return []
+    _require_extra()
+    collections = [part if isinstance(part, BeirData) else load_beir(part) for part in data]
+    names = [collection.name for collection in collections] + list(tasks)
+    for name in names:
+        if names.count(name) > 1:
+            raise AnchorvecError(
+                f"two data sets are named {name!r}; rename a folder, the name is the key of the result"
+            )
+    with _side_effects_undone():
+        from anchorvec.evaluation import _mteb
+
+        for name in tasks:
+            _mteb.named_task(name)
+    return collections
 
 
 def bm25_scores(data: str | Path | BeirData, *, seed: int = 0) -> TaskScores:

@@ -1,0 +1,48 @@
+"""How the quickstart divides its time; the whole of it runs in the gate, with the real model."""
+
+import pytest
+
+from anchorvec.errors import AnchorvecError
+from anchorvec.quickstarting import measure_step, plan_steps, quickstart, steps_run
+from anchorvec.recipe import load_recipe
+from anchorvec.training import build_base, load_training_data
+
+
+def test_steps_fill_the_seconds_that_are_left():
+    """As many steps as fit; Stage I gets one at least, Stage II too little time is an error."""
+    recipe = load_recipe("quickstart")
+    assert plan_steps(recipe, "stage_two", 10.0, 405.0).stage_two.steps == 40
+    assert plan_steps(recipe, "stage_two", 10.0, 405.0).stage_two.warmup_steps == 2
+    assert plan_steps(recipe, "stage_one", 10.0, 5.0).stage_one.steps == 1
+    with pytest.raises(AnchorvecError, match="give more --minutes"):
+        plan_steps(recipe, "stage_two", 10.0, 5.0)
+
+
+def test_a_step_is_measured_by_running_two(tmp_path):
+    """Both stages are timed on the real path, in scratch folders, and leave the start as it was."""
+    recipe = load_recipe("debug", [f"output={tmp_path / 'run'}"])
+    start = build_base(recipe, tmp_path / "base")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    pairs = load_training_data(recipe)
+    for stage in ("stage_one", "stage_two"):
+        assert 0 < measure_step(recipe, stage, start, pairs) < 60
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_steps_that_ran_are_read_from_the_log(tmp_path):
+    """The last record of each stage counts."""
+    log = tmp_path / "log.jsonl"
+    log.write_text(
+        '{"stage": "Stage I", "step": 1}\n{"stage": "Stage I", "step": 2}\n{"stage": "Stage II", "step": 9}\n'
+    )
+    assert steps_run(log) == {"Stage I": 2, "Stage II": 9}
+
+
+@pytest.mark.slow
+def test_the_whole_quickstart_on_the_tiny_model(tmp_path):
+    """With a model of random weights: four scores with intervals, an export, and the wall time that was given."""
+    result = quickstart(tmp_path / "run", minutes=3, overrides=["model.base=tiny"])
+    assert list(result.scores) == ["bm25", "untrained", "stage_one", "stage_two"]
+    assert result.score_set["score_queries"] == 100
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+    assert result.minutes <= 3.3
