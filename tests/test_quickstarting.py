@@ -33,9 +33,9 @@ def test_steps_that_ran_are_read_from_the_log(tmp_path):
     """The last record of each stage counts."""
     log = tmp_path / "log.jsonl"
     log.write_text(
-        '{"stage": "Stage I", "step": 1}\n{"stage": "Stage I", "step": 2}\n{"stage": "Stage II", "step": 9}\n'
+        '{"stage": "stage_one", "step": 1}\n{"stage": "stage_one", "step": 2}\n{"stage": "stage_two", "step": 9}\n'
     )
-    assert steps_run(log) == {"Stage I": 2, "Stage II": 9}
+    assert steps_run(log) == {"stage_one": 2, "stage_two": 9}
 
 
 @pytest.mark.slow

@@ -54,7 +54,7 @@ def test_the_log_has_both_directions_and_the_exchange_gap(run):
     """From the first step of Stage I each record shows both losses and how much they need the embedding."""
     records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     first = records[0]
-    assert first["stage"] == "Stage I"
+    assert first["stage"] == "stage_one"
     assert first["step"] == 1
     for key in [
         "query_to_document",
@@ -64,7 +64,7 @@ def test_the_log_has_both_directions_and_the_exchange_gap(run):
     ]:
         assert isinstance(first[key], float)
     assert first["loss"] == pytest.approx(0.2 * first["query_to_document"] + 0.8 * first["document_to_query"], rel=1e-4)
-    assert records[-1]["stage"] == "Stage II"
+    assert records[-1]["stage"] == "stage_two"
 
 
 def test_a_used_output_folder_is_refused(run):

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+STAGE_TITLES = {"stage_one": "Stage I", "stage_two": "Stage II"}
+
 OnLog = Callable[[Mapping[str, Any]], None]
 
 
@@ -21,9 +23,9 @@ class StageProgress(TrainerCallback):
     """
 
     def __init__(
-        self, title: str, log_file: Path, *, deadline: float | None = None, on_log: OnLog | None = None
+        self, stage: str, log_file: Path, *, deadline: float | None = None, on_log: OnLog | None = None
     ) -> None:
-        self.title = title
+        self.stage = stage
         self.log_file = log_file
         self.deadline = deadline
         self._listener = on_log
@@ -48,7 +50,7 @@ class StageProgress(TrainerCallback):
     ) -> None:
         """Start the bar."""
         self.started = time.monotonic()
-        self.task = self.bar.add_task(self.title, total=state.max_steps, status="")
+        self.task = self.bar.add_task(STAGE_TITLES[self.stage], total=state.max_steps, status="")
         self.bar.start()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -72,7 +74,7 @@ class StageProgress(TrainerCallback):
             return
         seconds = time.monotonic() - self.started
         record = {
-            "stage": self.title,
+            "stage": self.stage,
             "step": state.global_step,
             **{key: value for key, value in logs.items() if key != "epoch"},
             "tokens_per_second": logs["tokens"] / seconds,

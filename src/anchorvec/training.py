@@ -163,7 +163,7 @@ def train_stage_one(
     _check_instructions(recipe, tokenizer)
     dataset = reconstruction_dataset(recipe, pairs)
     _check_rows(recipe, "stage_one", {"the data": dataset})
-    progress = _progress(recipe, "Stage I", deadline, on_log)
+    progress = _progress(recipe, "stage_one", deadline, on_log)
     model = load_causal_lm(start, attention=recipe.model.attention)
     trainer = ReconstructionTrainer(
         model=Reconstruction(model, alpha=stage.alpha),
@@ -223,7 +223,7 @@ def train_stage_two(
         parts = contrastive_datasets(source.name, pairs[source.name].dataset, negatives=stage.negatives)
         datasets |= {name: weighted(part, source.weight, recipe.seed) for name, part in parts.items()}
     _check_rows(recipe, "stage_two", datasets)
-    progress = _progress(recipe, "Stage II", deadline, on_log)
+    progress = _progress(recipe, "stage_two", deadline, on_log)
     trainer = ContrastiveTrainer(
         model=model,
         args=SentenceTransformerTrainingArguments(
@@ -405,9 +405,9 @@ def _arguments(recipe: Recipe, stage: StageOne | StageTwo, folder: Path) -> dict
     }
 
 
-def _progress(recipe: Recipe, title: str, deadline: float | None, on_log: OnLog | None) -> StageProgress:
+def _progress(recipe: Recipe, stage: str, deadline: float | None, on_log: OnLog | None) -> StageProgress:
     assert recipe.output is not None
-    return StageProgress(title, recipe.output / "log.jsonl", deadline=deadline, on_log=on_log)
+    return StageProgress(stage, recipe.output / "log.jsonl", deadline=deadline, on_log=on_log)
 
 
 def _run(trainer: Trainer, progress: StageProgress, stage: str) -> None:
