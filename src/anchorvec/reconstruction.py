@@ -13,16 +13,17 @@ may be cut into micro-batches in any way without changing its gradient.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from anchorvec.packing import packed_states, padded_states, use_packed_attention
 
 HEAD_CHUNK_TOKENS = 1024
 """Target tokens whose logits exist at one time: 1,024 x 128,256 in fp32 are 0.5 GB."""
@@ -60,14 +61,17 @@ class ReconstructionOutput:
 class Reconstruction(nn.Module):
     """The Stage I objective around a causal LM: `forward` takes pairs and gives the loss.
 
-    Encoding and decoding both happen inside `forward`, so a wrapper (DDP, FSDP2, compile) sees one ordinary
+    Reading and writing both happen inside `forward`, so a wrapper (DDP, FSDP2, compile) sees one ordinary
     module (T7, T8). `alpha` weighs query-to-document; 1 or 0 trains one direction alone and skips the other.
+    With `packed` no arithmetic is spent on padding; it sets the model's attention, and falls back to padded rows
+    for a family that cannot be packed. Loss and gradient are the same.
     """
 
-    def __init__(self, model: PreTrainedModel, *, alpha: float = 0.2) -> None:
+    def __init__(self, model: PreTrainedModel, *, alpha: float = 0.2, packed: bool = False) -> None:
         super().__init__()
         self.model = model
         self.alpha = alpha
+        self.packed = packed and use_packed_attention(model)
 
     def forward(
         self,
@@ -85,63 +89,67 @@ class Reconstruction(nn.Module):
         """
         N_D = max(1, document_tokens or sum(len(pair.document_targets) for pair in pairs))
         N_Q = max(1, query_tokens or sum(len(pair.query_targets) for pair in pairs))
-        query_to_document, exchanged_q2d = self._direction(
-            self.alpha, [pair.query for pair in pairs], [pair.document_targets for pair in pairs], exchange
-        )
-        document_to_query, exchanged_d2q = self._direction(
-            1 - self.alpha,
-            [pair.document for pair in pairs],
-            [pair.query_targets for pair in pairs],
-            exchange,
-        )
+        # Both directions go through the decoder together; one of weight 0 stays out.
+        directions = [
+            (self.alpha > 0, [pair.query for pair in pairs], [pair.document_targets for pair in pairs]),
+            (self.alpha < 1, [pair.document for pair in pairs], [pair.query_targets for pair in pairs]),
+        ]
+        embeddings = self.encode([text for on, texts, _ in directions if on for text in texts])
+        targets = [target for on, _, written in directions if on for target in written]
+        query_to_document, document_to_query = self._by_direction(self.decode(embeddings, targets), len(pairs))
         loss = self.alpha * query_to_document / N_D + (1 - self.alpha) * document_to_query / N_Q
-        return ReconstructionOutput(
-            loss, query_to_document.detach(), document_to_query.detach(), exchanged_q2d, exchanged_d2q
-        )
+        output = ReconstructionOutput(loss, query_to_document.detach(), document_to_query.detach())
+        if not exchange:
+            return output
+        with torch.no_grad():
+            neighbours = torch.cat([side.roll(1, dims=0) for side in torch.split(embeddings, len(pairs))])
+            exchanged = self._by_direction(self.decode(neighbours, targets), len(pairs))
+        return replace(output, exchanged_query_to_document=exchanged[0], exchanged_document_to_query=exchanged[1])
 
     def encode(self, texts: Sequence[Sequence[int]]) -> Tensor:
-        """The raw state at the last token of each text: (texts, dim), no L2 norm.
-
-        Padding stands on the right, where a causal decoder cannot see it, so no mask is needed and no
-        state depends on the batch.
-        """
-        ids = _pad(texts, self._device)  # (texts, length)
-        last = torch.tensor([len(text) - 1 for text in texts], device=self._device)
-        states: Tensor = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (texts, length, dim)
-        return states[torch.arange(len(texts), device=self._device), last]
+        """The raw state at the last token of each text: (texts, dim), no L2 norm."""
+        lengths = [len(text) for text in texts]
+        words = self._embed([token for text in texts for token in text])
+        return self._states(words, lengths)[torch.tensor(lengths, device=words.device).cumsum(0) - 1]
 
     def decode(self, embeddings: Tensor, targets: Sequence[Sequence[int]]) -> Tensor:
-        """-log P(targets | embedding), summed over all target tokens.
+        """-log P(targets | embedding) of each text, summed over its tokens: (texts,).
 
         `embeddings`: (texts, dim). The embedding stands at position 0, directly before the first target (T4);
         the targets follow as the decoder's own token embeddings, each predicting the next.
         """
-        ids = _pad(targets, self._device)  # (texts, length)
-        if ids.shape[1] == 0:
-            return 0 * embeddings.sum()
-        embedded = self.model.get_input_embeddings()(ids[:, :-1])
-        inputs = torch.cat([embeddings[:, None].to(embedded.dtype), embedded], dim=1)  # (texts, length, dim)
-        states = self.model.base_model(inputs_embeds=inputs, use_cache=False).last_hidden_state
-        lengths = torch.tensor([len(target) for target in targets], device=self._device)
-        scored = torch.arange(ids.shape[1], device=self._device) < lengths[:, None]
-        return self._negative_log_likelihood(states[scored], ids[scored])
+        written = [i for i, target in enumerate(targets) if target]
+        lengths = [len(targets[i]) for i in written]
+        totals = 0 * embeddings.sum(dim=1)  # a text without targets has no loss
+        if not written:
+            return totals
+        # Position t of a text holds target t - 1, so all positions are scored. Position 0 holds the embedding.
+        words = self._embed([token for i in written for token in (0, *targets[i][:-1])])
+        ends = torch.tensor(lengths, device=words.device).cumsum(0)
+        starts = ends - torch.tensor(lengths, device=words.device)
+        index = torch.tensor(written, device=words.device)
+        words = words.index_copy(0, starts, embeddings[index].to(words.dtype))
+        labels = torch.tensor([token for i in written for token in targets[i]], device=words.device)
+        losses = self._negative_log_likelihood(self._states(words, lengths), labels)  # (tokens,)
+        sums = torch.stack([part.sum() for part in torch.split(losses, lengths)])
+        return totals.to(sums.dtype).index_add(0, index, sums)
 
-    def _direction(
-        self, weight: float, texts: list[list[int]], targets: list[list[int]], exchange: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """One direction's loss sum, and the same with exchanged embeddings if asked for."""
-        if weight == 0:
-            zero = torch.zeros((), device=self._device)
-            return zero, zero if exchange else None
-        embeddings = self.encode(texts)
-        total = self.decode(embeddings, targets)
-        if not exchange:
-            return total, None
-        with torch.no_grad():
-            return total, self.decode(embeddings.roll(1, dims=0), targets)
+    def _by_direction(self, totals: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
+        """The sums of query-to-document and document-to-query; 0 for the one that is off."""
+        zero = totals.new_zeros(())
+        if self.alpha == 0:
+            return zero, totals.sum()
+        return totals[:pairs].sum(), totals[pairs:].sum()
+
+    def _embed(self, ids: Sequence[int]) -> Tensor:
+        words: Tensor = self.model.get_input_embeddings()(torch.tensor(ids, device=self.model.device))
+        return words  # (tokens, dim)
+
+    def _states(self, words: Tensor, lengths: Sequence[int]) -> Tensor:
+        return (packed_states if self.packed else padded_states)(self.model, words, lengths)
 
     def _negative_log_likelihood(self, states: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy of `states` (tokens, dim) against `targets` (tokens), summed.
+        """Cross-entropy of `states` (tokens, dim) against `targets` (tokens,), for each token.
 
         Logits exist for one chunk at a time and are computed again in the backward pass (T11).
         """
@@ -151,20 +159,12 @@ class Reconstruction(nn.Module):
             logits = head(chunk_states)
             # bf16 sums too coarsely over a vocabulary
             logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-            return F.cross_entropy(logits, chunk_targets, reduction="sum")
+            return F.cross_entropy(logits, chunk_targets, reduction="none")
 
+        if len(states) <= HEAD_CHUNK_TOKENS:
+            return chunk_loss(states, targets)
         chunks = zip(torch.split(states, HEAD_CHUNK_TOKENS), torch.split(targets, HEAD_CHUNK_TOKENS), strict=True)
-        losses = [
-            checkpoint(chunk_loss, *chunk, use_reentrant=False)
-            if len(states) > HEAD_CHUNK_TOKENS
-            else chunk_loss(*chunk)
-            for chunk in chunks
-        ]
-        return torch.stack(losses).sum()
-
-    @property
-    def _device(self) -> torch.device:
-        return self.model.device
+        return torch.cat([checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks])
 
 
 def output_head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
@@ -235,7 +235,7 @@ class PairTokenizer:
             return_offsets_mapping=True,
             return_special_tokens_mask=True,
         )
-        alone = self.tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True)
+        alone = self.tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         targets = []
         for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
             seen = _characters_read(read["offset_mapping"][i], read["special_tokens_mask"][i]) - len(prompt)
@@ -273,12 +273,6 @@ def _padded_tokens(group: Sequence[TokenPair]) -> int:
         + max(len(p.document_targets) for p in group)
     )
     return longest * len(group)
-
-
-def _pad(sequences: Iterable[Sequence[int]], device: torch.device) -> Tensor:
-    """(sequences, longest) ids; padding is id 0 on the right, never read and never scored."""
-    rows = [torch.tensor(sequence, dtype=torch.long) for sequence in sequences]
-    return pad_sequence(rows, batch_first=True).to(device)
 
 
 def _characters_read(offsets: Sequence[tuple[int, int]], special: Sequence[int]) -> int:

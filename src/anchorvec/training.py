@@ -166,7 +166,8 @@ def train_stage_one(
     progress = _progress(recipe, "stage_one", deadline, on_log)
     model = load_causal_lm(start, attention=recipe.model.attention)
     trainer = ReconstructionTrainer(
-        model=Reconstruction(model, alpha=stage.alpha),
+        # on a CPU, attention text by text costs nothing extra; a GPU wants one kernel for all
+        model=Reconstruction(model, alpha=stage.alpha, packed=default_device().type == "cpu"),
         args=TrainingArguments(**_arguments(recipe, stage, folder)),
         train_dataset=dataset,
         data_collator=PairTokenizer(

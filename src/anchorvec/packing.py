@@ -1,0 +1,109 @@
+"""Sequences side by side in one row, so that no arithmetic is spent on padding.
+
+A decoder's layers treat tokens alike except in attention. So the tokens of many texts stand in one row, each text with
+positions of its own, and attention runs text by text. It is registered with transformers as an attention of its own;
+transformers builds no mask for such a one, and its other ways to tell packed texts apart are not relied upon (T20).
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, PreTrainedModel
+
+PACKED_ATTENTION = "anchorvec_packed"
+
+
+def packed_states(model: PreTrainedModel, words: Tensor, lengths: Sequence[int]) -> Tensor:
+    """The decoder's final states (tokens, dim) of texts that stand one after another in `words` (tokens, dim)."""
+    positions = torch.cat([torch.arange(length, device=words.device) for length in lengths])
+    out = model.base_model(
+        inputs_embeds=words[None], position_ids=positions[None], use_cache=False, packed_lengths=tuple(lengths)
+    )
+    states: Tensor = out.last_hidden_state[0]
+    return states
+
+
+def padded_states(model: PreTrainedModel, words: Tensor, lengths: Sequence[int]) -> Tensor:
+    """The same as `packed_states` the plain way: a row for each text, with texts of like length, padded on the right.
+
+    A causal decoder cannot see what stands on the right, so no mask is needed and no state depends on the batch.
+    """
+    texts = torch.split(words, list(lengths))
+    states: list[Tensor] = [words] * len(texts)
+    groups: dict[int, list[int]] = defaultdict(list)
+    for i, length in enumerate(lengths):
+        groups[length.bit_length()].append(i)  # lengths within a factor of two, so that little is padding
+    for group in groups.values():
+        rows = nn.utils.rnn.pad_sequence([texts[i] for i in group], batch_first=True)  # (texts, longest, dim)
+        out = model.base_model(inputs_embeds=rows, use_cache=False).last_hidden_state
+        for row, i in zip(out, group, strict=True):
+            states[i] = row[: lengths[i]]
+    return torch.cat(states)
+
+
+def use_packed_attention(model: PreTrainedModel) -> bool:
+    """Set the model to packed attention, if two packed texts then have the same states as each alone.
+
+    A family whose layers mix tokens in other ways (a convolution, a recurrent state) fails that test and is left alone.
+    """
+    before = model.config._attn_implementation
+    words = model.get_input_embeddings()(torch.arange(6, device=model.device)).detach()
+    with torch.no_grad():
+        alone = torch.cat([padded_states(model, words[:2], [2]), padded_states(model, words[2:], [4])])
+        model.set_attn_implementation(PACKED_ATTENTION)
+        if model.config._attn_implementation == PACKED_ATTENTION:
+            packed = packed_states(model, words, [2, 4])
+            if torch.allclose(packed, alone, atol=1e-2 * float(alone.abs().max()), rtol=0):
+                return True
+    model.set_attn_implementation(before)
+    return False
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    packed_lengths: Sequence[int],
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention within each text: query (1, heads, tokens, dim) to (1, tokens, heads, dim)."""
+    repeats = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+    lengths = list(packed_lengths)
+    outs = [
+        _attend(q, k, v, scaling, dropout, sliding_window, softcap)
+        for q, k, v in zip(*(torch.split(part, lengths, dim=2) for part in (query, key, value)), strict=True)
+    ]
+    return torch.cat(outs, dim=2).transpose(1, 2), None
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, scaling: float | None, dropout: float, window: int | None, softcap: float | None
+) -> Tensor:
+    """Causal attention of one text, (1, heads, length, dim)."""
+    length = q.shape[2]
+    banded = window is not None and length > window
+    if softcap is None and not banded:
+        return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, dropout_p=dropout)
+    seen = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
+    if window is not None and banded:
+        seen = seen.triu(1 - window)
+    if softcap is None:
+        return scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scaling, dropout_p=dropout)
+    scores = q @ k.transpose(2, 3) * (q.shape[3] ** -0.5 if scaling is None else scaling)
+    scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~seen, float("-inf"))
+    return nn.functional.dropout(scores.softmax(-1), dropout) @ v
+
+
+AttentionInterface.register(PACKED_ATTENTION, packed_attention)

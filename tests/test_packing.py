@@ -1,0 +1,76 @@
+"""Packed texts have the states, the loss and the gradient of each text alone (T20)."""
+
+import pytest
+import torch
+
+from anchorvec.embedder import save_causal_lm
+from anchorvec.packing import PACKED_ATTENTION, packed_states, padded_states, use_packed_attention
+from anchorvec.reconstruction import Reconstruction
+from conftest import FAMILIES, make_model
+from test_reconstruction import assert_same_gradients, gradients, make_pairs
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_is_alone(family):
+    """The states of packed texts are those of each text in a forward pass of its own."""
+    model, lengths = make_model(family), [3, 1, 7, 3, 40]
+    words = model.get_input_embeddings()(torch.randint(0, 250, (sum(lengths),))).detach()
+    with torch.no_grad():
+        alone = torch.cat(
+            [model.base_model(inputs_embeds=part[None]).last_hidden_state[0] for part in words.split(lengths)]
+        )
+        torch.testing.assert_close(padded_states(model, words, lengths), alone, atol=1e-6, rtol=1e-6)
+        assert use_packed_attention(model)
+        torch.testing.assert_close(packed_states(model, words, lengths), alone, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradient_do_not_depend_on_packing(family, tied):
+    """Packed and padded Stage I agree: value, and every parameter's gradient."""
+    tolerance = 1e-5 if family.startswith("gemma") else 1e-10  # Gemma computes in fp32 inside
+    model, pairs = make_model(family, tied=tied), make_pairs(8)
+    plain = Reconstruction(model)(pairs, exchange=True)
+    expected = gradients(model, plain.loss)
+    objective = Reconstruction(model, packed=True)
+    assert objective.packed
+    packed = objective(pairs, exchange=True)
+    torch.testing.assert_close(packed.loss, plain.loss, rtol=tolerance, atol=0)
+    torch.testing.assert_close(
+        packed.exchanged_document_to_query, plain.exchanged_document_to_query, rtol=tolerance, atol=0
+    )
+    assert_same_gradients(gradients(model, packed.loss), expected, tolerance)
+
+
+def test_a_window_shorter_than_a_text_is_kept():
+    """A sliding window is applied within each packed text."""
+    model = make_model("mistral")
+    model.config.sliding_window = 4
+    lengths = [9, 3, 12]
+    words = model.get_input_embeddings()(torch.randint(0, 250, (sum(lengths),))).detach()
+    with torch.no_grad():
+        alone = padded_states(model, words, lengths)
+        assert use_packed_attention(model)
+        torch.testing.assert_close(packed_states(model, words, lengths), alone, atol=1e-6, rtol=1e-6)
+        model.config.sliding_window = None
+        assert (packed_states(model, words, lengths) - alone).abs().max() > 1e-4
+
+
+def test_checkpointed_activations_change_nothing():
+    """Gradient checkpointing passes the packed lengths on when it computes again."""
+    model, pairs = make_model().train(), make_pairs()
+    objective = Reconstruction(model, packed=True)
+    expected = gradients(model, objective(pairs).loss)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert_same_gradients(gradients(model, objective(pairs).loss), expected)
+
+
+def test_packing_leaves_no_trace_in_the_saved_model(tmp_path, save_base):
+    """The attention used for training is not written into config.json."""
+    from conftest import make_tokenizer
+
+    base = save_base(make_model(), make_tokenizer())
+    model = make_model().float()
+    assert use_packed_attention(model)
+    save_causal_lm(model, base, tmp_path / "saved")
+    assert PACKED_ATTENTION not in (tmp_path / "saved" / "config.json").read_text()
