@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from sentence_transformers import SentenceTransformer
 
-from anchorvec.embedder import save_causal_lm
-from anchorvec.packing import PACKED_ATTENTION, packed_states, padded_states, use_packed_attention
+from anchorvec.contrastive import contrastive_loss
+from anchorvec.embedder import build_embedder, save_causal_lm
+from anchorvec.packing import PACKED_ATTENTION, packed_states, padded_states, unpad, use_packed_attention
 from anchorvec.reconstruction import Reconstruction
 from conftest import FAMILIES, make_model
 from test_reconstruction import assert_same_gradients, gradients, make_pairs
@@ -74,3 +76,36 @@ def test_packing_leaves_no_trace_in_the_saved_model(tmp_path, save_base):
     assert use_packed_attention(model)
     save_causal_lm(model, base, tmp_path / "saved")
     assert PACKED_ATTENTION not in (tmp_path / "saved" / "config.json").read_text()
+
+
+@pytest.mark.parametrize("mini_batch_size", [None, 2])
+def test_stage_two_reads_the_texts_of_a_batch_packed(tmp_path, mini_batch_size):
+    """sentence-transformers' losses have the same value and gradient on packed texts, and encode the same vectors."""
+    model = SentenceTransformer(str(build_embedder("tiny", tmp_path / "base", max_tokens=32)), device="cpu").double()
+    texts = [["one", "a much longer query " * 3, "three"], ["a " * 40, "bb bb", "c"]]
+
+    def loss_gradients_vectors():
+        loss = contrastive_loss(model, mini_batch_size=mini_batch_size)(
+            [dict(model.preprocess(column, prompt="find: ")) for column in texts], None
+        )
+        return loss, gradients(model, loss), model.encode([*texts[0], *texts[1]], batch_size=4, convert_to_tensor=True)
+
+    loss, expected, vectors = loss_gradients_vectors()
+    assert unpad(model)
+    assert model.preprocess(texts[0])["input_ids"].shape[0] == 1
+    packed_loss, found, packed_vectors = loss_gradients_vectors()
+    torch.testing.assert_close(packed_loss, loss, rtol=1e-10, atol=0)
+    torch.testing.assert_close(packed_vectors, vectors, rtol=1e-6, atol=1e-7)
+    assert_same_gradients(found, expected)
+
+
+def test_a_packed_model_is_saved_as_any_other(tmp_path):
+    """A folder saved from an embedder that read packed texts is the same as without."""
+    base = build_embedder("tiny", tmp_path / "base", max_tokens=32)
+    for name in ("plain", "packed"):
+        model = SentenceTransformer(str(base), device="cpu")
+        assert name == "plain" or unpad(model)
+        model.encode(["a text"])
+        model.save_pretrained(str(tmp_path / name), create_model_card=False)
+    for file in ("config.json", "modules.json", "sentence_bert_config.json", "tokenizer.json"):
+        assert (tmp_path / "packed" / file).read_text() == (tmp_path / "plain" / file).read_text()

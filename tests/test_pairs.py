@@ -78,6 +78,22 @@ def test_a_local_data_set_folder_is_read_by_split(tmp_path: Path) -> None:
     assert read_pairs(folder).dataset.to_list() == EXPECTED[:1]
 
 
+def test_a_subset_of_a_data_set_is_read_by_its_name(tmp_path: Path) -> None:
+    """Of a data set with several subsets one must be named; the error of `datasets` lists them."""
+    folder = tmp_path / "animals"
+    folder.mkdir()
+    json_lines(folder / "big.jsonl", ROWS)
+    json_lines(folder / "small.jsonl", ROWS[:1])
+    subsets = [{"config_name": name, "data_files": f"{name}.jsonl"} for name in ("big", "small")]
+    (folder / "README.md").write_text(f"---\nconfigs: {json.dumps(subsets)}\n---\n")
+    assert read_pairs(folder, subset="big").dataset.to_list() == EXPECTED
+    assert read_pairs(folder, subset="small").dataset.to_list() == EXPECTED[:1]
+    with pytest.raises(AnchorvecError, match=r"animals.*'big', 'small'\]; it goes into the key `subset`$"):
+        read_pairs(folder)
+    with pytest.raises(AnchorvecError, match=r"animals.*other.*small"):
+        read_pairs(folder, subset="other")
+
+
 def test_a_built_in_data_set_is_read_by_name() -> None:
     """`builtin:debug` needs no file."""
     pairs = read_pairs("builtin:debug", strict=True)

@@ -26,9 +26,9 @@ from anchorvec.recipe import (
     dump_recipe,
     load_recipe,
     recipe_names,
-    reference,
     save_recipe,
 )
+from anchorvec.recipe.reference import reference
 
 DATA = "data: {train: [{path: pairs.jsonl}]}\n"
 DOCS = Path(__file__).parent.parent / "docs"
@@ -225,6 +225,7 @@ def test_data_sets_have_different_names() -> None:
         ("seed: 1\nmodel: {base: x", "my.yaml:2: not valid YAML: "),
         ("seed: 1\nmodel: a: b", "my.yaml:2: not valid YAML: "),
         ("seed: 1\nseed: 2", "my.yaml:2: not valid YAML: seed is there twice"),
+        ("seed: !!int abc", "my.yaml:1: not valid YAML: a tag, such as !!int, has no place in a recipe"),
         ("seed: 1\nmodel: \0", "my.yaml:2: not valid YAML: "),
         ("? [a]\n: 1", "my.yaml:1: not valid YAML: "),
         ("- path: x", "my.yaml: a recipe is keys and values"),

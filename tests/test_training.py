@@ -18,7 +18,8 @@ from anchorvec.exporting import export
 from anchorvec.loading import load_model
 from anchorvec.recipe import load_recipe
 from anchorvec.reconstruction import Reconstruction
-from anchorvec.training import ReconstructionTrainer, stored_prompts, train
+from anchorvec.trainers import ReconstructionTrainer
+from anchorvec.training import stored_prompts, train
 from conftest import make_model
 from test_reconstruction import gradients, make_pairs
 

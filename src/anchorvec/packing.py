@@ -1,8 +1,9 @@
 """Sequences side by side in one row, so that no arithmetic is spent on padding.
 
-A decoder's layers treat tokens alike except in attention. So the tokens of many texts stand in one row, each text with
-positions of its own, and attention runs text by text. It is registered with transformers as an attention of its own;
-transformers builds no mask for such a one, and its other ways to tell packed texts apart are not relied upon (T20).
+A decoder's layers treat tokens alike except in attention. So the tokens of many texts stand in one row, each text
+with positions of its own, and attention runs text by text. It is registered with transformers as an attention of its
+own, with the arguments of flash attention. transformers builds no mask for such a one, and its other ways to tell
+packed texts apart are not relied upon (T20).
 """
 
 from collections import defaultdict
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
@@ -19,10 +21,7 @@ PACKED_ATTENTION = "anchorvec_packed"
 
 def packed_states(model: PreTrainedModel, words: Tensor, lengths: Sequence[int]) -> Tensor:
     """The decoder's final states (tokens, dim) of texts that stand one after another in `words` (tokens, dim)."""
-    positions = torch.cat([torch.arange(length, device=words.device) for length in lengths])
-    out = model.base_model(
-        inputs_embeds=words[None], position_ids=positions[None], use_cache=False, packed_lengths=tuple(lengths)
-    )
+    out = model.base_model(inputs_embeds=words[None], use_cache=False, **_packed_arguments(lengths, words.device))
     states: Tensor = out.last_hidden_state[0]
     return states
 
@@ -63,6 +62,41 @@ def use_packed_attention(model: PreTrainedModel) -> bool:
     return False
 
 
+def unpad(model: SentenceTransformer) -> bool:
+    """Have `model` read the texts of a batch packed, in training and in `encode`, if its decoder can be packed.
+
+    Features then have the form that sentence-transformers itself uses with flash attention. Nothing of it is saved.
+    """
+    module: Any = model[0]
+    if not use_packed_attention(module.model):
+        return False
+    padded_features = module.preprocess
+
+    def packed_features(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        features: dict[str, Any] = padded_features(*args, **kwargs)
+        mask = features.pop("attention_mask").bool()
+        lengths = mask.sum(dim=1).tolist()
+        features["input_ids"] = features["input_ids"][mask][None]
+        return features | _packed_arguments(lengths, mask.device)
+
+    module.preprocess = packed_features
+    if module.model_forward_params is not None:
+        module.model_forward_params |= set(_packed_arguments([1], model.device))
+    return True
+
+
+def _packed_arguments(lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
+    """What tells the texts of a row apart, under the names that transformers' flash attention takes."""
+    starts = torch.tensor([0, *lengths], device=device).cumsum(0, dtype=torch.int32)
+    return {
+        "position_ids": torch.cat([torch.arange(length, device=device) for length in lengths])[None],
+        "cu_seq_lens_q": starts,
+        "cu_seq_lens_k": starts,
+        "max_length_q": max(lengths),
+        "max_length_k": max(lengths),
+    }
+
+
 def packed_attention(
     module: nn.Module,
     query: Tensor,
@@ -70,17 +104,20 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    packed_lengths: Sequence[int],
+    cu_seq_lens_q: Tensor,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each text: query (1, heads, tokens, dim) to (1, tokens, heads, dim)."""
+    """Causal attention within each text: query (1, heads, tokens, dim) to (1, tokens, heads, dim).
+
+    `cu_seq_lens_q`: where each text starts, and the number of tokens, (texts + 1,).
+    """
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
-    lengths = list(packed_lengths)
+    lengths = cu_seq_lens_q.diff().tolist()
     outs = [
         _attend(q, k, v, scaling, dropout, sliding_window, softcap)
         for q, k, v in zip(*(torch.split(part, lengths, dim=2) for part in (query, key, value)), strict=True)

@@ -7,7 +7,6 @@ A run folder holds `recipe.yaml` (resolved), `run.json` (versions, device, data)
 import os
 import platform
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,13 +16,12 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig
 from rich.console import Console, Group
-from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
+from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.training_args import (
     BatchSamplers,
     MultiDatasetBatchSamplers,
     SentenceTransformerTrainingArguments,
 )
-from torch import Tensor, nn
 from transformers import AutoTokenizer, PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from anchorvec.contrastive import contrastive_datasets, contrastive_loss
@@ -34,13 +32,12 @@ from anchorvec.evaluation import TaskScores, check_test_data, evaluate, scores_t
 from anchorvec.exporting import Exported, export
 from anchorvec.files import new_folder, write_json
 from anchorvec.loading import load_model
+from anchorvec.packing import unpad
 from anchorvec.precision import default_device, resolve_precision
 from anchorvec.progress import OnLog, StageProgress
 from anchorvec.recipe import Recipe, StageOne, StageTwo, load_recipe, save_recipe
-from anchorvec.reconstruction import PairTokenizer, Reconstruction, TokenPair, micro_batches
-
-MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
-"""Tokens (padding included) whose activations are held at one time, where the recipe does not say."""
+from anchorvec.reconstruction import PairTokenizer, Reconstruction
+from anchorvec.trainers import ContrastiveTrainer, ReconstructionTrainer
 
 
 @dataclass(frozen=True)
@@ -104,7 +101,9 @@ def load_training_data(recipe: Recipe) -> dict[str, Pairs]:
     """Every data set of the recipe by its name, before weights; what was left out of one is said on stderr."""
     loaded = {}
     for source in recipe.data.train:
-        loaded[source.name] = read_pairs(source.path, strict=recipe.data.strict, split=source.split)
+        loaded[source.name] = read_pairs(
+            source.path, strict=recipe.data.strict, split=source.split, subset=source.subset
+        )
         report = loaded[source.name].report
         if report.rejected or report.dropped_negatives:
             Console(stderr=True).print(report.summary(), highlight=False, markup=False)
@@ -166,8 +165,7 @@ def train_stage_one(
     progress = _progress(recipe, "stage_one", deadline, on_log)
     model = load_causal_lm(start, attention=recipe.model.attention)
     trainer = ReconstructionTrainer(
-        # on a CPU, attention text by text costs nothing extra; a GPU wants one kernel for all
-        model=Reconstruction(model, alpha=stage.alpha, packed=default_device().type == "cpu"),
+        model=Reconstruction(model, alpha=stage.alpha, packed=_packs(recipe)),
         args=TrainingArguments(**_arguments(recipe, stage, folder)),
         train_dataset=dataset,
         data_collator=PairTokenizer(
@@ -209,6 +207,8 @@ def train_stage_two(
         model_kwargs={"dtype": torch.float32, "use_safetensors": True, **options},
         device=str(default_device()),
     )
+    if _packs(recipe):
+        unpad(model)
     if stage.lora is not None:
         model.add_adapter(
             LoraConfig(
@@ -245,102 +245,6 @@ def train_stage_two(
         model.save_pretrained(str(scratch), create_model_card=False)
         save_tokenizer(model.tokenizer, scratch)
     return folder
-
-
-class ReconstructionTrainer(Trainer):
-    """A trainer whose batch is the pairs of one optimizer step, cut into micro-batches inside the step.
-
-    Target tokens are counted over all devices before the first micro-batch, so the gradient is that of the whole
-    step however it is cut (T10). Gradients are synchronised with the last micro-batch only.
-    """
-
-    def __init__(
-        self, *args: Any, micro_batch_tokens: int | None = None, exchange_every: int = 10, **kwargs: Any
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        self.micro_batch_tokens = micro_batch_tokens or MICRO_BATCH_TOKENS.get(self.args.device.type, 2048)
-        self.exchange_every = exchange_every
-        self.tokens_seen = 0
-        self.directions: list[tuple[float, float]] = []  # per step since the last record
-        self.exchange: dict[str, float] = {}
-
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
-    ) -> Tensor:
-        """Backpropagate one optimizer step and return its loss over all devices."""
-        model.train()
-        pairs: list[TokenPair] = inputs["pairs"]
-        counts = torch.tensor(
-            [sum(len(p.document_targets) for p in pairs), sum(len(p.query_targets) for p in pairs)],
-            device=self.args.device,
-        )
-        document_tokens, query_tokens = self.accelerator.reduce(counts, "sum").tolist()
-        step = self.state.global_step + 1
-        exchange = step == 1 or step % self.exchange_every == 0
-        parts = micro_batches(pairs, self.micro_batch_tokens)
-        sums = torch.zeros(6, device=self.args.device)
-        for i, part in enumerate(parts):
-            last = i == len(parts) - 1
-            with nullcontext() if last else self.accelerator.no_sync(model):
-                with self.compute_loss_context_manager():
-                    out = model(
-                        part,
-                        document_tokens=document_tokens,
-                        query_tokens=query_tokens,
-                        exchange=exchange and len(part) > 1,
-                    )
-                # DDP averages over processes; the loss is already this process's share of the step.
-                self.accelerator.backward(out.loss * self.accelerator.num_processes)
-            sums[0] += out.query_to_document
-            sums[1] += out.document_to_query
-            if out.exchanged_query_to_document is not None:
-                sums[2] += out.exchanged_query_to_document - out.query_to_document
-                sums[3] += out.exchanged_document_to_query - out.document_to_query
-                sums[4] += sum(len(p.document_targets) for p in part)
-                sums[5] += sum(len(p.query_targets) for p in part)
-        self.tokens_seen += sum(pair.tokens for pair in pairs)
-        sums = self.accelerator.reduce(sums, "sum")
-        q2d, d2q = (sums[0] / document_tokens).item(), (sums[1] / query_tokens).item()
-        self.directions.append((q2d, d2q))
-        alpha = self.accelerator.unwrap_model(model).alpha
-        if exchange and sums[4] > 0:  # a pair alone in its micro-batch has nobody to exchange with
-            gaps = {"exchange_query_to_document": sums[2] / sums[4], "exchange_document_to_query": sums[3] / sums[5]}
-            weights = (alpha, 1 - alpha)
-            self.exchange = {key: gap.item() for (key, gap), w in zip(gaps.items(), weights, strict=True) if w > 0}
-        return torch.tensor(alpha * q2d + (1 - alpha) * d2q, device=self.args.device)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the two directions, the exchange gaps and the tokens so far to a training record."""
-        if "loss" in logs:
-            q2d, d2q = (sum(values) / len(self.directions) for values in zip(*self.directions, strict=True))
-            self.directions = []
-            parts = {"query_to_document": q2d, "document_to_query": d2q, **self.exchange}
-            logs = {**logs, **parts, "tokens": self.tokens_seen}
-        super().log(logs, start_time)
-
-
-class ContrastiveTrainer(SentenceTransformerTrainer):
-    """sentence-transformers' trainer; it also counts the tokens that it reads."""
-
-    tokens_seen = 0
-
-    def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
-        """Leave out the library's model card, which encodes examples and asks the hub; `export` writes one."""
-
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
-    ) -> Tensor:
-        """One optimizer step."""
-        masks = [value for key, value in inputs.items() if key.endswith("attention_mask")]
-        self.tokens_seen += int(sum(mask.sum() for mask in masks))
-        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        return loss
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the tokens so far to a training record."""
-        if "loss" in logs:
-            logs = {**logs, "tokens": self.tokens_seen}
-        super().log(logs, start_time)
 
 
 def reconstruction_dataset(recipe: Recipe, pairs: Mapping[str, Pairs]) -> Dataset:
@@ -404,6 +308,11 @@ def _arguments(recipe: Recipe, stage: StageOne | StageTwo, folder: Path) -> dict
         "remove_unused_columns": False,
         "seed": recipe.seed,
     }
+
+
+def _packs(recipe: Recipe) -> bool:
+    """Whether texts are packed: on a CPU attention text by text costs nothing extra; a GPU wants one kernel for all."""
+    return recipe.model.attention == "auto" and default_device().type == "cpu"
 
 
 def _progress(recipe: Recipe, stage: str, deadline: float | None, on_log: OnLog | None) -> StageProgress:

@@ -86,11 +86,12 @@ _Rows = Iterator[tuple[int, _Row]]
 _Pair = tuple[str, str, list[str]]
 
 
-def read_pairs(path: str | Path, *, strict: bool = False, split: str = "train") -> Pairs:
+def read_pairs(path: str | Path, *, strict: bool = False, split: str = "train", subset: str | None = None) -> Pairs:
     """The usable pairs of a file, a data set's folder, a hub data set or a `builtin:` one, with a report.
 
     Files are JSON Lines (.jsonl, .json), CSV or TSV with a header line (`negatives` is a JSON list there),
-    each plain or .gz, and Parquet. A path that exists wins over a hub name; `split` is for data sets alone.
+    each plain or .gz, and Parquet. A path that exists wins over a hub name; `split` and `subset` (also called
+    configuration) are for data sets alone.
     Texts are kept as they are. Rows that are empty, duplicate (same query and positive), no strings, without
     a column, unparsable or not UTF-8 are left out and counted, as are negatives equal to their row's
     query or positive.
@@ -108,7 +109,7 @@ def read_pairs(path: str | Path, *, strict: bool = False, split: str = "train") 
 
     def usable() -> Iterator[_Pair]:
         nonlocal dropped_negatives
-        for line, row in _read(source, split):
+        for line, row in _read(source, split, subset):
             try:
                 query, positive, negatives, dropped = _checked(row)
                 key = hash((query, positive))
@@ -151,15 +152,15 @@ def weighted(dataset: datasets.Dataset, weight: float, seed: int) -> datasets.Da
     return dataset.select(np.concatenate([np.tile(np.arange(rows), times), np.sort(sample)]))
 
 
-def _read(source: str, split: str) -> _Rows:
+def _read(source: str, split: str, subset: str | None) -> _Rows:
     """The rows of a source; a file that breaks off or cannot be opened is an AnchorvecError."""
     try:
-        yield from _rows(source, split)
+        yield from _rows(source, split, subset)
     except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
         raise AnchorvecError(f"{source} cannot be read: {error}") from error
 
 
-def _rows(source: str, split: str) -> _Rows:
+def _rows(source: str, split: str, subset: str | None) -> _Rows:
     """Each row of a source with its line, or with its number from 1 where there are no lines."""
     if source.startswith(PREFIX):
         return enumerate(builtin_rows(source), start=1)
@@ -167,12 +168,12 @@ def _rows(source: str, split: str) -> _Rows:
     suffix = path.suffix.lower()
     text_suffix = Path(path.stem).suffix.lower() if suffix == ".gz" else suffix
     if path.is_dir():
-        return _dataset(source, split)
+        return _dataset(source, split, subset)
     if not path.exists():
         is_file_name = text_suffix in (*_JSON_SUFFIXES, *_DELIMITERS, ".parquet")
         if is_file_name or not _HUB_NAME.fullmatch(source):
             raise AnchorvecError(f"{source} does not exist; name a file, a folder or a data set on the hub")
-        return _dataset(source, split)
+        return _dataset(source, split, subset)
     if suffix == ".parquet":
         return _parquet(path)
     if text_suffix in _JSON_SUFFIXES:
@@ -265,12 +266,13 @@ def _parquet(path: Path) -> _Rows:
                     yield line, _RejectedRow("not UTF-8", "bytes that are not UTF-8")
 
 
-def _dataset(name: str, split: str) -> _Rows:
+def _dataset(name: str, split: str, subset: str | None) -> _Rows:
     try:
-        dataset = datasets.load_dataset(name, split=split)
+        dataset = datasets.load_dataset(name, subset, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        found = error.__cause__ or error
-        raise AnchorvecError(f"{name} is no file here, and no data set to load: {found}") from error
+        found = " ".join(str(error.__cause__ or error).splitlines()[:2])  # after that come lines of code
+        hint = "; it goes into the key `subset`" if "available configs" in found else ""
+        raise AnchorvecError(f"{name} is no file here, and no data set to load: {found}{hint}") from error
     _require_columns(name, dataset.column_names)
     used = [column for column in _COLUMNS if column in dataset.column_names]
     yield from enumerate(dataset.select_columns(used), start=1)

