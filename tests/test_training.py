@@ -132,6 +132,19 @@ def test_the_cached_loss_equals_the_plain_one(tmp_path):
             torch.testing.assert_close(gradient[name], expected, atol=1e-8, rtol=1e-6)
 
 
+def test_training_on_packed_and_on_padded_texts_is_the_same(tmp_path):
+    """`attention: auto` packs texts on a CPU and `sdpa` pads them; both stages log the same losses."""
+    losses = {}
+    for attention in ("auto", "sdpa"):
+        output = tmp_path / attention
+        options = [f"model.attention={attention}", "stage_one.log_every=1", "stage_two.log_every=1"]
+        train(load_recipe("debug", [f"output={output}", *QUICK, *options]))
+        records = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+        losses[attention] = [record["loss"] for record in records]
+    assert len(losses["auto"]) == 6
+    assert losses["auto"] == pytest.approx(losses["sdpa"], rel=1e-4)
+
+
 def test_rows_with_and_without_negatives_become_two_datasets():
     """A batch has the same columns in every row, so the data set is split where only some rows have negatives."""
     rows = Dataset.from_dict({"query": ["q1", "q2"], "positive": ["p1", "p2"], "negatives": [["n1", "n2", "n3"], []]})

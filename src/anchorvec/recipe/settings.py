@@ -72,7 +72,8 @@ class ModelSettings(_Section):
     """`bf16`: autocast over fp32 master weights. `auto` measures, and takes bf16 where the device multiplies
     it faster."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
-    """The attention implementation of transformers. `auto` leaves the choice to it."""
+    """The attention implementation of transformers for training. `auto`: on a CPU texts side by side without
+    padding, where the model allows it; else transformers' own choice. The result is the same."""
 
 
 class TrainData(_Section):
