@@ -78,14 +78,14 @@ def test_packing_leaves_no_trace_in_the_saved_model(tmp_path, save_base):
     assert PACKED_ATTENTION not in (tmp_path / "saved" / "config.json").read_text()
 
 
-@pytest.mark.parametrize("mini_batch_size", [None, 2])
-def test_stage_two_reads_the_texts_of_a_batch_packed(tmp_path, mini_batch_size):
+@pytest.mark.parametrize("micro_batch_tokens", [None, 70])
+def test_stage_two_reads_the_texts_of_a_batch_packed(tmp_path, micro_batch_tokens):
     """sentence-transformers' losses have the same value and gradient on packed texts, and encode the same vectors."""
     model = SentenceTransformer(str(build_embedder("tiny", tmp_path / "base", max_tokens=32)), device="cpu").double()
     texts = [["one", "a much longer query " * 3, "three"], ["a " * 40, "bb bb", "c"]]
 
     def loss_gradients_vectors():
-        loss = contrastive_loss(model, mini_batch_size=mini_batch_size)(
+        loss = contrastive_loss(model, micro_batch_tokens=micro_batch_tokens)(
             [dict(model.preprocess(column, prompt="find: ")) for column in texts], None
         )
         return loss, gradients(model, loss), model.encode([*texts[0], *texts[1]], batch_size=4, convert_to_tensor=True)

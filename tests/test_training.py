@@ -117,12 +117,12 @@ def test_the_micro_batch_budget_does_not_change_training(tmp_path):
 
 
 def test_the_cached_loss_equals_the_plain_one(tmp_path):
-    """Stage II's loss and gradient do not depend on the mini-batch size, None included."""
+    """Stage II's loss and gradient do not depend on the tokens of a micro-batch, None included."""
     model = SentenceTransformer(str(build_embedder("tiny", tmp_path / "base", max_tokens=32)), device="cpu").double()
     texts = [["one", "two two", "three"], ["a", "bb bb", "ccc"], ["x", "y y", "z"]]
     losses, found = [], []
-    for size in (None, 1, 2):
-        loss = contrastive_loss(model, temperature=0.1, mini_batch_size=size)
+    for size in (None, 1, 70):
+        loss = contrastive_loss(model, temperature=0.1, micro_batch_tokens=size)
         value = loss([dict(model.tokenize(column)) for column in texts], None)
         losses.append(value)
         found.append(gradients(model, value))

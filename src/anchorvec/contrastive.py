@@ -17,19 +17,25 @@ from sentence_transformers.sentence_transformer.losses import (
     MultipleNegativesRankingLoss,
 )
 
+from anchorvec.packing import reads_packed
+
 
 def contrastive_loss(
-    model: SentenceTransformer, *, temperature: float = 0.05, mini_batch_size: int | None = None
+    model: SentenceTransformer, *, temperature: float = 0.05, micro_batch_tokens: int | None = None
 ) -> CachedMultipleNegativesRankingLoss | MultipleNegativesRankingLoss:
     """InfoNCE with in-batch negatives over cosine similarities divided by `temperature`.
 
-    `mini_batch_size` texts are held in memory at a time through cached gradients (GradCache), which encodes
-    every text twice; None encodes the whole step once. Loss and gradient are the same.
+    Texts of at most `micro_batch_tokens`, padding included, are held in memory at a time through cached gradients
+    (GradCache), which encode every text twice; None encodes the whole step once. Loss and gradient are the same.
     """
     options: dict[str, Any] = {"scale": 1 / temperature, "directions": ("query_to_doc",)}
-    if mini_batch_size is None:
+    if micro_batch_tokens is None:
         return MultipleNegativesRankingLoss(model, **options)
-    return CachedMultipleNegativesRankingLoss(model, mini_batch_size=mini_batch_size, **options)
+    if reads_packed(model):
+        return CachedMultipleNegativesRankingLoss(model, mini_batch_num_tokens=micro_batch_tokens, **options)
+    # The library's count of tokens leaves padding out, which takes memory too: as many texts as always fit.
+    texts = max(1, micro_batch_tokens // (model.max_seq_length or micro_batch_tokens))
+    return CachedMultipleNegativesRankingLoss(model, mini_batch_size=texts, **options)
 
 
 def contrastive_datasets(name: str, pairs: Dataset, *, negatives: int = 1) -> dict[str, Dataset]:

@@ -85,6 +85,12 @@ def unpad(model: SentenceTransformer) -> bool:
     return True
 
 
+def reads_packed(model: SentenceTransformer) -> bool:
+    """Whether the texts of a batch reach the decoder without padding."""
+    module: Any = model[0]
+    return bool(module.model.config._attn_implementation == PACKED_ATTENTION)
+
+
 def _packed_arguments(lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
     """What tells the texts of a row apart, under the names that transformers' flash attention takes."""
     starts = torch.tensor([0, *lengths], device=device).cumsum(0, dtype=torch.int32)

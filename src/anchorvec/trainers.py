@@ -10,8 +10,10 @@ from transformers import Trainer
 
 from anchorvec.reconstruction import TokenPair, micro_batches
 
-MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
-"""Tokens (padding included) whose activations are held at one time, where the recipe does not say."""
+
+def default_micro_batch_tokens(device: torch.device) -> int:
+    """Tokens whose activations are held at one time, where the recipe does not say."""
+    return 16_384 if device.type == "cuda" else 2_048
 
 
 class ReconstructionTrainer(Trainer):
@@ -25,7 +27,7 @@ class ReconstructionTrainer(Trainer):
         self, *args: Any, micro_batch_tokens: int | None = None, exchange_every: int = 10, **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.micro_batch_tokens = micro_batch_tokens or MICRO_BATCH_TOKENS.get(self.args.device.type, 2048)
+        self.micro_batch_tokens = micro_batch_tokens or default_micro_batch_tokens(self.args.device)
         self.exchange_every = exchange_every
         self.tokens_seen = 0
         self.directions: list[tuple[float, float]] = []  # per step since the last record

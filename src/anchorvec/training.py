@@ -4,8 +4,10 @@ A run folder holds `recipe.yaml` (resolved), `run.json` (versions, device, data)
 `stage_two/`: embedder folders, each the start of the next. Both stages go through transformers' Trainer.
 """
 
+import math
 import os
 import platform
+import statistics
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -32,12 +34,15 @@ from anchorvec.evaluation import TaskScores, check_test_data, evaluate, scores_t
 from anchorvec.exporting import Exported, export
 from anchorvec.files import new_folder, write_json
 from anchorvec.loading import load_model
-from anchorvec.packing import unpad
+from anchorvec.packing import reads_packed, unpad
 from anchorvec.precision import default_device, resolve_precision
 from anchorvec.progress import OnLog, StageProgress
 from anchorvec.recipe import Recipe, StageOne, StageTwo, load_recipe, save_recipe
 from anchorvec.reconstruction import PairTokenizer, Reconstruction
-from anchorvec.trainers import ContrastiveTrainer, ReconstructionTrainer
+from anchorvec.trainers import ContrastiveTrainer, ReconstructionTrainer, default_micro_batch_tokens
+
+LENGTH_SAMPLE = 256
+"""Rows from which the tokens of a step are estimated."""
 
 
 @dataclass(frozen=True)
@@ -224,6 +229,9 @@ def train_stage_two(
         parts = contrastive_datasets(source.name, pairs[source.name].dataset, negatives=stage.negatives)
         datasets |= {name: weighted(part, source.weight, recipe.seed) for name, part in parts.items()}
     _check_rows(recipe, "stage_two", datasets)
+    prompts = _prompts_by_dataset(recipe, datasets)
+    micro_batch_tokens = stage.micro_batch_tokens or default_micro_batch_tokens(default_device())
+    fits = max(_large_step(model, datasets[name], prompts[name], recipe) for name in datasets) <= micro_batch_tokens
     progress = _progress(recipe, "stage_two", deadline, on_log)
     trainer = ContrastiveTrainer(
         model=model,
@@ -231,10 +239,12 @@ def train_stage_two(
             **_arguments(recipe, stage, folder),
             batch_sampler=BatchSamplers.NO_DUPLICATES,  # T16
             multi_dataset_batch_sampler=MultiDatasetBatchSamplers.PROPORTIONAL,  # one data set a batch
-            prompts=_prompts_by_dataset(recipe, datasets),
+            prompts=prompts,
         ),
         train_dataset=datasets,
-        loss=contrastive_loss(model, temperature=stage.temperature, mini_batch_size=stage.mini_batch_size),
+        loss=contrastive_loss(
+            model, temperature=stage.temperature, micro_batch_tokens=None if fits else micro_batch_tokens
+        ),
         callbacks=[progress],
     )
     if stage.gradient_checkpointing:
@@ -353,6 +363,24 @@ def _check_instructions(recipe: Recipe, tokenizer: Any) -> None:
                     f"data.train.{i}.{key}: it leaves no room for a text within model.max_tokens = "
                     f"{recipe.model.max_tokens}; shorten it, or raise the limit"
                 )
+
+
+def _large_step(model: SentenceTransformer, dataset: Dataset, prompts: Mapping[str, str], recipe: Recipe) -> float:
+    """Tokens of a large step of Stage II on the data set: their mean and three standard deviations.
+
+    With padding, what the longest text makes of each column.
+    """
+    assert recipe.stage_two is not None
+    pairs = recipe.stage_two.pairs_per_step
+    sample = dataset.shuffle(seed=recipe.seed).select(range(min(LENGTH_SAMPLE, len(dataset))))
+    columns = [
+        model.tokenizer([prompts[column] + text for text in sample[column]], truncation=True)["input_ids"]
+        for column in sample.column_names
+    ]
+    if not reads_packed(model):
+        return pairs * sum(max(map(len, column)) for column in columns)
+    tokens = [sum(map(len, row)) for row in zip(*columns, strict=True)]
+    return pairs * statistics.mean(tokens) + 3 * math.sqrt(pairs) * statistics.pstdev(tokens)
 
 
 def _prompts_by_dataset(recipe: Recipe, datasets: Mapping[str, Dataset]) -> dict[str, dict[str, str]]:

@@ -210,9 +210,9 @@ class StageTwo(_Stage):
     """Train LoRA adapters. null: full fine-tuning."""
     negatives: NonNegativeInt = 1
     """Hard negatives used per query, where the data have them."""
-    mini_batch_size: PositiveInt | None = 32
-    """Texts of a column encoded at a time by the cached loss; the result does not depend on it. null: the whole step at
-    once, without the cache, which is faster and takes more memory."""
+    micro_batch_tokens: PositiveInt | None = None
+    """Tokens encoded at a time; the result does not depend on it. A step with more goes through cached gradients,
+    which encode every text twice. null: 2,048 on a CPU, 16,384 on a GPU."""
 
 
 class EvaluationSettings(_Section):
