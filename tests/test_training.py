@@ -145,6 +145,28 @@ def test_training_on_packed_and_on_padded_texts_is_the_same(tmp_path):
     assert losses["auto"] == pytest.approx(losses["sdpa"], rel=1e-4)
 
 
+@pytest.mark.parametrize(("attention", "tokens", "cached"), [("auto", 256, 256), ("auto", 9999, None), ("sdpa", 9, 9)])
+def test_a_step_that_fits_goes_without_cached_gradients(tmp_path, monkeypatch, attention, tokens, cached):
+    """Only a step of Stage II with more tokens than a micro-batch encodes its texts twice."""
+    asked = []
+
+    def recorded(model, **options):
+        asked.append(options["micro_batch_tokens"])
+        return contrastive_loss(model, **options)
+
+    monkeypatch.setattr("anchorvec.training.contrastive_loss", recorded)
+    options = ["stage_one=null", f"model.attention={attention}", f"stage_two.micro_batch_tokens={tokens}"]
+    train(load_recipe("debug", [f"output={tmp_path / 'run'}", *QUICK[1::2], *options]))
+    assert asked == [cached]
+
+
+def test_padded_texts_are_counted_by_the_length_limit(tmp_path):
+    """Where texts are padded, a micro-batch has as many as always fit, one at least."""
+    model = SentenceTransformer(str(build_embedder("tiny", tmp_path / "base", max_tokens=32)), device="cpu")
+    assert contrastive_loss(model, micro_batch_tokens=70).mini_batch_size == 2
+    assert contrastive_loss(model, micro_batch_tokens=1).mini_batch_size == 1
+
+
 def test_rows_with_and_without_negatives_become_two_datasets():
     """A batch has the same columns in every row, so the data set is split where only some rows have negatives."""
     rows = Dataset.from_dict({"query": ["q1", "q2"], "positive": ["p1", "p2"], "negatives": [["n1", "n2", "n3"], []]})

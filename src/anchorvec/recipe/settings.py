@@ -73,7 +73,7 @@ class ModelSettings(_Section):
     it faster."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """The attention implementation of transformers for training. `auto`: on a CPU texts side by side without
-    padding, where the model allows it; else transformers' own choice. The result is the same."""
+    padding, where the model allows it; else transformers' own choice. Loss and gradient are the same."""
 
 
 class TrainData(_Section):
