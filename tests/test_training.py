@@ -154,7 +154,7 @@ def test_a_step_that_fits_goes_without_cached_gradients(tmp_path, monkeypatch, a
         asked.append(options["micro_batch_tokens"])
         return contrastive_loss(model, **options)
 
-    monkeypatch.setattr("anchorvec.training.contrastive_loss", recorded)
+    monkeypatch.setattr("anchorvec.stages.contrastive_loss", recorded)
     options = ["stage_one=null", f"model.attention={attention}", f"stage_two.micro_batch_tokens={tokens}"]
     train(load_recipe("debug", [f"output={tmp_path / 'run'}", *QUICK[1::2], *options]))
     assert asked == [cached]

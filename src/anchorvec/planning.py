@@ -16,7 +16,8 @@ from anchorvec.embedder import load_causal_lm
 from anchorvec.precision import default_device, resolve_precision
 from anchorvec.recipe import Recipe, dump_recipe, load_recipe
 from anchorvec.reconstruction import PairTokenizer, TokenPair
-from anchorvec.training import build_base, load_training_data, reconstruction_dataset
+from anchorvec.stages import Engine, reconstruction_dataset, stage_one_objective, stage_two_datasets, stage_two_model
+from anchorvec.training import build_base, load_training_data
 
 SHOWN_PAIRS = 3
 
@@ -45,6 +46,7 @@ class Plan:
     disk: dict[str, int]
     tokens_per_pair: float
     tokens: dict[str, int]
+    engine: dict[str, Engine]
     pairs: list[ShownPair]
 
     def to_dict(self) -> dict[str, Any]:
@@ -62,6 +64,8 @@ class Plan:
             table.add_row(f"trained in {stage}", f"{count:,} ({count / self.parameters:.1%})")
         for stage, count in self.tokens.items():
             table.add_row(f"tokens in {stage}", f"about {count:,}")
+        for stage, engine in self.engine.items():
+            table.add_row(f"{stage} runs", _show_engine(engine, stage))
         table.add_row(
             "disk",
             f"{sum(self.disk.values()) / 1e9:.2f} GB: " + ", ".join(f"{k} {v / 1e9:.2f}" for k, v in self.disk.items()),
@@ -81,7 +85,14 @@ def plan(recipe: Recipe | str | Path) -> Plan:
     with tempfile.TemporaryDirectory() as scratch:
         base = build_base(recipe, Path(scratch) / "base")
         tokenizer = AutoTokenizer.from_pretrained(base)
-        model = load_causal_lm(base)
+        engine = {}
+        if recipe.stage_two:
+            engine["stage_two"] = stage_two_model(recipe, base, stage_two_datasets(recipe, pairs))[1]
+        if recipe.stage_one:
+            objective, engine["stage_one"] = stage_one_objective(recipe, base)
+            model = objective.model
+        else:
+            model = load_causal_lm(base)
         base_bytes = sum(path.stat().st_size for path in base.rglob("*") if path.is_file())
     stage_one = recipe.stage_one
     tokenize = PairTokenizer(
@@ -124,6 +135,7 @@ def plan(recipe: Recipe | str | Path) -> Plan:
         disk=disk,
         tokens_per_pair=four_passes,
         tokens=tokens,
+        engine=dict(sorted(engine.items())),
         pairs=[_decoded(pair, tokenizer) for pair in batch[:SHOWN_PAIRS]],
     )
 
@@ -139,6 +151,18 @@ def _lora_parameters(body: Any, rank: int) -> int:
 def _decoded(pair: TokenPair, tokenizer: Any) -> ShownPair:
     passes = (pair.query, pair.document, pair.document_targets, pair.query_targets)
     return ShownPair(*([tokenizer.decode([token]) for token in ids] for ids in passes))
+
+
+def _show_engine(engine: Engine, stage: str) -> str:
+    whole_step = stage == "stage_two" and not engine.cached_gradients
+    ways = [
+        "packed" if engine.packed else "padded",
+        "a step at once" if whole_step else f"micro-batches of {engine.micro_batch_tokens:,} tokens",
+        f"{engine.bytes_per_token / 1e6:.2g} MB a token",
+        *["cached gradients"] * engine.cached_gradients,
+        *["gradient checkpointing"] * engine.gradient_checkpointing,
+    ]
+    return ", ".join(ways)
 
 
 def _show_pair(pair: ShownPair) -> Text:

@@ -25,8 +25,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from anchorvec.packing import packed_states, padded_states, use_packed_attention
 
-HEAD_CHUNK_TOKENS = 1024
-"""Target tokens whose logits exist at one time: 1,024 x 128,256 in fp32 are 0.5 GB."""
+HEAD_CHUNK_BYTES = 2**28
+"""Logits that exist at one time, in fp32: 523 target tokens over a vocabulary of 128,256."""
 
 
 @dataclass(frozen=True)
@@ -161,9 +161,10 @@ class Reconstruction(nn.Module):
             logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
             return F.cross_entropy(logits, chunk_targets, reduction="none")
 
-        if len(states) <= HEAD_CHUNK_TOKENS:
+        size = max(1, HEAD_CHUNK_BYTES // (4 * self.model.config.get_text_config().vocab_size))
+        if len(states) <= size:
             return chunk_loss(states, targets)
-        chunks = zip(torch.split(states, HEAD_CHUNK_TOKENS), torch.split(targets, HEAD_CHUNK_TOKENS), strict=True)
+        chunks = zip(torch.split(states, size), torch.split(targets, size), strict=True)
         return torch.cat([checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks])
 
 
@@ -250,22 +251,24 @@ class PairTokenizer:
         return read["input_ids"], targets
 
 
-def micro_batches(pairs: Sequence[TokenPair], max_tokens: int) -> list[list[TokenPair]]:
-    """`pairs` ordered by length and cut so that the four padded passes over a group have at most `max_tokens` tokens.
+def micro_batches(pairs: Sequence[TokenPair], max_tokens: int, *, packed: bool) -> list[list[TokenPair]]:
+    """`pairs` ordered by length and cut so that the four passes over a group have at most `max_tokens` tokens.
 
-    A single pair longer than that makes a group of its own.
+    Unless `packed`, padding counts too. A single pair longer than that makes a group of its own.
     """
     groups: list[list[TokenPair]] = []
     for pair in sorted(pairs, key=lambda p: (p.tokens, p.document, p.query), reverse=True):
-        if groups and _padded_tokens([*groups[-1], pair]) <= max_tokens:
+        if groups and tokens_at_once([*groups[-1], pair], packed=packed) <= max_tokens:
             groups[-1].append(pair)
         else:
             groups.append([pair])
     return groups
 
 
-def _padded_tokens(group: Sequence[TokenPair]) -> int:
-    """Tokens of the four passes over a group, padding included: what holds activations at one time."""
+def tokens_at_once(group: Sequence[TokenPair], *, packed: bool) -> int:
+    """Tokens of the four passes over a group, padding included unless `packed`: what holds activations at one time."""
+    if packed:
+        return sum(pair.tokens for pair in group)
     longest = (
         max(len(p.query) for p in group)
         + max(len(p.document) for p in group)

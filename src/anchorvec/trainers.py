@@ -1,5 +1,7 @@
 """The trainers of the two stages: transformers' and sentence-transformers' own, with what a stage adds."""
 
+import warnings
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -8,26 +10,21 @@ from sentence_transformers import SentenceTransformerTrainer
 from torch import Tensor, nn
 from transformers import Trainer
 
-from anchorvec.reconstruction import TokenPair, micro_batches
-
-
-def default_micro_batch_tokens(device: torch.device) -> int:
-    """Tokens whose activations are held at one time, where the recipe does not say."""
-    return 16_384 if device.type == "cuda" else 2_048
+from anchorvec.errors import AnchorvecError
+from anchorvec.reconstruction import TokenPair, micro_batches, tokens_at_once
 
 
 class ReconstructionTrainer(Trainer):
     """A trainer whose batch is the pairs of one optimizer step, cut into micro-batches inside the step.
 
     Target tokens are counted over all devices before the first micro-batch, so the gradient is that of the whole
-    step however it is cut (T10). Gradients are synchronised with the last micro-batch only.
+    step however it is cut (T10). Gradients are synchronised with the last micro-batch only. Where the device runs out
+    of memory, `micro_batch_tokens` is halved and the step done again.
     """
 
-    def __init__(
-        self, *args: Any, micro_batch_tokens: int | None = None, exchange_every: int = 10, **kwargs: Any
-    ) -> None:
+    def __init__(self, *args: Any, micro_batch_tokens: int, exchange_every: int = 10, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.micro_batch_tokens = micro_batch_tokens or default_micro_batch_tokens(self.args.device)
+        self.micro_batch_tokens = micro_batch_tokens
         self.exchange_every = exchange_every
         self.tokens_seen = 0
         self.directions: list[tuple[float, float]] = []  # per step since the last record
@@ -36,9 +33,39 @@ class ReconstructionTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Backpropagate one optimizer step and return its loss over all devices."""
+        """Backpropagate one optimizer step and return its loss over all devices.
+
+        Raises AnchorvecError if not even one pair at a time fits into the memory.
+        """
         model.train()
         pairs: list[TokenPair] = inputs["pairs"]
+        packed = self.accelerator.unwrap_model(model).packed
+        while True:
+            parts = micro_batches(pairs, self.micro_batch_tokens, packed=packed)
+            try:
+                return self._step(model, parts)
+            except torch.OutOfMemoryError as error:
+                # One process cannot do a step again while others wait for its gradients.
+                if len(parts) == len(pairs) or self.accelerator.num_processes > 1:
+                    raise AnchorvecError(
+                        f"stage_one: out of memory with micro-batches of {self.micro_batch_tokens} tokens; set "
+                        "stage_one.gradient_checkpointing=true, or lower model.max_tokens"
+                    ) from error
+            # Outside the except block, so that the failed step's tensors are free.
+            model.zero_grad()
+            if self.args.device.type == "cuda":
+                torch.cuda.empty_cache()
+            largest = max(tokens_at_once(part, packed=packed) for part in parts)
+            self.micro_batch_tokens = min(self.micro_batch_tokens, largest) // 2
+            warnings.warn(
+                f"out of memory: Stage I goes on with micro-batches of {self.micro_batch_tokens} tokens, which "
+                "changes nothing in the result",
+                stacklevel=1,
+            )
+
+    def _step(self, model: nn.Module, parts: Sequence[Sequence[TokenPair]]) -> Tensor:
+        """Backpropagate the micro-batches of one step."""
+        pairs = [pair for part in parts for pair in part]
         counts = torch.tensor(
             [sum(len(p.document_targets) for p in pairs), sum(len(p.query_targets) for p in pairs)],
             device=self.args.device,
@@ -46,7 +73,6 @@ class ReconstructionTrainer(Trainer):
         document_tokens, query_tokens = self.accelerator.reduce(counts, "sum").tolist()
         step = self.state.global_step + 1
         exchange = step == 1 or step % self.exchange_every == 0
-        parts = micro_batches(pairs, self.micro_batch_tokens)
         sums = torch.zeros(6, device=self.args.device)
         for i, part in enumerate(parts):
             last = i == len(parts) - 1

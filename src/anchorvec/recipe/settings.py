@@ -146,8 +146,9 @@ class _Stage(_Section):
     max_grad_norm: NonNegativeFloat = 1.0
     """Gradients of a larger norm are scaled down to it; 0: never. 1 is the default of transformers'
     Trainer."""
-    gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass: less memory, about a third more time."""
+    gradient_checkpointing: bool | Literal["auto"] = "auto"
+    """Compute activations again in the backward pass: less memory, about a third more time. `auto`: only where it
+    would not fit otherwise."""
     log_every: PositiveInt = 10
     """Steps from one line of the log to the next."""
 
@@ -178,8 +179,8 @@ class StageOne(_Stage):
     max_target_tokens: PositiveInt | None = None
     """Write only the first so many tokens of a text. null: all that the encoder reads."""
     micro_batch_tokens: PositiveInt | None = None
-    """Tokens in one micro-batch; the result does not depend on it. null: 2,048 on a CPU, 16,384 on a
-    GPU."""
+    """Tokens in one micro-batch; the result does not depend on it. null: what fits into the free memory, at most
+    2,048 on a CPU and 16,384 on a GPU."""
 
 
 class Lora(_Section):
@@ -212,7 +213,8 @@ class StageTwo(_Stage):
     """Hard negatives used per query, where the data have them."""
     micro_batch_tokens: PositiveInt | None = None
     """Tokens encoded at a time; the result does not depend on it. A step with more goes through cached gradients,
-    which encode every text twice. null: 2,048 on a CPU, 16,384 on a GPU."""
+    which encode every text twice. null: the whole step if it fits into the free memory, else at most 2,048 on a
+    CPU and 16,384 on a GPU."""
 
 
 class EvaluationSettings(_Section):

@@ -1,0 +1,372 @@
+"""The two stages: from an embedder folder to a trained one, and how each is computed on this machine."""
+
+import math
+import os
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, concatenate_datasets
+from peft import LoraConfig
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.training_args import (
+    BatchSamplers,
+    MultiDatasetBatchSamplers,
+    SentenceTransformerTrainingArguments,
+)
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedModel, PrinterCallback, Trainer, TrainingArguments, set_seed
+
+from anchorvec.contrastive import contrastive_datasets, contrastive_loss
+from anchorvec.data import Pairs, weighted
+from anchorvec.embedder import attention_options, load_causal_lm, save_causal_lm, save_tokenizer
+from anchorvec.errors import AnchorvecError
+from anchorvec.files import new_folder
+from anchorvec.memory import bytes_per_token, tokens_that_fit
+from anchorvec.packing import reads_packed, unpad
+from anchorvec.precision import default_device, resolve_precision
+from anchorvec.progress import OnLog, StageProgress
+from anchorvec.recipe import Recipe, StageOne, StageTwo
+from anchorvec.reconstruction import PairTokenizer, Reconstruction, TokenPair
+from anchorvec.trainers import ContrastiveTrainer, ReconstructionTrainer
+
+LENGTH_SAMPLE = 256
+"""Rows from which the tokens of a step are estimated."""
+
+ENOUGH_TOKENS = {"cpu": 2_048, "cuda": 16_384}
+"""A larger micro-batch is not faster."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How a stage is computed on this machine: its result does not depend on it, its time and memory do.
+
+    `bytes_per_token` are those of the activations that are kept for the backward pass. A step of Stage II with
+    `cached_gradients` encodes every text twice.
+    """
+
+    packed: bool
+    gradient_checkpointing: bool
+    micro_batch_tokens: int
+    bytes_per_token: int
+    cached_gradients: bool = False
+
+
+def train_stage_one(
+    recipe: Recipe,
+    start: Path,
+    folder: Path,
+    pairs: Mapping[str, Pairs],
+    *,
+    deadline: float | None = None,
+    on_log: OnLog | None = None,
+) -> Path:
+    """Train the embedder in `start` by reconstruction and write it to `folder`: a causal LM still (T12).
+
+    All parameters train, with fp32 master weights (T9). `deadline` is a `time.monotonic()` at which training
+    ends early.
+    """
+    stage = recipe.stage_one
+    assert stage is not None
+    set_seed(recipe.seed)
+    tokenizer = AutoTokenizer.from_pretrained(start)
+    _check_instructions(recipe, tokenizer)
+    dataset = reconstruction_dataset(recipe, pairs)
+    _check_rows(recipe, "stage_one", {"the data": dataset})
+    progress = _progress(recipe, "stage_one", deadline, on_log)
+    objective, engine = stage_one_objective(recipe, start)
+    trainer = ReconstructionTrainer(
+        model=objective,
+        args=TrainingArguments(**_arguments(recipe, stage, folder)),
+        train_dataset=dataset,
+        data_collator=PairTokenizer(
+            tokenizer,
+            end_token_target=stage.end_token_target,
+            max_target_tokens=stage.max_target_tokens,
+        ),
+        callbacks=[progress],
+        micro_batch_tokens=engine.micro_batch_tokens,
+        exchange_every=stage.log_every,
+    )
+    _run(trainer, progress, "stage_one")
+    with new_folder(folder) as scratch:
+        save_causal_lm(objective.model, start, scratch)
+    return folder
+
+
+def train_stage_two(
+    recipe: Recipe,
+    start: Path,
+    folder: Path,
+    pairs: Mapping[str, Pairs],
+    *,
+    deadline: float | None = None,
+    on_log: OnLog | None = None,
+) -> Path:
+    """Train the embedder in `start` contrastively and write it to `folder`.
+
+    With LoRA the folder holds the adapter alone, to be merged over `start` by `export`; without, a whole model.
+    """
+    stage = recipe.stage_two
+    assert stage is not None
+    datasets = stage_two_datasets(recipe, pairs)
+    _check_rows(recipe, "stage_two", datasets)
+    model, engine = stage_two_model(recipe, start, datasets)
+    progress = _progress(recipe, "stage_two", deadline, on_log)
+    trainer = ContrastiveTrainer(
+        model=model,
+        args=SentenceTransformerTrainingArguments(
+            **_arguments(recipe, stage, folder),
+            batch_sampler=BatchSamplers.NO_DUPLICATES,  # T16
+            multi_dataset_batch_sampler=MultiDatasetBatchSamplers.PROPORTIONAL,  # one data set a batch
+            prompts=_prompts_by_dataset(recipe, datasets),
+        ),
+        train_dataset=datasets,
+        loss=contrastive_loss(
+            model,
+            temperature=stage.temperature,
+            micro_batch_tokens=engine.micro_batch_tokens if engine.cached_gradients else None,
+        ),
+        callbacks=[progress],
+    )
+    _run(trainer, progress, "stage_two")
+    with new_folder(folder) as scratch:
+        model.save_pretrained(str(scratch), create_model_card=False)
+        save_tokenizer(model.tokenizer, scratch)
+    return folder
+
+
+def stage_one_objective(recipe: Recipe, start: Path) -> tuple[Reconstruction, Engine]:
+    """The objective of Stage I around the embedder in `start`, set up as the engine says."""
+    stage = recipe.stage_one
+    assert stage is not None
+    model = load_causal_lm(start, attention=recipe.model.attention).train()
+    nn.Module.to(model, default_device())
+    objective = Reconstruction(model, alpha=stage.alpha, packed=_packs(recipe))
+    text = [model.config.get_text_config().vocab_size - 1] * 32
+    pair = TokenPair(text, text, text, text)
+    engine = _engine(
+        recipe,
+        stage,
+        model,
+        lambda n: (objective([pair] * n).loss, n * pair.tokens),
+        packed=objective.packed,
+        least_tokens=4 * recipe.model.max_tokens,
+    )
+    return objective, engine
+
+
+def stage_two_model(recipe: Recipe, start: Path, datasets: Mapping[str, Dataset]) -> tuple[SentenceTransformer, Engine]:
+    """The embedder in `start` with what Stage II trains in it, set up as the engine says."""
+    stage = recipe.stage_two
+    assert stage is not None
+    set_seed(recipe.seed)  # LoRA's new weights are drawn before the trainer seeds
+    model = SentenceTransformer(
+        str(start),
+        model_kwargs={
+            "dtype": torch.float32,
+            "use_safetensors": True,
+            **attention_options(recipe.model.attention),
+        },
+        device=str(default_device()),
+    ).train()
+    packed = _packs(recipe) and unpad(model)
+    if stage.lora is not None:
+        model.add_adapter(
+            LoraConfig(
+                r=stage.lora.r,
+                lora_alpha=stage.lora.alpha,
+                lora_dropout=stage.lora.dropout,
+                target_modules="all-linear",
+                task_type="FEATURE_EXTRACTION",
+            )
+        )
+    body: Any = model[0].model
+
+    def encode(n: int) -> tuple[Tensor, int]:
+        features = {
+            key: value.to(model.device) if isinstance(value, Tensor) else value
+            for key, value in model.preprocess(["text " * 32] * n).items()
+        }
+        tokens = features["input_ids"].numel()
+        return model(features)["sentence_embedding"], tokens
+
+    prompts = _prompts_by_dataset(recipe, datasets)
+    step_tokens = max(_large_step(model, datasets[name], prompts[name], recipe) for name in datasets)
+    engine = _engine(
+        recipe,
+        stage,
+        body,
+        encode,
+        packed=packed,
+        least_tokens=recipe.model.max_tokens,
+        step_tokens=step_tokens,
+    )
+    return model, engine
+
+
+def _engine(
+    recipe: Recipe,
+    stage: StageOne | StageTwo,
+    model: PreTrainedModel,
+    forward: Callable[[int], tuple[Tensor, int]],
+    *,
+    packed: bool,
+    least_tokens: int,
+    step_tokens: float | None = None,
+) -> Engine:
+    """The way to compute a stage with the memory that is free now; sets gradient checkpointing on `model`.
+
+    `forward` is as in `bytes_per_token`. Gradient checkpointing, where the recipe leaves it open, is used if
+    `least_tokens` would not fit otherwise; cached gradients if the `step_tokens` of a step do not fit.
+    """
+    device = default_device()
+    bf16 = resolve_precision(recipe.model.precision) == "bf16"
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+    def kept() -> float:
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            return bytes_per_token(forward)
+
+    per_token = kept()
+    checkpointing = stage.gradient_checkpointing
+    if checkpointing == "auto":
+        checkpointing = tokens_that_fit(per_token, trained, device) < least_tokens
+    if checkpointing:
+        one_layer = per_token / model.config.get_text_config().num_hidden_layers  # computed again at one time
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        per_token = kept() + one_layer
+    fit = stage.micro_batch_tokens or tokens_that_fit(per_token, trained, device)
+    return Engine(
+        packed=packed,
+        gradient_checkpointing=checkpointing,
+        micro_batch_tokens=stage.micro_batch_tokens or max(1, min(fit, ENOUGH_TOKENS.get(device.type, 2_048))),
+        bytes_per_token=round(per_token),
+        cached_gradients=step_tokens is not None and step_tokens > fit,
+    )
+
+
+def stage_two_datasets(recipe: Recipe, pairs: Mapping[str, Pairs]) -> dict[str, Dataset]:
+    """All data sets, weighted, as columns of query, positive and hard negatives."""
+    assert recipe.stage_two is not None
+    datasets: dict[str, Dataset] = {}
+    for source in recipe.data.train:
+        parts = contrastive_datasets(source.name, pairs[source.name].dataset, negatives=recipe.stage_two.negatives)
+        datasets |= {name: weighted(part, source.weight, recipe.seed) for name, part in parts.items()}
+    return datasets
+
+
+def reconstruction_dataset(recipe: Recipe, pairs: Mapping[str, Pairs]) -> Dataset:
+    """All data sets, weighted, as rows of query, positive and the two instructions."""
+    parts = []
+    for source in recipe.data.train:
+        part = weighted(pairs[source.name].dataset, source.weight, recipe.seed).select_columns(["query", "positive"])
+        part = part.add_column("query_prompt", [source.instruction] * len(part))
+        parts.append(part.add_column("document_prompt", [source.document_instruction] * len(part)))
+    return concatenate_datasets(parts)
+
+
+def _arguments(recipe: Recipe, stage: StageOne | StageTwo, folder: Path) -> dict[str, Any]:
+    """Trainer settings that both stages share."""
+    device = default_device()
+    if torch.cuda.device_count() > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise AnchorvecError("several devices are not supported yet; show one, with CUDA_VISIBLE_DEVICES=0")
+    return {
+        "output_dir": str(folder),
+        "max_steps": stage.steps,
+        "per_device_train_batch_size": stage.pairs_per_step,
+        "learning_rate": stage.learning_rate,
+        "warmup_steps": stage.warmup_steps,
+        "lr_scheduler_type": "constant_with_warmup" if stage.schedule == "constant" else stage.schedule,
+        "weight_decay": stage.weight_decay,
+        "max_grad_norm": stage.max_grad_norm,
+        "bf16": resolve_precision(recipe.model.precision) == "bf16",
+        "use_cpu": device.type == "cpu",
+        "logging_steps": stage.log_every,
+        "logging_first_step": True,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_drop_last": True,
+        "remove_unused_columns": False,
+        "seed": recipe.seed,
+    }
+
+
+def _packs(recipe: Recipe) -> bool:
+    """Whether texts are packed: on a CPU attention text by text costs nothing extra; a GPU wants one kernel for all."""
+    return recipe.model.attention == "auto" and default_device().type == "cpu"
+
+
+def _progress(recipe: Recipe, stage: str, deadline: float | None, on_log: OnLog | None) -> StageProgress:
+    assert recipe.output is not None
+    return StageProgress(stage, recipe.output / "log.jsonl", deadline=deadline, on_log=on_log)
+
+
+def _run(trainer: Trainer, progress: StageProgress, stage: str) -> None:
+    """Train to the last planned step (T13), or to the deadline."""
+    trainer.remove_callback(PrinterCallback)
+    with progress:
+        trainer.train()
+    done, planned = trainer.state.global_step, trainer.args.max_steps
+    if done < planned and not progress.stopped_early:
+        raise AnchorvecError(
+            f"{stage}.pairs_per_step: training ended after {done} of {planned} steps, because the data repeat texts "
+            "too often for so many different pairs in a step; lower it, or remove repeated texts"
+        )
+
+
+def _check_rows(recipe: Recipe, stage: str, datasets: Mapping[str, Dataset]) -> None:
+    """Raise AnchorvecError for a data set that is smaller than one step: it would be skipped without a word."""
+    pairs_per_step = getattr(recipe, stage).pairs_per_step
+    for name, dataset in datasets.items():
+        if len(dataset) < pairs_per_step:
+            raise AnchorvecError(
+                f"{stage}.pairs_per_step: {pairs_per_step} is more than the {len(dataset)} rows of {name}; lower it"
+            )
+
+
+def _check_instructions(recipe: Recipe, tokenizer: Any) -> None:
+    """Raise AnchorvecError for an instruction that leaves no room for a text."""
+    for i, source in enumerate(recipe.data.train):
+        for key in ("instruction", "document_instruction"):
+            tokens = len(tokenizer(getattr(source, key))["input_ids"])
+            if tokens >= recipe.model.max_tokens:
+                raise AnchorvecError(
+                    f"data.train.{i}.{key}: it leaves no room for a text within model.max_tokens = "
+                    f"{recipe.model.max_tokens}; shorten it, or raise the limit"
+                )
+
+
+def _large_step(model: SentenceTransformer, dataset: Dataset, prompts: Mapping[str, str], recipe: Recipe) -> float:
+    """Tokens of a large step of Stage II on the data set: their mean and three standard deviations.
+
+    With padding, what the longest text makes of each column.
+    """
+    assert recipe.stage_two is not None
+    pairs = recipe.stage_two.pairs_per_step
+    sample = dataset.shuffle(seed=recipe.seed).select(range(min(LENGTH_SAMPLE, len(dataset))))
+    columns = [
+        model.tokenizer([prompts[column] + text for text in sample[column]], truncation=True)["input_ids"]
+        for column in sample.column_names
+    ]
+    if not reads_packed(model):
+        return pairs * sum(max(map(len, column)) for column in columns)
+    tokens = [sum(map(len, row)) for row in zip(*columns, strict=True)]
+    return pairs * statistics.mean(tokens) + 3 * math.sqrt(pairs) * statistics.pstdev(tokens)
+
+
+def _prompts_by_dataset(recipe: Recipe, datasets: Mapping[str, Dataset]) -> dict[str, dict[str, str]]:
+    """For each data set of Stage II, the instruction of each of its columns."""
+    prompts = {}
+    for source in recipe.data.train:
+        for name in (source.name, f"{source.name}+negatives"):
+            if name in datasets:
+                prompts[name] = {
+                    column: source.instruction if column == "query" else source.document_instruction
+                    for column in datasets[name].column_names
+                }
+    return prompts
