@@ -109,3 +109,20 @@ def test_a_packed_model_is_saved_as_any_other(tmp_path):
         model.save_pretrained(str(tmp_path / name), create_model_card=False)
     for file in ("config.json", "modules.json", "sentence_bert_config.json", "tokenizer.json"):
         assert (tmp_path / "packed" / file).read_text() == (tmp_path / "plain" / file).read_text()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_on_a_gpu_packed_equals_padded(family):
+    """In bf16 on a GPU, loss and gradient of packed texts are those of padded ones, to what bf16 resolves."""
+    model, pairs = make_model(family).float().cuda(), make_pairs()
+    found = []
+    for packed in (False, True):
+        with torch.autocast("cuda", torch.bfloat16):
+            objective = Reconstruction(model, packed=packed)
+            loss = objective(pairs).loss
+        assert objective.packed == packed
+        found.append((loss, gradients(model, loss)))
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=2e-2, atol=0)
+    assert_same_gradients(found[1][1], found[0][1], tolerance=5e-2)

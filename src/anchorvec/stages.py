@@ -297,8 +297,15 @@ def _arguments(recipe: Recipe, stage: StageOne | StageTwo, folder: Path) -> dict
 
 
 def _packs(recipe: Recipe) -> bool:
-    """Whether texts are packed: on a CPU attention text by text costs nothing extra; a GPU wants one kernel for all."""
-    return recipe.model.attention == "auto" and default_device().type == "cpu"
+    """Whether texts are to be packed: where attention over packed texts costs nothing extra.
+
+    On a CPU it runs text by text; a GPU has one kernel for all, in bf16.
+    """
+    if recipe.model.attention != "auto":
+        return False
+    return default_device().type == "cpu" or (
+        default_device().type == "cuda" and resolve_precision(recipe.model.precision) == "bf16"
+    )
 
 
 def _progress(recipe: Recipe, stage: str, deadline: float | None, on_log: OnLog | None) -> StageProgress:

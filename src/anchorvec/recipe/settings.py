@@ -72,8 +72,9 @@ class ModelSettings(_Section):
     """`bf16`: autocast over fp32 master weights. `auto` measures, and takes bf16 where the device multiplies
     it faster."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
-    """The attention implementation of transformers for training. `auto`: on a CPU texts side by side without
-    padding, where the model allows it; else transformers' own choice. Loss and gradient are the same."""
+    """The attention implementation of transformers for training. `auto`: texts side by side without padding, on a CPU
+    and on a GPU in bf16, where the model allows it; else transformers' own choice. Loss and gradient are the
+    same."""
 
 
 class TrainData(_Section):

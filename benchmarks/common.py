@@ -1,0 +1,223 @@
+"""What the benchmarks share: a process for each side, the peak of matrix multiplication, tables and JSON."""
+
+import argparse
+import gc
+import json
+import multiprocessing
+import platform
+import random
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from anchorvec.precision import default_device, resolve_precision
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "vocab_size": 1000,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    },
+    "smollm2-135m": {
+        "vocab_size": 49_152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "tie_word_embeddings": True,
+    },
+    "llama-3.2-1b": {
+        "vocab_size": 128_256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": True,
+    },
+}
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """The options that all benchmarks have."""
+    options = argparse.ArgumentParser(description=description)
+    options.add_argument(
+        "--shape", choices=SHAPES, default="smollm2-135m", help="the model's sizes; weights are random"
+    )
+    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--repeats", type=int, default=2, help="timed steps of each side; the fastest counts")
+    options.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto")
+    options.add_argument("--json", type=Path, help="write the figures to this file")
+    return options
+
+
+def make_model(shape: str, seed: int, vocabulary: int | None = None) -> LlamaForCausalLM:
+    """A model of the given sizes with random weights in fp32, on the device that would train."""
+    torch.manual_seed(seed)
+    sizes = SHAPES[shape] | ({"vocab_size": vocabulary} if vocabulary else {})
+    with torch.device(default_device()):
+        return LlamaForCausalLM(LlamaConfig(**sizes, bos_token_id=0, eos_token_id=0, pad_token_id=None)).train()
+
+
+def draw_lengths(n: int, seed: int) -> list[tuple[int, int]]:
+    """(query, document) tokens of `n` pairs: 16 to 39, and log-normal around 120 up to 512."""
+    draw = random.Random(seed)
+    return [(draw.randint(16, 39), min(512, max(8, round(draw.lognormvariate(4.8, 0.75))))) for _ in range(n)]
+
+
+def autocast(precision: str) -> torch.autocast:
+    """bf16 autocast, if `precision` says so."""
+    return torch.autocast(default_device().type, torch.bfloat16, enabled=resolve_precision(precision) == "bf16")
+
+
+def synchronise() -> None:
+    """Wait for the device."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def timed(work: Callable[[], Any], repeats: int) -> float:
+    """Seconds of the fastest of `repeats` calls."""
+    seconds = []
+    for _ in range(repeats):
+        gc.collect()
+        synchronise()
+        start = time.perf_counter()
+        work()
+        synchronise()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def peak_memory() -> int:
+    """Most memory held by this process so far, in bytes: of the device, or resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def in_process(function: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
+    """What `function` gives in a fresh process, so that its peak memory is its own; `failed` if it did not survive."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_report, args=(sender, function, args))
+    process.start()
+    sender.close()
+    try:
+        result: dict[str, Any] = receiver.recv()
+    except EOFError:
+        result = {"failed": "the process was killed"}
+    process.join()
+    return result
+
+
+def _report(sender: Any, function: Callable[..., dict[str, Any]], args: Sequence[Any]) -> None:
+    try:
+        sender.send(function(*args) | {"peak_memory": peak_memory()})
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        sender.send({"failed": str(error).splitlines()[0]})
+
+
+def matmul_seconds(model: nn.Module, tokens: float, targets: float, repeats: int = 5) -> float:
+    """Seconds that the matrix products of one training step take on their own, each needed one counted once.
+
+    For every linear layer the product forward and the two backward, at the speed measured for its shape: the body's
+    layers over `tokens`, the LM head over `targets`.
+    """
+    rows = 2048
+    total = 0.0
+    dtype = torch.bfloat16 if torch.is_autocast_enabled(default_device().type) else torch.float32
+    measured: dict[tuple[int, int], float] = {}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, nn.Linear):
+            continue
+        shape = (layer.in_features, layer.out_features)
+        if shape not in measured:
+            x = torch.randn(rows, shape[0], device=default_device(), dtype=dtype)
+            w = torch.randn(shape[1], shape[0], device=default_device(), dtype=dtype)
+            g = torch.randn(rows, shape[1], device=default_device(), dtype=dtype)
+            products: list[Callable[[], Tensor]] = [
+                lambda x=x, w=w: x @ w.T,
+                lambda g=g, w=w: g @ w,
+                lambda g=g, x=x: g.T @ x,
+            ]
+            measured[shape] = sum(timed(product, repeats) for product in products) / rows
+        total += measured[shape] * (targets if name == "lm_head" else tokens)
+    return total
+
+
+def survived(*results: Mapping[str, Any]) -> None:
+    """End the benchmark if a side failed."""
+    for result in results:
+        if "failed" in result:
+            raise SystemExit(f"a side failed: {result['failed']}")
+
+
+def compare_trained(theirs: Mapping[str, Any], ours: Mapping[str, Any], precision: str) -> dict[str, float]:
+    """Figures of both sides, after their `losses` and `gradient_norms` were found to be the same."""
+    survived(theirs, ours)
+    tolerance = 5e-2 if precision == "bf16" else 1e-3
+    differences = {}
+    for key in ("losses", "gradient_norms"):
+        both = list(zip(theirs[key], ours[key], strict=True))
+        differences[key] = max(abs(a - b) / max(abs(a), abs(b), 1e-12) for a, b in both)
+        if differences[key] > tolerance:
+            raise SystemExit(f"the sides differ in {key}: {both[:5]}")
+    return {
+        "memory_ratio": ours["peak_memory"] / theirs["peak_memory"],
+        "largest_difference": max(differences.values()),
+    }
+
+
+def describe_machine(precision: str) -> dict[str, Any]:
+    """Where the figures were taken."""
+    device = default_device()
+    return {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "precision": resolve_precision(precision),
+        "torch": torch.__version__,
+    }
+
+
+def report(
+    title: str,
+    rows: Mapping[str, Mapping[str, Any]],
+    figures: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    file: Path | None,
+) -> None:
+    """Print a table of `rows` with the `figures` under it; write both, the machine and the settings to `file`."""
+    machine = describe_machine(settings["precision"])
+    table = Table(title=f"{title}; {settings['shape']}, {machine['device']}, {machine['precision']}")
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    for column in ["", *columns]:
+        table.add_column(column)
+    for name, row in rows.items():
+        table.add_row(name, *(_shown(row.get(column, "")) for column in columns))
+    console = Console()
+    console.print(table)
+    for name, value in figures.items():
+        console.print(f"{name}: {_shown(value)}", highlight=False)
+    if file is not None:
+        result = {**figures, "rows": rows, "settings": settings, "machine": machine}
+        file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def _shown(value: Any) -> str:
+    return f"{value:,.3g}" if isinstance(value, float) else str(value)
