@@ -6,8 +6,8 @@ import json
 import multiprocessing
 import platform
 import random
+import re
 import resource
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -40,6 +40,15 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 3,
         "tie_word_embeddings": True,
     },
+    "smollm2-6-layers": {
+        "vocab_size": 49_152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "tie_word_embeddings": True,
+    },
     "llama-3.2-1b": {
         "vocab_size": 128_256,
         "hidden_size": 2048,
@@ -59,7 +68,7 @@ def parser(description: str) -> argparse.ArgumentParser:
         "--shape", choices=SHAPES, default="smollm2-135m", help="the model's sizes; weights are random"
     )
     options.add_argument("--seed", type=int, default=0)
-    options.add_argument("--repeats", type=int, default=2, help="timed steps of each side; the fastest counts")
+    options.add_argument("--repeats", type=int, default=2, help="timed steps of each side")
     options.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto")
     options.add_argument("--json", type=Path, help="write the figures to this file")
     return options
@@ -91,7 +100,7 @@ def synchronise() -> None:
 
 
 def timed(work: Callable[[], Any], repeats: int) -> float:
-    """Seconds of the fastest of `repeats` calls."""
+    """Seconds of the fastest of `repeats` calls, so that the first may pay for memory and caches."""
     seconds = []
     for _ in range(repeats):
         gc.collect()
@@ -107,8 +116,10 @@ def peak_memory() -> int:
     """Most memory held by this process so far, in bytes: of the device, or resident."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    scale = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+    status = Path("/proc/self/status")  # ru_maxrss of a new process starts at its parent's
+    if status.exists():
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def in_process(function: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
@@ -128,18 +139,19 @@ def in_process(function: Callable[..., dict[str, Any]], *args: Any) -> dict[str,
 
 def _report(sender: Any, function: Callable[..., dict[str, Any]], args: Sequence[Any]) -> None:
     try:
-        sender.send(function(*args) | {"peak_memory": peak_memory()})
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        sender.send({"failed": str(error).splitlines()[0]})
+        result = function(*args)
+        sender.send({"peak_memory": peak_memory()} | result)
+    except Exception as error:
+        sender.send({"failed": repr(error)})
 
 
 def matmul_seconds(model: nn.Module, tokens: float, targets: float, repeats: int = 5) -> float:
-    """Seconds that the matrix products of one training step take on their own, each needed one counted once.
+    """Seconds that the matrix products of a training step's linear layers take alone, each needed one counted once.
 
-    For every linear layer the product forward and the two backward, at the speed measured for its shape: the body's
-    layers over `tokens`, the LM head over `targets`.
+    For every layer the product forward and the two backward, at the best speed measured for its shape: the body's
+    layers over `tokens`, the LM head over `targets`. The products inside attention are not counted.
     """
-    rows = 2048
+    rows, together = 2048, 8
     total = 0.0
     dtype = torch.bfloat16 if torch.is_autocast_enabled(default_device().type) else torch.float32
     measured: dict[tuple[int, int], float] = {}
@@ -151,12 +163,17 @@ def matmul_seconds(model: nn.Module, tokens: float, targets: float, repeats: int
             x = torch.randn(rows, shape[0], device=default_device(), dtype=dtype)
             w = torch.randn(shape[1], shape[0], device=default_device(), dtype=dtype)
             g = torch.randn(rows, shape[1], device=default_device(), dtype=dtype)
+            y, dx, dw = torch.empty_like(g), torch.empty_like(x), torch.empty_like(w)
             products: list[Callable[[], Tensor]] = [
-                lambda x=x, w=w: x @ w.T,
-                lambda g=g, w=w: g @ w,
-                lambda g=g, x=x: g.T @ x,
+                lambda x=x, w=w, y=y: torch.mm(x, w.T, out=y),
+                lambda g=g, w=w, dx=dx: torch.mm(g, w, out=dx),
+                lambda g=g, x=x, dw=dw: torch.mm(g.T, x, out=dw),
             ]
-            measured[shape] = sum(timed(product, repeats) for product in products) / rows
+            measured[shape] = sum(
+                timed(lambda product=product: [product() for _ in range(together)], repeats) / together
+                for product in products
+            )
+            measured[shape] /= rows
         total += measured[shape] * (targets if name == "lm_head" else tokens)
     return total
 
@@ -187,8 +204,11 @@ def compare_trained(theirs: Mapping[str, Any], ours: Mapping[str, Any], precisio
 def describe_machine(precision: str) -> dict[str, Any]:
     """Where the figures were taken."""
     device = default_device()
+    cpus = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", cpus.read_text()) if cpus.exists() else None
+    processor = found[1] if found else platform.processor() or platform.machine()
     return {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else processor,
         "threads": torch.get_num_threads(),
         "precision": resolve_precision(precision),
         "torch": torch.__version__,

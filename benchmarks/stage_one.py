@@ -1,10 +1,11 @@
 """One step of Stage I: this engine against the plain way, on the same pairs, in one run.
 
-The plain way is written here from the paper's formulas: every text padded to the longest, the logits of all positions
-at once. Each side runs in a process of its own. Losses and gradients are compared first.
+A step is here the forward and backward passes over its pairs. The plain way is written from the paper's formulas: the
+whole step at once, every text padded to the longest, the logits of all positions. Each side runs in a process of its
+own; no figures are given unless their losses and the gradient norms of all parameters agree.
 
     python benchmarks/stage_one.py --json stage_one.json
-    python benchmarks/stage_one.py --sweep             cost against tokens, memory against pairs and vocabulary
+    python benchmarks/stage_one.py --sweep --shape smollm2-6-layers     memory against pairs per step and vocabulary
 """
 
 import random
@@ -27,6 +28,7 @@ from common import (
     make_model,
     matmul_seconds,
     parser,
+    peak_memory,
     report,
     survived,
     timed,
@@ -95,7 +97,7 @@ def plain_side(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def engine_side(settings: dict[str, Any]) -> dict[str, Any]:
-    """The same of this engine, as its trainer runs it; and its share of the peak of matrix multiplication."""
+    """The same of this engine; and its share of the peak of matrix multiplication."""
     model = make_model(settings["shape"], settings["seed"], settings["vocabulary"])
     pairs = draw_pairs(settings["pairs"], settings["seed"], model.config.vocab_size)
     objective = Reconstruction(model, alpha=ALPHA, packed=True)
@@ -117,7 +119,7 @@ def engine_side(settings: dict[str, Any]) -> dict[str, Any]:
         found["losses"] = [sum(losses)]
 
     result = {"seconds": timed(step, settings["repeats"]), **found, "gradient_norms": gradient_norms(model)}
-    result["tokens"] = sum(p.tokens for p in pairs)
+    result |= {"tokens": sum(p.tokens for p in pairs), "peak_memory": peak_memory()}
     with autocast(settings["precision"]):
         products = matmul_seconds(model, result["tokens"], sum(counts.values()))
     return result | {"share_of_peak": products / result["seconds"]}
@@ -151,10 +153,12 @@ def sweep(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The engine alone: cost against tokens, memory against pairs per step and vocabulary."""
     rows = {}
     for pairs in (16, 64, 512):
-        result = in_process(engine_side, settings | {"pairs": pairs, "repeats": 1})
+        result = in_process(engine_side, settings | {"pairs": pairs})
+        survived(result)
         rows[f"{pairs} pairs"] = row(result, result.get("tokens", 0))
     for vocabulary in (49_152, 151_936):
-        result = in_process(engine_side, settings | {"vocabulary": vocabulary, "repeats": 1})
+        result = in_process(engine_side, settings | {"vocabulary": vocabulary})
+        survived(result)
         rows[f"vocabulary {vocabulary:,}"] = row(result, result.get("tokens", 0))
     return rows, {
         "memory_512_to_64_pairs": rows["512 pairs"]["peak GB"] / rows["64 pairs"]["peak GB"],
@@ -167,7 +171,7 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--pairs", type=int, default=16)
     options.add_argument("--vocabulary", type=int, help="instead of the shape's own")
-    options.add_argument("--micro-batch-tokens", type=int, help="default: what training takes")
+    options.add_argument("--micro-batch-tokens", type=int, help="default: the largest that training takes by default")
     options.add_argument("--sweep", action="store_true", help="the engine alone, over pairs per step and vocabularies")
     chosen = vars(options.parse_args())
     file, wants_sweep = chosen.pop("json"), chosen.pop("sweep")

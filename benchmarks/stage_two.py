@@ -1,8 +1,8 @@
 """Steps of Stage II: this engine against sentence-transformers' own trainer, on the same texts, in one run.
 
-Both sides train LoRA with cached gradients where they need them: this one as a recipe does, the library's as its
-documentation says, with padded texts and `mini_batch_size=32`. Each runs in a process of its own; the losses and
-gradient norms of their steps are compared first.
+Both sides train LoRA through the library's losses: this one as a recipe does, the library's as its documentation says,
+with padded texts and, where this engine caches gradients too, with cached gradients and `mini_batch_size=32`. Each runs
+in a process of its own; no figures are given unless the losses and gradient norms of all their steps agree.
 
     python benchmarks/stage_two.py --json stage_two.json
 """
@@ -19,7 +19,10 @@ from typing import Any
 from datasets import Dataset
 from peft import LoraConfig
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
+from sentence_transformers.sentence_transformer.losses import (
+    CachedMultipleNegativesRankingLoss,
+    MultipleNegativesRankingLoss,
+)
 from sentence_transformers.sentence_transformer.training_args import BatchSamplers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, TrainerCallback, set_seed
@@ -29,7 +32,7 @@ from anchorvec.embedder import build_embedder
 from anchorvec.precision import default_device, resolve_precision
 from anchorvec.recipe import Recipe
 from anchorvec.stages import train_stage_two
-from common import compare_trained, describe_machine, draw_lengths, in_process, make_model, parser, report
+from common import compare_trained, describe_machine, draw_lengths, in_process, make_model, parser, report, survived
 
 WARMUP = 1
 """Steps that are not timed."""
@@ -100,6 +103,7 @@ def engine_side(scratch: Path, settings: dict[str, Any]) -> dict[str, Any]:
         "tokens": records[-1]["tokens"] - records[WARMUP - 1]["tokens"],
         "losses": [record["loss"] for record in records],
         "gradient_norms": [record["grad_norm"] for record in records],
+        "engine": json.loads((scratch / "run" / "run.json").read_text())["engine"]["stage_two"],
     }
 
 
@@ -115,7 +119,7 @@ class Clock(TrainerCallback):
             self.ends.append(time.perf_counter())
 
 
-def library_side(scratch: Path, settings: dict[str, Any]) -> dict[str, Any]:
+def library_side(scratch: Path, settings: dict[str, Any], cached: bool) -> dict[str, Any]:
     """The same steps by sentence-transformers alone."""
     set_seed(settings["seed"])
     model = SentenceTransformer(str(scratch / "base"), device=str(default_device()))
@@ -149,7 +153,9 @@ def library_side(scratch: Path, settings: dict[str, Any]) -> dict[str, Any]:
         train_dataset={"pairs": Dataset.from_list(rows_of(settings))},
         loss=CachedMultipleNegativesRankingLoss(
             model, scale=20, directions=("query_to_doc",), mini_batch_size=settings["mini_batch_size"]
-        ),
+        )
+        if cached
+        else MultipleNegativesRankingLoss(model, scale=20, directions=("query_to_doc",)),
         callbacks=[clock],
     )
     trainer.train()
@@ -171,7 +177,9 @@ def main() -> None:
     file = chosen.pop("json")
     with tempfile.TemporaryDirectory() as scratch:
         save_base(Path(scratch), chosen)
-        library, ours = (in_process(side, Path(scratch), chosen) for side in (library_side, engine_side))
+        ours = in_process(engine_side, Path(scratch), chosen)
+        survived(ours)
+        library = in_process(library_side, Path(scratch), chosen, ours["engine"]["cached_gradients"])
     figures = compare_trained(library, ours, describe_machine(chosen["precision"])["precision"])
     tokens = ours["tokens"]
     rows = {
@@ -184,7 +192,8 @@ def main() -> None:
         for name, result in [("sentence-transformers", library), ("anchorvec", ours)]
     }
     figures |= {"speedup": sum(library["seconds"]) / sum(ours["seconds"])}
-    report(f"Stage II with LoRA, {chosen['pairs']} pairs a step", rows, {"tokens": tokens, **figures}, chosen, file)
+    figures |= {"tokens": tokens, "engine": ours["engine"]}
+    report(f"Stage II with LoRA, {chosen['pairs']} pairs a step", rows, figures, chosen, file)
 
 
 if __name__ == "__main__":

@@ -11,18 +11,14 @@ ADAM_BYTES = 12
 """For a trained parameter: its gradient and the two moments of AdamW, in fp32."""
 
 _SHARE_OF_FREE = 0.6
-"""The rest is for buffers of the backward pass, logits, gaps in the heap, and other programs."""
+"""The rest is for buffers of the backward pass, gaps in the heap, and other programs."""
 
 _CGROUP = Path("/sys/fs/cgroup")
 
 
-def tokens_that_fit(bytes_per_token: float, trained_parameters: int, device: torch.device) -> int:
-    """Tokens whose activations may be held on `device` at one time, beside what training the parameters takes.
-
-    0 if not even that fits.
-    """
-    free = free_memory(device) - ADAM_BYTES * trained_parameters
-    return max(0, int(_SHARE_OF_FREE * free / bytes_per_token))
+def tokens_that_fit(per_token: float, fixed: float, device: torch.device) -> int:
+    """Tokens whose activations, of `per_token` bytes each, may be held on `device` beside `fixed` bytes; 0 if none."""
+    return max(0, int(_SHARE_OF_FREE * (free_memory(device) - fixed) / per_token))
 
 
 def free_memory(device: torch.device) -> int:
@@ -35,35 +31,39 @@ def free_memory(device: torch.device) -> int:
 
 def _cgroup_rooms() -> Iterator[int]:
     """What the memory limits of this container (cgroup v2, v1) leave, in bytes; nothing where there are none."""
-    for limit, used in [
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    for folder, limit, used, cache in [
+        (_CGROUP, "memory.max", "memory.current", "inactive_file"),
+        (_CGROUP / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     ]:
         try:
-            most, now = (_CGROUP / limit).read_text().strip(), int((_CGROUP / used).read_text())
+            most, now = (folder / limit).read_text().strip(), int((folder / used).read_text())
+            counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
         except (OSError, ValueError):
             continue
         if most.isdigit():
-            yield max(0, int(most) - now)
+            # Files that were read stay in memory until it is wanted; they count as used.
+            yield max(0, int(most) - now + int(counts.get(cache, 0)))
 
 
-def bytes_per_token(forward: Callable[[int], tuple[Tensor, int]]) -> float:
-    """Bytes that autograd keeps for each token until the backward pass.
+def kept_bytes(model: nn.Module, forward: Callable[[int], tuple[Tensor, int]]) -> tuple[float, float]:
+    """Bytes that autograd keeps until the backward pass: for each token, and whatever their number.
 
-    `forward(n)` runs n equal texts and gives an output and the number of their tokens. Two sizes are compared, so
-    what does not grow with the tokens (weights, their bf16 copies) is not counted.
+    `forward(n)` runs n equal texts through `model` and gives an output and the number of their tokens. What does not
+    grow with the tokens are copies of weights in bf16; the weights themselves do not count.
     """
-    (small, few), (large, many) = (_kept_bytes(forward, n) for n in (1, 3))
-    return (large - small) / (many - few)
+    (small, few), (large, many) = (_kept(model, forward, n) for n in (1, 2))
+    per_token = (large - small) / (many - few)
+    return per_token, small - per_token * few
 
 
-def _kept_bytes(forward: Callable[[int], tuple[Tensor, int]], n: int) -> tuple[int, int]:
+def _kept(model: nn.Module, forward: Callable[[int], tuple[Tensor, int]], n: int) -> tuple[int, int]:
     """Bytes that autograd keeps for the output of `forward(n)`, and the tokens of it."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     storages: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if not isinstance(tensor, nn.Parameter):
+        if storage.data_ptr() not in weights:
             storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 

@@ -46,26 +46,41 @@ def padded_states(model: PreTrainedModel, words: Tensor, lengths: Sequence[int])
 
 
 def use_packed_attention(model: PreTrainedModel) -> bool:
-    """Set the model to packed attention, if two packed texts then have the same states as each alone.
+    """Set the model to packed attention, if two packed texts then have the states and gradients of each alone.
 
-    A family whose layers mix tokens in other ways (a convolution, a recurrent state) fails that test and is left alone.
+    A family whose layers mix tokens in other ways (a convolution, a recurrent state) fails that test and is left alone;
+    so is one on a GPU that has no kernel for it.
     """
-    before = model.config._attn_implementation
-    words = model.get_input_embeddings()(torch.arange(6, device=model.device)).detach()
-    on_gpu = model.device.type == "cuda"  # where the kernel is one for bf16
-    with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=on_gpu):
-        alone = torch.cat([padded_states(model, words[:2], [2]), padded_states(model, words[2:], [4])])
-        model.set_attn_implementation(PACKED_ATTENTION)
-        if model.config._attn_implementation == PACKED_ATTENTION:
-            try:
-                packed = packed_states(model, words, [2, 4])
-            except RuntimeError:  # a GPU without such a kernel
-                packed = torch.full_like(alone, float("nan"))
-            tolerance = (5e-2 if on_gpu else 1e-2) * float(alone.abs().max())
-            if torch.allclose(packed, alone, atol=tolerance, rtol=0):
-                return True
-    model.set_attn_implementation(before)
-    return False
+    before, training = model.config._attn_implementation, model.training
+    words = model.get_input_embeddings()(torch.arange(6, device=model.device)).detach().requires_grad_()
+    on_gpu = model.device.type == "cuda"  # where the kernel is one for half precision
+
+    def states_and_gradient(packed: bool) -> Tensor:
+        with torch.enable_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=on_gpu):
+            if packed:
+                states = packed_states(model, words, [2, 4])
+            else:
+                states = torch.cat([padded_states(model, words[:2], [2]), padded_states(model, words[2:], [4])])
+            score = states.float().sin().sum()  # not of their norm, which is fixed
+        [gradient] = torch.autograd.grad(score, words)
+        return torch.cat([states, gradient]).detach()
+
+    model.eval()  # without dropout
+    alone = states_and_gradient(packed=False)
+    model.set_attn_implementation(PACKED_ATTENTION)
+    same: bool = model.config._attn_implementation == PACKED_ATTENTION
+    if same:
+        try:
+            difference = states_and_gradient(packed=True) - alone
+            same = bool((difference.norm(dim=1) <= (5e-2 if on_gpu else 1e-3) * alone.norm(dim=1)).all())
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # a GPU or a head without such a kernel
+            same = False
+    if not same:
+        model.set_attn_implementation(before)
+    model.train(training)
+    return same
 
 
 def unpad(model: SentenceTransformer) -> bool:
@@ -127,12 +142,18 @@ def packed_attention(
     """Causal attention within each text: query (1, heads, tokens, dim) to (1, tokens, heads, dim).
 
     `cu_seq_lens_q`: where each text starts, and the number of tokens, (texts + 1,). In half precision on a GPU it is
-    one kernel, PyTorch's own for texts of different lengths; elsewhere, and with a soft cap or dropout, text by text.
+    one kernel, PyTorch's own for texts of different lengths, which knows no soft cap: NotImplementedError. In fp32,
+    with dropout, or on a CPU it runs text by text.
     """
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and softcap is None and not dropout:
-        q, k, v = (part[0].transpose(0, 1).contiguous() for part in (query, key, value))  # (tokens, heads, dim)
+    # Rotary embedding leaves query and key in fp32 under autocast.
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
+    if query.is_cuda and dtype != torch.float32 and not dropout:
+        if softcap is not None:
+            raise NotImplementedError("no kernel for packed texts with a soft cap")
+        # (tokens, heads, dim)
+        q, k, v = (part[0].transpose(0, 1).to(dtype).contiguous() for part in (query, key, value))
         out = varlen_attn(
             q,
             k,
@@ -145,7 +166,7 @@ def packed_attention(
             window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
         )
         assert isinstance(out, Tensor)
-        return out[None], None
+        return out[None].to(value.dtype), None
     lengths = cu_seq_lens_q.diff().tolist()
     outs = [
         _attend(q, k, v, scaling, dropout, sliding_window, softcap)

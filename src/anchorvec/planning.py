@@ -159,6 +159,7 @@ def _show_engine(engine: Engine, stage: str) -> str:
         "packed" if engine.packed else "padded",
         "a step at once" if whole_step else f"micro-batches of {engine.micro_batch_tokens:,} tokens",
         f"{engine.bytes_per_token / 1e6:.2g} MB a token",
+        *["MORE THAN THE FREE MEMORY"] * (not engine.fits),
         *["cached gradients"] * engine.cached_gradients,
         *["gradient checkpointing"] * engine.gradient_checkpointing,
     ]

@@ -20,7 +20,7 @@ def resolve_precision(setting: Literal["auto", "bf16", "fp32"]) -> Precision:
 
 def default_device() -> torch.device:
     """The accelerator if there is one, else the CPU."""
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 @cache

@@ -1,10 +1,13 @@
 """The two stages: from an embedder folder to a trained one, and how each is computed on this machine."""
 
+import gc
+import json
 import math
 import os
 import statistics
+import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,34 +27,42 @@ from anchorvec.contrastive import contrastive_datasets, contrastive_loss
 from anchorvec.data import Pairs, weighted
 from anchorvec.embedder import attention_options, load_causal_lm, save_causal_lm, save_tokenizer
 from anchorvec.errors import AnchorvecError
-from anchorvec.files import new_folder
-from anchorvec.memory import bytes_per_token, tokens_that_fit
+from anchorvec.files import new_folder, write_json
+from anchorvec.memory import ADAM_BYTES, free_memory, kept_bytes, tokens_that_fit
 from anchorvec.packing import reads_packed, unpad
 from anchorvec.precision import default_device, resolve_precision
 from anchorvec.progress import OnLog, StageProgress
 from anchorvec.recipe import Recipe, StageOne, StageTwo
-from anchorvec.reconstruction import PairTokenizer, Reconstruction, TokenPair
+from anchorvec.reconstruction import HEAD_CHUNK_BYTES, PairTokenizer, Reconstruction
 from anchorvec.trainers import ContrastiveTrainer, ReconstructionTrainer
 
 LENGTH_SAMPLE = 256
 """Rows from which the tokens of a step are estimated."""
 
 ENOUGH_TOKENS = {"cpu": 2_048, "cuda": 16_384}
-"""A larger micro-batch is not faster."""
+"""The largest micro-batch by default: matrix products of so many rows run at full speed."""
+
+_PROBE_TOKENS = 256
+"""Length of the text from which the memory of a token is estimated, if the limit is not lower."""
+
+_LAYER_STATES = 32
+"""With gradient checkpointing one layer at a time is computed again; it keeps about so many hidden states a token."""
 
 
 @dataclass(frozen=True)
 class Engine:
-    """How a stage is computed on this machine: its result does not depend on it, its time and memory do.
+    """How a stage is computed on this machine. Its time and memory depend on it, its result only by rounding.
 
-    `bytes_per_token` are those of the activations that are kept for the backward pass. A step of Stage II with
-    `cached_gradients` encodes every text twice.
+    (And by the random draws of dropout, where there is any.) `bytes_per_token` are those of the activations that are
+    kept for the backward pass; `fits` says whether the least that must be held at one time fits into the memory that
+    was free. A step of Stage II with `cached_gradients` encodes every text twice.
     """
 
     packed: bool
     gradient_checkpointing: bool
     micro_batch_tokens: int
     bytes_per_token: int
+    fits: bool
     cached_gradients: bool = False
 
 
@@ -78,6 +89,7 @@ def train_stage_one(
     _check_rows(recipe, "stage_one", {"the data": dataset})
     progress = _progress(recipe, "stage_one", deadline, on_log)
     objective, engine = stage_one_objective(recipe, start)
+    _note(recipe, "stage_one", engine)
     trainer = ReconstructionTrainer(
         model=objective,
         args=TrainingArguments(**_arguments(recipe, stage, folder)),
@@ -115,6 +127,7 @@ def train_stage_two(
     datasets = stage_two_datasets(recipe, pairs)
     _check_rows(recipe, "stage_two", datasets)
     model, engine = stage_two_model(recipe, start, datasets)
+    _note(recipe, "stage_two", engine)
     progress = _progress(recipe, "stage_two", deadline, on_log)
     trainer = ContrastiveTrainer(
         model=model,
@@ -143,18 +156,21 @@ def stage_one_objective(recipe: Recipe, start: Path) -> tuple[Reconstruction, En
     """The objective of Stage I around the embedder in `start`, set up as the engine says."""
     stage = recipe.stage_one
     assert stage is not None
+    gc.collect()  # an earlier stage's trainer is a cycle that holds its model and optimizer
     model = load_causal_lm(start, attention=recipe.model.attention).train()
-    nn.Module.to(model, default_device())
+    nn.Module.to(model, default_device())  # PreTrainedModel.to is not typed
     objective = Reconstruction(model, alpha=stage.alpha, packed=_packs(recipe))
-    text = [model.config.get_text_config().vocab_size - 1] * 32
-    pair = TokenPair(text, text, text, text)
+    vocabulary = model.config.get_text_config().vocab_size
+    text = [vocabulary - 1] * min(_PROBE_TOKENS, recipe.model.max_tokens)
     engine = _engine(
         recipe,
         stage,
         model,
-        lambda n: (objective([pair] * n).loss, n * pair.tokens),
+        lambda n: (objective.encode([text] * n), n * len(text)),
         packed=objective.packed,
         least_tokens=4 * recipe.model.max_tokens,
+        # logits, their log-softmax and their gradients, in two number formats
+        logits_bytes=4 * min(HEAD_CHUNK_BYTES, 4 * vocabulary * recipe.model.max_tokens * stage.pairs_per_step),
     )
     return objective, engine
 
@@ -163,6 +179,7 @@ def stage_two_model(recipe: Recipe, start: Path, datasets: Mapping[str, Dataset]
     """The embedder in `start` with what Stage II trains in it, set up as the engine says."""
     stage = recipe.stage_two
     assert stage is not None
+    gc.collect()  # as above
     set_seed(recipe.seed)  # LoRA's new weights are drawn before the trainer seeds
     model = SentenceTransformer(
         str(start),
@@ -186,10 +203,12 @@ def stage_two_model(recipe: Recipe, start: Path, datasets: Mapping[str, Dataset]
         )
     body: Any = model[0].model
 
+    text = "text " * min(_PROBE_TOKENS, recipe.model.max_tokens)
+
     def encode(n: int) -> tuple[Tensor, int]:
         features = {
             key: value.to(model.device) if isinstance(value, Tensor) else value
-            for key, value in model.preprocess(["text " * 32] * n).items()
+            for key, value in model.preprocess([text] * n).items()
         }
         tokens = features["input_ids"].numel()
         return model(features)["sentence_embedding"], tokens
@@ -216,37 +235,61 @@ def _engine(
     *,
     packed: bool,
     least_tokens: int,
+    logits_bytes: int = 0,
     step_tokens: float | None = None,
 ) -> Engine:
     """The way to compute a stage with the memory that is free now; sets gradient checkpointing on `model`.
 
-    `forward` is as in `bytes_per_token`. Gradient checkpointing, where the recipe leaves it open, is used if
-    `least_tokens` would not fit otherwise; cached gradients if the `step_tokens` of a step do not fit.
+    `forward` is as in `kept_bytes`. Gradient checkpointing, where the recipe leaves it open, is used if `least_tokens`
+    would not fit otherwise; cached gradients if the `step_tokens` of a step do not fit.
     """
     device = default_device()
     bf16 = resolve_precision(recipe.model.precision) == "bf16"
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    for_training = ADAM_BYTES * sum(p.numel() for p in model.parameters() if p.requires_grad)
 
-    def kept() -> float:
+    def kept_and_fit() -> tuple[float, int]:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            return bytes_per_token(forward)
+            per_token, copies = kept_bytes(model, forward)
+        if checkpointing:
+            text_config = model.config.get_text_config()
+            per_token += _LAYER_STATES * text_config.hidden_size * (2 if bf16 else 4)
+        return per_token, tokens_that_fit(per_token, for_training + copies + logits_bytes, device)
 
-    per_token = kept()
-    checkpointing = stage.gradient_checkpointing
-    if checkpointing == "auto":
-        checkpointing = tokens_that_fit(per_token, trained, device) < least_tokens
+    checkpointing = stage.gradient_checkpointing is True
+    if not checkpointing:
+        try:
+            per_token, fit = kept_and_fit()
+            checkpointing = stage.gradient_checkpointing == "auto" and fit < least_tokens
+        except torch.OutOfMemoryError:
+            if stage.gradient_checkpointing is False:
+                raise
+            checkpointing = True
     if checkpointing:
-        one_layer = per_token / model.config.get_text_config().num_hidden_layers  # computed again at one time
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        per_token = kept() + one_layer
-    fit = stage.micro_batch_tokens or tokens_that_fit(per_token, trained, device)
+        per_token, fit = kept_and_fit()
+    held = stage.micro_batch_tokens or max(1, min(fit, ENOUGH_TOKENS.get(device.type, 2_048)))
     return Engine(
         packed=packed,
         gradient_checkpointing=checkpointing,
-        micro_batch_tokens=stage.micro_batch_tokens or max(1, min(fit, ENOUGH_TOKENS.get(device.type, 2_048))),
+        micro_batch_tokens=held,
         bytes_per_token=round(per_token),
-        cached_gradients=step_tokens is not None and step_tokens > fit,
+        fits=fit >= max(least_tokens, stage.micro_batch_tokens or 0),
+        cached_gradients=step_tokens is not None and step_tokens > (stage.micro_batch_tokens or fit),
     )
+
+
+def _note(recipe: Recipe, stage: str, engine: Engine) -> None:
+    """Write the engine into the run's `run.json`; warn where the memory may not do."""
+    assert recipe.output is not None
+    file = recipe.output / "run.json"
+    run = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    write_json(file, run | {"engine": {**run.get("engine", {}), stage: asdict(engine)}})
+    if not engine.fits:
+        warnings.warn(
+            f"{stage} may run out of memory, {free_memory(default_device()) / 1e9:.1f} GB are free: lower "
+            f"model.max_tokens, and {stage}.micro_batch_tokens if it is set",
+            stacklevel=2,
+        )
 
 
 def stage_two_datasets(recipe: Recipe, pairs: Mapping[str, Pairs]) -> dict[str, Dataset]:

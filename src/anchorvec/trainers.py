@@ -6,12 +6,15 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from sentence_transformers import SentenceTransformerTrainer
 from torch import Tensor, nn
 from transformers import Trainer
 
 from anchorvec.errors import AnchorvecError
 from anchorvec.reconstruction import TokenPair, micro_batches, tokens_at_once
+
+_OUT_OF_MEMORY_HELP = "set {stage}.gradient_checkpointing=true, or lower {stage}.micro_batch_tokens or model.max_tokens"
 
 
 class ReconstructionTrainer(Trainer):
@@ -24,6 +27,7 @@ class ReconstructionTrainer(Trainer):
 
     def __init__(self, *args: Any, micro_batch_tokens: int, exchange_every: int = 10, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        assert self.args.gradient_accumulation_steps == 1  # a batch is a step
         self.micro_batch_tokens = micro_batch_tokens
         self.exchange_every = exchange_every
         self.tokens_seen = 0
@@ -42,25 +46,27 @@ class ReconstructionTrainer(Trainer):
         packed = self.accelerator.unwrap_model(model).packed
         while True:
             parts = micro_batches(pairs, self.micro_batch_tokens, packed=packed)
+            largest = max(tokens_at_once(part, packed=packed) for part in parts)
             try:
                 return self._step(model, parts)
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:
+                if not _out_of_memory(error):
+                    raise
                 # One process cannot do a step again while others wait for its gradients.
                 if len(parts) == len(pairs) or self.accelerator.num_processes > 1:
                     raise AnchorvecError(
-                        f"stage_one: out of memory with micro-batches of {self.micro_batch_tokens} tokens; set "
-                        "stage_one.gradient_checkpointing=true, or lower model.max_tokens"
+                        f"stage_one: out of memory with {largest:,} tokens at a time; "
+                        + _OUT_OF_MEMORY_HELP.format(stage="stage_one")
                     ) from error
             # Outside the except block, so that the failed step's tensors are free.
             model.zero_grad()
             if self.args.device.type == "cuda":
                 torch.cuda.empty_cache()
-            largest = max(tokens_at_once(part, packed=packed) for part in parts)
             self.micro_batch_tokens = min(self.micro_batch_tokens, largest) // 2
             warnings.warn(
                 f"out of memory: Stage I goes on with micro-batches of {self.micro_batch_tokens} tokens, which "
                 "changes nothing in the result",
-                stacklevel=1,
+                stacklevel=2,
             )
 
     def _step(self, model: nn.Module, parts: Sequence[Sequence[TokenPair]]) -> Tensor:
@@ -98,6 +104,8 @@ class ReconstructionTrainer(Trainer):
         q2d, d2q = (sums[0] / document_tokens).item(), (sums[1] / query_tokens).item()
         self.directions.append((q2d, d2q))
         alpha = self.accelerator.unwrap_model(model).alpha
+        if exchange:
+            self.exchange = {}
         if exchange and sums[4] > 0:  # a pair alone in its micro-batch has nobody to exchange with
             gaps = {"exchange_query_to_document": sums[2] / sums[4], "exchange_document_to_query": sums[3] / sums[5]}
             weights = (alpha, 1 - alpha)
@@ -131,7 +139,14 @@ class ContrastiveTrainer(SentenceTransformerTrainer):
                 self.tokens_seen += int(value.sum())
             elif key.endswith("cu_seq_lens_q"):  # texts without padding
                 self.tokens_seen += int(value[-1])
-        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        try:
+            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        except RuntimeError as error:
+            if not _out_of_memory(error):
+                raise
+            raise AnchorvecError(
+                f"stage_two: out of memory; {_OUT_OF_MEMORY_HELP.format(stage='stage_two')}"
+            ) from error
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -139,3 +154,8 @@ class ContrastiveTrainer(SentenceTransformerTrainer):
         if "loss" in logs:
             logs = {**logs, "tokens": self.tokens_seen}
         super().log(logs, start_time)
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    """Whether it says that memory is used up, on whatever device."""
+    return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)

@@ -213,9 +213,9 @@ class StageTwo(_Stage):
     negatives: NonNegativeInt = 1
     """Hard negatives used per query, where the data have them."""
     micro_batch_tokens: PositiveInt | None = None
-    """Tokens encoded at a time; the result does not depend on it. A step with more goes through cached gradients,
-    which encode every text twice. null: the whole step if it fits into the free memory, else at most 2,048 on a
-    CPU and 16,384 on a GPU."""
+    """Tokens encoded at a time; the result does not depend on it, but for the random draws of LoRA's dropout. A step
+    with more goes through cached gradients, which encode every text twice. null: the whole step if it fits into the
+    free memory, else at most 2,048 on a CPU and 16,384 on a GPU."""
 
 
 class EvaluationSettings(_Section):
