@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.nn.utils.rnn import pad_sequence
 
+from anchorvec.memory import keep_freed_memory
 from anchorvec.precision import default_device
 from anchorvec.reconstruction import Reconstruction, TokenPair, micro_batches
 from anchorvec.stages import ENOUGH_TOKENS
@@ -51,27 +51,32 @@ def draw_pairs(n: int, seed: int, vocabulary: int) -> list[TokenPair]:
     return pairs
 
 
-def plain_loss(model: nn.Module, pairs: list[TokenPair]) -> Tensor:
-    """The formulas of Stage I over padded rows, all logits in fp32."""
+def plain_loss(model: nn.Module, pairs: list[TokenPair], step: list[TokenPair]) -> Tensor:
+    """The share of `pairs` in the Stage I loss of their `step`, over rows padded to its longest, all logits in fp32."""
 
-    def rows(texts: list[list[int]], value: int) -> Tensor:
-        return pad_sequence([torch.tensor(t) for t in texts], batch_first=True, padding_value=value).to(model.device)
+    def rows(texts: list[list[int]], longest: int, value: int) -> Tensor:
+        return torch.tensor([[*text, *[value] * (longest - len(text))] for text in texts], device=model.device)
 
-    def embed(texts: list[list[int]]) -> Tensor:
-        lengths = torch.tensor([len(t) for t in texts], device=model.device)
-        mask = torch.arange(int(lengths.max()), device=model.device) < lengths[:, None]
-        states = model.model(input_ids=rows(texts, 0), attention_mask=mask.long(), use_cache=False).last_hidden_state
+    def embed(texts: list[list[int]], longest: int) -> Tensor:
+        lengths = torch.tensor([len(text) for text in texts], device=model.device)
+        mask = torch.arange(longest, device=model.device) < lengths[:, None]
+        ids = rows(texts, longest, 0)
+        states = model.model(input_ids=ids, attention_mask=mask.long(), use_cache=False).last_hidden_state
         return states[torch.arange(len(texts), device=model.device), lengths - 1]
 
-    def write(embeddings: Tensor, targets: list[list[int]]) -> Tensor:
-        words = model.get_input_embeddings()(rows([t[:-1] for t in targets], 0))
+    def write(embeddings: Tensor, targets: list[list[int]], longest: int, count: int) -> Tensor:
+        words = model.get_input_embeddings()(rows([text[:-1] for text in targets], longest - 1, 0))
         inputs = torch.cat([embeddings[:, None].to(words.dtype), words], dim=1)
-        labels = rows(targets, -100)
+        labels = rows(targets, longest, -100)
         logits = model(inputs_embeds=inputs, attention_mask=(labels != -100).long(), use_cache=False).logits.float()
-        return cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)  # the mean over all targets
+        return cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum") / count
 
-    q2d = write(embed([p.query for p in pairs]), [p.document_targets for p in pairs])
-    d2q = write(embed([p.document for p in pairs]), [p.query_targets for p in pairs])
+    longest = {key: max(len(getattr(p, key)) for p in step) for key in vars(step[0])}
+    counts = {key: sum(len(getattr(p, key)) for p in step) for key in vars(step[0])}
+    e_Q = embed([p.query for p in pairs], longest["query"])
+    e_D = embed([p.document for p in pairs], longest["document"])
+    q2d = write(e_Q, [p.document_targets for p in pairs], longest["document_targets"], counts["document_targets"])
+    d2q = write(e_D, [p.query_targets for p in pairs], longest["query_targets"], counts["query_targets"])
     return ALPHA * q2d + (1 - ALPHA) * d2q
 
 
@@ -88,10 +93,14 @@ def plain_side(settings: dict[str, Any]) -> dict[str, Any]:
 
     def step() -> None:
         model.zero_grad()
-        with autocast(settings["precision"]):
-            loss = plain_loss(model, pairs)
-        loss.backward()
-        found["losses"] = [loss.item()]
+        losses = []
+        size = -(-len(pairs) // settings["plain_parts"])
+        for i in range(0, len(pairs), size):
+            with autocast(settings["precision"]):
+                loss = plain_loss(model, pairs[i : i + size], pairs)
+            loss.backward()
+            losses.append(loss.item())
+        found["losses"] = [sum(losses)]
 
     return {"seconds": timed(step, settings["repeats"]), **found, "gradient_norms": gradient_norms(model)}
 
@@ -101,6 +110,7 @@ def engine_side(settings: dict[str, Any]) -> dict[str, Any]:
     model = make_model(settings["shape"], settings["seed"], settings["vocabulary"])
     pairs = draw_pairs(settings["pairs"], settings["seed"], model.config.vocab_size)
     objective = Reconstruction(model, alpha=ALPHA, packed=True)
+    keep_freed_memory()  # as in training
     budget = settings["micro_batch_tokens"] or ENOUGH_TOKENS[default_device().type]
     counts = {
         "document_tokens": sum(len(p.document_targets) for p in pairs),
@@ -172,6 +182,7 @@ def main() -> None:
     options.add_argument("--pairs", type=int, default=16)
     options.add_argument("--vocabulary", type=int, help="instead of the shape's own")
     options.add_argument("--micro-batch-tokens", type=int, help="default: the largest that training takes by default")
+    options.add_argument("--plain-parts", type=int, default=1, help="the plain step in parts, where memory is short")
     options.add_argument("--sweep", action="store_true", help="the engine alone, over pairs per step and vocabularies")
     chosen = vars(options.parse_args())
     file, wants_sweep = chosen.pop("json"), chosen.pop("sweep")

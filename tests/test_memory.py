@@ -1,6 +1,9 @@
 """What fits into memory: activations counted by autograd, free memory, and what follows when it is short."""
 
 import copy
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -168,3 +171,23 @@ def test_memory_does_not_grow_with_vocabulary_times_length(vocab_size, monkeypat
     objective = Reconstruction(model)
     per_target, _ = kept_bytes(model, lambda n: (objective(pairs * n).loss, n * targets))
     assert 0 < per_target < 0.2 * 4 * vocab_size
+
+
+def test_freed_memory_can_be_kept_and_given_back():
+    """Kept memory stays with the process when it is freed, and goes back to the system on request."""
+    script = """
+import psutil, torch
+from anchorvec.memory import keep_freed_memory, release_freed_memory
+resident = lambda: psutil.Process().memory_info().rss / 2**20
+before = resident()
+keep_freed_memory()
+blocks = [torch.ones(2**23) for _ in range(8)]  # 256 MiB
+small = torch.ones(8)
+del blocks
+assert resident() - before > 200, "given back at once"
+release_freed_memory()
+assert resident() - before < 100, "not given back"
+"""
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("another C library")
+    subprocess.run([sys.executable, "-c", script], check=True)

@@ -1,5 +1,8 @@
 """How many tokens fit at a time: from the memory that is free, and what the model keeps for a token."""
 
+import ctypes
+import gc
+import platform
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,12 +16,33 @@ ADAM_BYTES = 12
 _SHARE_OF_FREE = 0.6
 """The rest is for buffers of the backward pass, gaps in the heap, and other programs."""
 
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
+
 _CGROUP = Path("/sys/fs/cgroup")
 
 
 def tokens_that_fit(per_token: float, fixed: float, device: torch.device) -> int:
     """Tokens whose activations, of `per_token` bytes each, may be held on `device` beside `fixed` bytes; 0 if none."""
     return max(0, int(_SHARE_OF_FREE * (free_memory(device) - fixed) / per_token))
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep freed memory for this process, where it is glibc.
+
+    It would give large blocks back to the system at once, and each page of the next one costs a fault: 820,000 in a
+    step of Stage I of SmolLM2-135M, an eighth of its time.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TRIM_THRESHOLD, -1)
+
+
+def release_freed_memory() -> None:
+    """Give back to the system what finished work has left: unreachable cycles, such as a trainer, and free heap."""
+    gc.collect()
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def free_memory(device: torch.device) -> int:

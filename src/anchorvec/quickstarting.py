@@ -1,6 +1,5 @@
 """The whole job on this machine, in a given time: an ordinary decoder LLM becomes a tested embedder."""
 
-import gc
 import json
 import statistics
 import sys
@@ -21,6 +20,7 @@ from anchorvec.evaluation import TaskScores, bm25_scores, evaluate, scores_table
 from anchorvec.exporting import Exported, export
 from anchorvec.files import write_json, write_text
 from anchorvec.loading import load_model
+from anchorvec.memory import release_freed_memory
 from anchorvec.precision import resolve_precision
 from anchorvec.progress import STAGE_TITLES
 from anchorvec.recipe import Recipe, StageOne, StageTwo, load_recipe, save_recipe
@@ -110,7 +110,7 @@ def quickstart(
 
     def score(name: str) -> None:
         say(f"scoring: {TITLES[name]}")
-        gc.collect()  # a finished trainer is a cycle that holds its model and optimizer
+        release_freed_memory()  # of a finished stage
         scores[name] = bm25_scores(corpus) if name == "bm25" else _embedder_scores(recipe, stage, corpus)
         say(f"  nDCG@10 {scores[name].metrics['ndcg_at_10']}")
         write_json(folder / "scores.json", {key: {corpus.name: value.to_dict()} for key, value in scores.items()})

@@ -1,6 +1,5 @@
 """The two stages: from an embedder folder to a trained one, and how each is computed on this machine."""
 
-import gc
 import json
 import math
 import os
@@ -28,7 +27,14 @@ from anchorvec.data import Pairs, weighted
 from anchorvec.embedder import attention_options, load_causal_lm, save_causal_lm, save_tokenizer
 from anchorvec.errors import AnchorvecError
 from anchorvec.files import new_folder, write_json
-from anchorvec.memory import ADAM_BYTES, free_memory, kept_bytes, tokens_that_fit
+from anchorvec.memory import (
+    ADAM_BYTES,
+    free_memory,
+    keep_freed_memory,
+    kept_bytes,
+    release_freed_memory,
+    tokens_that_fit,
+)
 from anchorvec.packing import reads_packed, unpad
 from anchorvec.precision import default_device, resolve_precision
 from anchorvec.progress import OnLog, StageProgress
@@ -156,7 +162,7 @@ def stage_one_objective(recipe: Recipe, start: Path) -> tuple[Reconstruction, En
     """The objective of Stage I around the embedder in `start`, set up as the engine says."""
     stage = recipe.stage_one
     assert stage is not None
-    gc.collect()  # an earlier stage's trainer is a cycle that holds its model and optimizer
+    release_freed_memory()  # of an earlier stage
     model = load_causal_lm(start, attention=recipe.model.attention).train()
     nn.Module.to(model, default_device())  # PreTrainedModel.to is not typed
     objective = Reconstruction(model, alpha=stage.alpha, packed=_packs(recipe))
@@ -179,7 +185,7 @@ def stage_two_model(recipe: Recipe, start: Path, datasets: Mapping[str, Dataset]
     """The embedder in `start` with what Stage II trains in it, set up as the engine says."""
     stage = recipe.stage_two
     assert stage is not None
-    gc.collect()  # as above
+    release_freed_memory()  # of an earlier stage
     set_seed(recipe.seed)  # LoRA's new weights are drawn before the trainer seeds
     model = SentenceTransformer(
         str(start),
@@ -359,6 +365,7 @@ def _progress(recipe: Recipe, stage: str, deadline: float | None, on_log: OnLog 
 def _run(trainer: Trainer, progress: StageProgress, stage: str) -> None:
     """Train to the last planned step (T13), or to the deadline."""
     trainer.remove_callback(PrinterCallback)
+    keep_freed_memory()
     with progress:
         trainer.train()
     done, planned = trainer.state.global_step, trainer.args.max_steps
