@@ -45,7 +45,7 @@ from anchorvec.trainers import ContrastiveTrainer, ReconstructionTrainer
 LENGTH_SAMPLE = 256
 """Rows from which the tokens of a step are estimated."""
 
-ENOUGH_TOKENS = {"cpu": 2_048, "cuda": 16_384}
+ENOUGH_TOKENS = {"cpu": 1_536, "cuda": 16_384}
 """The largest micro-batch by default: matrix products of so many rows run at full speed."""
 
 _PROBE_TOKENS = 256
@@ -273,7 +273,7 @@ def _engine(
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         per_token, fit = kept_and_fit()
-    held = stage.micro_batch_tokens or max(1, min(fit, ENOUGH_TOKENS.get(device.type, 2_048)))
+    held = stage.micro_batch_tokens or max(1, min(fit, ENOUGH_TOKENS.get(device.type, 1_536)))
     return Engine(
         packed=packed,
         gradient_checkpointing=checkpointing,
