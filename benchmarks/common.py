@@ -5,7 +5,6 @@ import gc
 import json
 import math
 import multiprocessing
-import platform
 import random
 import re
 import resource
@@ -21,7 +20,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from anchorvec.precision import default_device, resolve_precision
+from anchorvec.precision import default_device, device_name, resolve_precision
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {
@@ -213,12 +212,8 @@ def compare_trained(theirs: Mapping[str, Any], ours: Mapping[str, Any], precisio
 
 def describe_machine(precision: str) -> dict[str, Any]:
     """Where the figures were taken."""
-    device = default_device()
-    cpus = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", cpus.read_text()) if cpus.exists() else None
-    processor = found[1] if found else platform.processor() or platform.machine()
     return {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else processor,
+        "device": device_name(),
         "threads": torch.get_num_threads(),
         "precision": resolve_precision(precision),
         "torch": torch.__version__,

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from anchorvec.engine import ENOUGH_TOKENS
 from anchorvec.memory import keep_freed_memory
 from anchorvec.precision import default_device
 from anchorvec.reconstruction import Reconstruction, TokenPair, micro_batches
-from anchorvec.stages import ENOUGH_TOKENS
 from common import (
     autocast,
     compare_trained,

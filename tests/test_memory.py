@@ -11,12 +11,13 @@ from datasets import Dataset
 from transformers import TrainingArguments
 
 import anchorvec.memory
+from anchorvec.engine import ENOUGH_TOKENS
 from anchorvec.errors import AnchorvecError
 from anchorvec.memory import ADAM_BYTES, free_memory, kept_bytes, tokens_that_fit
 from anchorvec.precision import default_device
 from anchorvec.recipe import load_recipe
 from anchorvec.reconstruction import Reconstruction
-from anchorvec.stages import ENOUGH_TOKENS, stage_one_objective, stage_two_datasets, stage_two_model
+from anchorvec.stages import stage_one_objective, stage_two_datasets, stage_two_model
 from anchorvec.trainers import ReconstructionTrainer
 from anchorvec.training import build_base, load_training_data
 from conftest import make_model

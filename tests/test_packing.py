@@ -1,14 +1,25 @@
 """Packed texts have the states, the loss and the gradient of each text alone (T20)."""
 
+import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding, Transformer
+from transformers import BertConfig, BertModel
 
 from anchorvec.contrastive import contrastive_loss
 from anchorvec.embedder import build_embedder, save_causal_lm
-from anchorvec.packing import PACKED_ATTENTION, packed_states, padded_states, unpad, use_packed_attention
+from anchorvec.loading import load_encoder
+from anchorvec.packing import (
+    PACKED_ATTENTION,
+    packed_states,
+    padded_states,
+    reads_packed,
+    unpad,
+    use_packed_attention,
+)
 from anchorvec.reconstruction import Reconstruction
-from conftest import FAMILIES, make_model
+from conftest import FAMILIES, make_model, make_tokenizer
 from test_reconstruction import assert_same_gradients, gradients, make_pairs
 
 
@@ -69,8 +80,6 @@ def test_checkpointed_activations_change_nothing():
 
 def test_packing_leaves_no_trace_in_the_saved_model(tmp_path, save_base):
     """The attention used for training is not written into config.json."""
-    from conftest import make_tokenizer
-
     base = save_base(make_model(), make_tokenizer())
     model = make_model().float()
     assert use_packed_attention(model)
@@ -109,6 +118,34 @@ def test_a_packed_model_is_saved_as_any_other(tmp_path):
         model.save_pretrained(str(tmp_path / name), create_model_card=False)
     for file in ("config.json", "modules.json", "sentence_bert_config.json", "tokenizer.json"):
         assert (tmp_path / "packed" / file).read_text() == (tmp_path / "plain" / file).read_text()
+
+
+def test_folders_are_encoded_packed_and_models_left_alone(tmp_path):
+    """`evaluate` and `search` read a decoder's folder without padding; a model that they are given stays as it is."""
+    base = build_embedder("tiny", tmp_path / "base", max_tokens=32)
+    model, texts = SentenceTransformer(str(base), device="cpu"), ["one", "a longer text " * 5, "", "two"]
+    encoder = load_encoder(base)
+    assert reads_packed(encoder)
+    assert load_encoder(model) is model
+    assert not reads_packed(model)
+    np.testing.assert_allclose(encoder.encode(texts), model.encode(texts), rtol=1e-4, atol=1e-5)
+
+
+def test_an_encoder_with_bidirectional_attention_is_not_packed(tmp_path):
+    """Packed attention is causal; a model that reads both ways, or has no decoder, is left alone."""
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    config = BertConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=len(tokenizer)
+    )
+    BertModel(config).save_pretrained(tmp_path / "bert")
+    tokenizer.save_pretrained(tmp_path / "bert")
+    transformer = Transformer(str(tmp_path / "bert"))
+    model = SentenceTransformer(modules=[transformer, Pooling(32)], device="cpu")
+    before = model.encode(["one", "two words"])
+    assert not unpad(model)
+    np.testing.assert_array_equal(model.encode(["one", "two words"]), before)
+    assert not unpad(SentenceTransformer(modules=[StaticEmbedding(tokenizer._tokenizer, embedding_dim=8)]))
 
 
 @pytest.mark.gpu

@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+import torch
 from peft import PeftModel
 from sentence_transformers import SentenceTransformer
 
 from anchorvec.errors import AnchorvecError
+from anchorvec.packing import unpad
 
 
 def load_model(model: SentenceTransformer | str | Path, *, merge: bool = True) -> SentenceTransformer:
@@ -37,6 +39,19 @@ def load_model(model: SentenceTransformer | str | Path, *, merge: bool = True) -
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise AnchorvecError(f"{name}: this cannot be loaded as a sentence-transformers model ({reason})") from error
+
+
+def load_encoder(model: SentenceTransformer | str | Path) -> SentenceTransformer:
+    """`model` itself if it is one, else as `load_model` loads it, but encoding without padding where that is faster.
+
+    That is a decoder on a CPU, or in half precision on a GPU. Its vectors differ by rounding alone.
+    """
+    if isinstance(model, SentenceTransformer):
+        return model
+    loaded = load_model(model)
+    if loaded.device.type == "cpu" or (loaded.device.type == "cuda" and loaded.dtype != torch.float32):
+        unpad(loaded)
+    return loaded
 
 
 def _start_of(stage: Path) -> Path:

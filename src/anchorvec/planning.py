@@ -13,10 +13,11 @@ from rich.text import Text
 from transformers import AutoTokenizer
 
 from anchorvec.embedder import load_causal_lm
+from anchorvec.engine import Engine
 from anchorvec.precision import default_device, resolve_precision
 from anchorvec.recipe import Recipe, dump_recipe, load_recipe
 from anchorvec.reconstruction import PairTokenizer, TokenPair
-from anchorvec.stages import Engine, reconstruction_dataset, stage_one_objective, stage_two_datasets, stage_two_model
+from anchorvec.stages import reconstruction_dataset, stage_one_objective, stage_two_datasets, stage_two_model
 from anchorvec.training import build_base, load_training_data
 
 SHOWN_PAIRS = 3

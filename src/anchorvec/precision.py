@@ -1,7 +1,10 @@
-"""Which number format this machine multiplies fastest."""
+"""The device, and which number format it multiplies fastest."""
 
+import platform
+import re
 import time
 from functools import cache
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -21,6 +24,18 @@ def resolve_precision(setting: Literal["auto", "bf16", "fp32"]) -> Precision:
 def default_device() -> torch.device:
     """The accelerator if there is one, else the CPU."""
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def device_name() -> str:
+    """What the maker calls the device: of a CPU, its model where the system tells (Linux), else its architecture."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    try:
+        cpu = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        cpu = ""
+    found = re.search(r"^model name\s*:\s*(.+)$", cpu, re.MULTILINE)
+    return found[1] if found else platform.processor() or platform.machine()
 
 
 @cache

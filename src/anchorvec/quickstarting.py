@@ -19,7 +19,7 @@ from anchorvec.errors import AnchorvecError
 from anchorvec.evaluation import TaskScores, bm25_scores, evaluate, scores_table
 from anchorvec.exporting import Exported, export
 from anchorvec.files import write_json, write_text
-from anchorvec.loading import load_model
+from anchorvec.loading import load_encoder
 from anchorvec.memory import release_freed_memory
 from anchorvec.precision import resolve_precision
 from anchorvec.progress import STAGE_TITLES
@@ -205,7 +205,7 @@ def _training_pairs(recipe: Recipe, data: DocstringData, file: Path) -> tuple[Re
 
 
 def _embedder_scores(recipe: Recipe, stage: Path, corpus: Path) -> TaskScores:
-    model = load_model(stage).float()
+    model = load_encoder(stage).float()
     if resolve_precision(recipe.model.precision) == "bf16":
         model = model.bfloat16()  # where that is fast, it saves minutes; the result names the dtype
     [scores] = evaluate(

@@ -81,10 +81,10 @@ def search(
     Without `queries` they are asked for in the terminal. `model` is a SentenceTransformer, its folder, or its
     hub id; `corpus_path` is what `read_corpus` reads.
     """
-    from anchorvec.loading import load_model
+    from anchorvec.loading import load_encoder
 
     documents = read_corpus(corpus_path)
-    index = Index(load_model(model), documents, batch_size=batch_size, show_progress_bar=show_progress_bar)
+    index = Index(load_encoder(model), documents, batch_size=batch_size, show_progress_bar=show_progress_bar)
     if queries is None:
         return prompt_loop(index, top_k)
     return {query: index.search(query, top_k) for query in queries}

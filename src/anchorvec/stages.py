@@ -1,12 +1,12 @@
-"""The two stages: from an embedder folder to a trained one, and how each is computed on this machine."""
+"""The two stages: from an embedder folder to a trained one."""
 
 import json
 import math
 import os
 import statistics
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +20,15 @@ from sentence_transformers.sentence_transformer.training_args import (
     SentenceTransformerTrainingArguments,
 )
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel, PrinterCallback, Trainer, TrainingArguments, set_seed
+from transformers import AutoTokenizer, PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from anchorvec.contrastive import contrastive_datasets, contrastive_loss
 from anchorvec.data import Pairs, weighted
 from anchorvec.embedder import attention_options, load_causal_lm, save_causal_lm, save_tokenizer
+from anchorvec.engine import Engine, choose_engine, packs_texts
 from anchorvec.errors import AnchorvecError
 from anchorvec.files import new_folder, write_json
-from anchorvec.memory import (
-    ADAM_BYTES,
-    free_memory,
-    keep_freed_memory,
-    kept_bytes,
-    release_freed_memory,
-    tokens_that_fit,
-)
+from anchorvec.memory import free_memory, keep_freed_memory, release_freed_memory
 from anchorvec.packing import reads_packed, unpad
 from anchorvec.precision import default_device, resolve_precision
 from anchorvec.progress import OnLog, StageProgress
@@ -45,31 +39,8 @@ from anchorvec.trainers import ContrastiveTrainer, ReconstructionTrainer
 LENGTH_SAMPLE = 256
 """Rows from which the tokens of a step are estimated."""
 
-ENOUGH_TOKENS = {"cpu": 1_536, "cuda": 16_384}
-"""The largest micro-batch by default: matrix products of so many rows run at full speed."""
-
 _PROBE_TOKENS = 256
 """Length of the text from which the memory of a token is estimated, if the limit is not lower."""
-
-_LAYER_STATES = 32
-"""With gradient checkpointing one layer at a time is computed again; it keeps about so many hidden states a token."""
-
-
-@dataclass(frozen=True)
-class Engine:
-    """How a stage is computed on this machine. Its time and memory depend on it, its result only by rounding.
-
-    (And by the random draws of dropout, where there is any.) `bytes_per_token` are those of the activations that are
-    kept for the backward pass; `fits` says whether the least that must be held at one time fits into the memory that
-    was free. A step of Stage II with `cached_gradients` encodes every text twice.
-    """
-
-    packed: bool
-    gradient_checkpointing: bool
-    micro_batch_tokens: int
-    bytes_per_token: int
-    fits: bool
-    cached_gradients: bool = False
 
 
 def train_stage_one(
@@ -165,15 +136,18 @@ def stage_one_objective(recipe: Recipe, start: Path) -> tuple[Reconstruction, En
     release_freed_memory()  # of an earlier stage
     model = load_causal_lm(start, attention=recipe.model.attention).train()
     nn.Module.to(model, default_device())  # PreTrainedModel.to is not typed
-    objective = Reconstruction(model, alpha=stage.alpha, packed=_packs(recipe))
+    objective = Reconstruction(
+        model, alpha=stage.alpha, packed=packs_texts(recipe.model.attention, recipe.model.precision)
+    )
     vocabulary = model.config.get_text_config().vocab_size
     text = [vocabulary - 1] * min(_PROBE_TOKENS, recipe.model.max_tokens)
-    engine = _engine(
-        recipe,
-        stage,
+    engine = choose_engine(
         model,
         lambda n: (objective.encode([text] * n), n * len(text)),
         packed=objective.packed,
+        precision=recipe.model.precision,
+        gradient_checkpointing=stage.gradient_checkpointing,
+        micro_batch_tokens=stage.micro_batch_tokens,
         least_tokens=4 * recipe.model.max_tokens,
         # logits, their log-softmax and their gradients, in two number formats
         logits_bytes=4 * min(HEAD_CHUNK_BYTES, 4 * vocabulary * recipe.model.max_tokens * stage.pairs_per_step),
@@ -196,7 +170,7 @@ def stage_two_model(recipe: Recipe, start: Path, datasets: Mapping[str, Dataset]
         },
         device=str(default_device()),
     ).train()
-    packed = _packs(recipe) and unpad(model)
+    packed = packs_texts(recipe.model.attention, recipe.model.precision) and unpad(model)
     if stage.lora is not None:
         model.add_adapter(
             LoraConfig(
@@ -207,8 +181,6 @@ def stage_two_model(recipe: Recipe, start: Path, datasets: Mapping[str, Dataset]
                 task_type="FEATURE_EXTRACTION",
             )
         )
-    body: Any = model[0].model
-
     text = "text " * min(_PROBE_TOKENS, recipe.model.max_tokens)
 
     def encode(n: int) -> tuple[Tensor, int]:
@@ -221,67 +193,18 @@ def stage_two_model(recipe: Recipe, start: Path, datasets: Mapping[str, Dataset]
 
     prompts = _prompts_by_dataset(recipe, datasets)
     step_tokens = max(_large_step(model, datasets[name], prompts[name], recipe) for name in datasets)
-    engine = _engine(
-        recipe,
-        stage,
+    body: Any = model[0].model
+    engine = choose_engine(
         body,
         encode,
         packed=packed,
+        precision=recipe.model.precision,
+        gradient_checkpointing=stage.gradient_checkpointing,
+        micro_batch_tokens=stage.micro_batch_tokens,
         least_tokens=recipe.model.max_tokens,
         step_tokens=step_tokens,
     )
     return model, engine
-
-
-def _engine(
-    recipe: Recipe,
-    stage: StageOne | StageTwo,
-    model: PreTrainedModel,
-    forward: Callable[[int], tuple[Tensor, int]],
-    *,
-    packed: bool,
-    least_tokens: int,
-    logits_bytes: int = 0,
-    step_tokens: float | None = None,
-) -> Engine:
-    """The way to compute a stage with the memory that is free now; sets gradient checkpointing on `model`.
-
-    `forward` is as in `kept_bytes`. Gradient checkpointing, where the recipe leaves it open, is used if `least_tokens`
-    would not fit otherwise; cached gradients if the `step_tokens` of a step do not fit.
-    """
-    device = default_device()
-    bf16 = resolve_precision(recipe.model.precision) == "bf16"
-    for_training = ADAM_BYTES * sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-    def kept_and_fit() -> tuple[float, int]:
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            per_token, copies = kept_bytes(model, forward)
-        if checkpointing:
-            text_config = model.config.get_text_config()
-            per_token += _LAYER_STATES * text_config.hidden_size * (2 if bf16 else 4)
-        return per_token, tokens_that_fit(per_token, for_training + copies + logits_bytes, device)
-
-    checkpointing = stage.gradient_checkpointing is True
-    if not checkpointing:
-        try:
-            per_token, fit = kept_and_fit()
-            checkpointing = stage.gradient_checkpointing == "auto" and fit < least_tokens
-        except torch.OutOfMemoryError:
-            if stage.gradient_checkpointing is False:
-                raise
-            checkpointing = True
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        per_token, fit = kept_and_fit()
-    held = stage.micro_batch_tokens or max(1, min(fit, ENOUGH_TOKENS.get(device.type, 1_536)))
-    return Engine(
-        packed=packed,
-        gradient_checkpointing=checkpointing,
-        micro_batch_tokens=held,
-        bytes_per_token=round(per_token),
-        fits=fit >= max(least_tokens, stage.micro_batch_tokens or 0),
-        cached_gradients=step_tokens is not None and step_tokens > (stage.micro_batch_tokens or fit),
-    )
 
 
 def _note(recipe: Recipe, stage: str, engine: Engine) -> None:
@@ -343,18 +266,6 @@ def _arguments(recipe: Recipe, stage: StageOne | StageTwo, folder: Path) -> dict
         "remove_unused_columns": False,
         "seed": recipe.seed,
     }
-
-
-def _packs(recipe: Recipe) -> bool:
-    """Whether texts are to be packed: where attention over packed texts costs nothing extra.
-
-    On a CPU it runs text by text; a GPU has one kernel for all, in bf16.
-    """
-    if recipe.model.attention != "auto":
-        return False
-    return default_device().type == "cpu" or (
-        default_device().type == "cuda" and resolve_precision(recipe.model.precision) == "bf16"
-    )
 
 
 def _progress(recipe: Recipe, stage: str, deadline: float | None, on_log: OnLog | None) -> StageProgress:

@@ -21,7 +21,7 @@ from anchorvec.evaluation import TaskScores, check_test_data, evaluate, scores_t
 from anchorvec.exporting import Exported, export
 from anchorvec.files import write_json
 from anchorvec.loading import load_model
-from anchorvec.precision import resolve_precision
+from anchorvec.precision import device_name, resolve_precision
 from anchorvec.progress import OnLog
 from anchorvec.recipe import Recipe, load_recipe, save_recipe
 from anchorvec.stages import train_stage_one, train_stage_two
@@ -139,10 +139,9 @@ def describe_run(recipe: Recipe, pairs: Mapping[str, Pairs]) -> dict[str, Any]:
         "accelerate",
         "datasets",
     ]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     return {
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
+        "device": device_name(),
         "threads": torch.get_num_threads(),
         "precision": resolve_precision(recipe.model.precision),
         "seed": recipe.seed,

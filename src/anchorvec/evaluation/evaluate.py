@@ -49,11 +49,11 @@ def evaluate(
     results: dict[str, TaskScores] = {}
     with _side_effects_undone():
         from anchorvec.evaluation import _mteb
-        from anchorvec.loading import load_model
+        from anchorvec.loading import load_encoder
 
         # Names are looked up before anything is loaded or run, so that a misspelt one fails at once.
         all_tasks = [_mteb.BeirTask(part) for part in collections] + [_mteb.named_task(name) for name in tasks]
-        model = load_model(model)
+        model = load_encoder(model)
         device, dtype = str(model.device), str(next(model.parameters()).dtype).removeprefix("torch.")
         encoder = _mteb.encoder(model, instruction)
         for name, task in zip(names, all_tasks, strict=True):

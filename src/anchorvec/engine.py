@@ -1,0 +1,99 @@
+"""How a stage is computed on this machine: what to hold at a time, from the memory that is free when it starts."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from anchorvec.memory import ADAM_BYTES, kept_bytes, tokens_that_fit
+from anchorvec.precision import default_device, resolve_precision
+
+ENOUGH_TOKENS = {"cpu": 1_536, "cuda": 16_384}
+"""The largest micro-batch by default: matrix products of so many rows run at full speed."""
+
+_LAYER_STATES = 32
+"""With gradient checkpointing one layer at a time is computed again; it keeps about so many hidden states a token."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How a stage is computed on this machine. Its time and memory depend on it, its result only by rounding.
+
+    (And by the random draws of dropout, where there is any.) `bytes_per_token` are those of the activations that are
+    kept for the backward pass; `fits` says whether the least that must be held at one time fits into the memory that
+    was free. A step of Stage II with `cached_gradients` encodes every text twice.
+    """
+
+    packed: bool
+    gradient_checkpointing: bool
+    micro_batch_tokens: int
+    bytes_per_token: int
+    fits: bool
+    cached_gradients: bool = False
+
+
+def choose_engine(
+    model: PreTrainedModel,
+    forward: Callable[[int], tuple[Tensor, int]],
+    *,
+    packed: bool,
+    precision: Literal["auto", "bf16", "fp32"],
+    gradient_checkpointing: bool | Literal["auto"],
+    micro_batch_tokens: int | None,
+    least_tokens: int,
+    logits_bytes: int = 0,
+    step_tokens: float | None = None,
+) -> Engine:
+    """The way to compute a stage with the memory that is free now; sets gradient checkpointing on `model`.
+
+    `forward` is as in `kept_bytes`. Gradient checkpointing, where the recipe leaves it open, is used if `least_tokens`
+    would not fit otherwise; cached gradients if the `step_tokens` of a step do not fit.
+    """
+    device = default_device()
+    bf16 = resolve_precision(precision) == "bf16"
+    for_training = ADAM_BYTES * sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+    def kept_and_fit() -> tuple[float, int]:
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            per_token, copies = kept_bytes(model, forward)
+        if checkpointing:
+            text_config = model.config.get_text_config()
+            per_token += _LAYER_STATES * text_config.hidden_size * (2 if bf16 else 4)
+        return per_token, tokens_that_fit(per_token, for_training + copies + logits_bytes, device)
+
+    checkpointing = gradient_checkpointing is True
+    if not checkpointing:
+        try:
+            per_token, fit = kept_and_fit()
+            checkpointing = gradient_checkpointing == "auto" and fit < least_tokens
+        except torch.OutOfMemoryError:
+            if gradient_checkpointing is False:
+                raise
+            checkpointing = True
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        per_token, fit = kept_and_fit()
+    held = micro_batch_tokens or max(1, min(fit, ENOUGH_TOKENS.get(device.type, 1_536)))
+    return Engine(
+        packed=packed,
+        gradient_checkpointing=checkpointing,
+        micro_batch_tokens=held,
+        bytes_per_token=round(per_token),
+        fits=fit >= max(least_tokens, micro_batch_tokens or 0),
+        cached_gradients=step_tokens is not None and step_tokens > (micro_batch_tokens or fit),
+    )
+
+
+def packs_texts(attention: str, precision: Literal["auto", "bf16", "fp32"]) -> bool:
+    """Whether texts are to be packed: where attention over packed texts costs nothing extra.
+
+    On a CPU it runs text by text; a GPU has one kernel for all, in bf16.
+    """
+    if attention != "auto":
+        return False
+    return default_device().type == "cpu" or (
+        default_device().type == "cuda" and resolve_precision(precision) == "bf16"
+    )
