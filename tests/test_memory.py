@@ -69,6 +69,21 @@ def test_a_containers_limit_counts(monkeypatch, tmp_path, folder, limit, used, c
     assert free_memory(CPU) == 4300
 
 
+@pytest.mark.parametrize(
+    ("own", "folder"), [("0::/slurm/job_7/step_0\n", "slurm/job_7"), ("4:memory:/slurm/job_7\n", "memory/slurm/job_7")]
+)
+def test_the_limit_of_a_batch_systems_job_counts(monkeypatch, tmp_path, own, folder):
+    """Slurm limits a group below the root, of which each step is a part."""
+    (tmp_path / "own").write_text(f"5:cpu:/\n{own}")
+    monkeypatch.setattr(anchorvec.memory, "_CGROUP", tmp_path)
+    monkeypatch.setattr(anchorvec.memory, "_OWN_CGROUPS", tmp_path / "own")
+    (tmp_path / folder).mkdir(parents=True)
+    names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if "memory" in own else ("memory.max", "memory.current")
+    for name, value in zip((*names, "memory.stat"), ("5000\n", "1000\n", "anon 7\n"), strict=True):
+        (tmp_path / folder / name).write_text(value)
+    assert free_memory(CPU) == 4000
+
+
 @pytest.fixture
 def setup(tmp_path):
     """A function that sets up both stages of the recipe `debug` and gives their engines."""

@@ -18,7 +18,7 @@ _SHARE_OF_FREE = 0.6
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
-_CGROUP = Path("/sys/fs/cgroup")
+_CGROUP, _OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def tokens_that_fit(per_token: float, fixed: float, device: torch.device) -> int:
@@ -54,19 +54,34 @@ def free_memory(device: torch.device) -> int:
 
 
 def _cgroup_rooms() -> Iterator[int]:
-    """What the memory limits of this container (cgroup v2, v1) leave, in bytes; nothing where there are none."""
-    for folder, limit, used, cache in [
-        (_CGROUP, "memory.max", "memory.current", "inactive_file"),
-        (_CGROUP / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-    ]:
-        try:
-            most, now = (folder / limit).read_text().strip(), int((folder / used).read_text())
-            counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        except (OSError, ValueError):
-            continue
-        if most.isdigit():
-            # Files that were read stay in memory until it is wanted; they count as used.
-            yield max(0, int(most) - now + int(counts.get(cache, 0)))
+    """What the memory limits on this process (cgroup v2, v1) leave, in bytes; nothing where there are none."""
+    for folder in _cgroup_folders():
+        for limit, used, cache in [
+            ("memory.max", "memory.current", "inactive_file"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ]:
+            try:
+                most, now = (folder / limit).read_text().strip(), int((folder / used).read_text())
+                counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            except (OSError, ValueError):
+                continue
+            if most.isdigit():
+                # Files that were read stay in memory until it is wanted; they count as used.
+                yield max(0, int(most) - now + int(counts.get(cache, 0)))
+
+
+def _cgroup_folders() -> Iterator[Path]:
+    """The control groups that this process belongs to, with all that contain them; a batch system limits a job's."""
+    yield from (_CGROUP, _CGROUP / "memory")  # all that a container sees
+    try:
+        lines = _OWN_CGROUPS.read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers in ("", "memory"):
+            group = Path(path.lstrip("/"))
+            yield from (_CGROUP / controllers / part for part in (group, *group.parents))
 
 
 def kept_bytes(model: nn.Module, forward: Callable[[int], tuple[Tensor, int]]) -> tuple[float, float]:
