@@ -129,7 +129,7 @@ def engine_side(settings: dict[str, Any]) -> dict[str, Any]:
         found["losses"] = [sum(losses)]
 
     result = {"seconds": timed(step, settings["repeats"]), **found, "gradient_norms": gradient_norms(model)}
-    result |= {"tokens": sum(p.tokens for p in pairs), "peak_memory": peak_memory()}
+    result |= {"tokens": sum(p.tokens() for p in pairs), "peak_memory": peak_memory()}
     with autocast(settings["precision"]):
         products = matmul_seconds(model, result["tokens"], sum(counts.values()))
     return result | {"share_of_peak": products / result["seconds"]}

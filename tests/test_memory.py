@@ -139,7 +139,7 @@ class RunsOutOfMemory(Reconstruction):
 
     def forward(self, pairs, **options):
         output = super().forward(pairs, **options)
-        if sum(pair.tokens for pair in pairs) > self.room:
+        if sum(pair.tokens() for pair in pairs) > self.room:
             (0.5 * output.loss).backward()  # half a step's gradients are there already
             raise torch.OutOfMemoryError("out of memory (injected)")
         return output
@@ -166,9 +166,27 @@ def test_out_of_memory_halves_the_budget_and_changes_nothing(tmp_path):
     with pytest.warns(UserWarning, match="out of memory: Stage I goes on with micro-batches of"):
         trainer, found_loss, found = one_step(objective, tmp_path)
     assert trainer.micro_batch_tokens <= 100
-    assert trainer.tokens_seen == sum(pair.tokens for pair in make_pairs(8))
+    assert trainer.tokens_seen == sum(pair.tokens() for pair in make_pairs(8))
     torch.testing.assert_close(found_loss, loss)
     assert_same_gradients(found, expected)
+
+
+def test_the_exchange_gap_does_not_depend_on_the_cut(tmp_path):
+    """Partners come from the whole step, so that pairs alone in their micro-batch have one too."""
+    gaps = [one_step(Reconstruction(make_model()), tmp_path, budget)[0].exchange for budget in (1, 60, 1000)]
+    assert gaps[0].keys() == {"exchange_query_to_document", "exchange_document_to_query"}
+    for gap in gaps[:2]:
+        assert gap == pytest.approx(gaps[2], abs=1e-5)  # sums are kept in fp32
+
+
+@pytest.mark.parametrize(("alpha", "direction"), [(1.0, "query_to_document"), (0.0, "document_to_query")])
+def test_a_direction_that_is_off_is_neither_logged_nor_counted(tmp_path, alpha, direction):
+    """With one direction alone there is one loss, one gap, and two passes' tokens."""
+    trainer = one_step(Reconstruction(make_model(), alpha=alpha), tmp_path)[0]
+    assert trainer.directions[0].keys() == {direction}
+    assert trainer.exchange.keys() == {f"exchange_{direction}"}
+    one, other = ("query", "document_targets") if alpha else ("document", "query_targets")
+    assert trainer.tokens_seen == sum(len(getattr(p, one)) + len(getattr(p, other)) for p in make_pairs(8))
 
 
 @pytest.mark.filterwarnings("ignore:out of memory")

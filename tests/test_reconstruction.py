@@ -8,7 +8,14 @@ import torch
 from torch.nn.functional import log_softmax
 
 from anchorvec.embedder import with_end
-from anchorvec.reconstruction import PairTokenizer, Reconstruction, TokenPair, micro_batches, output_head
+from anchorvec.reconstruction import (
+    PairTokenizer,
+    Reconstruction,
+    TokenPair,
+    exchange_partners,
+    micro_batches,
+    output_head,
+)
 from conftest import FAMILIES, make_model, make_tokenizer
 
 
@@ -137,12 +144,20 @@ def test_exchange_rises_above_zero_only_when_embeddings_matter():
     """Equal embeddings exchange without effect; different ones change the loss."""
     objective = Reconstruction(make_model())
     pairs = make_pairs(4)
-    out = objective(pairs, exchange=True)
+    out = objective(pairs, exchange=exchange_partners(pairs))
     assert out.exchanged_query_to_document != out.query_to_document
     same = [TokenPair(pairs[0].query, pairs[0].document, p.query_targets, p.document_targets) for p in pairs]
-    out = objective(same, exchange=True)
+    out = objective(same, exchange=same)
     torch.testing.assert_close(out.exchanged_query_to_document, out.query_to_document)
     torch.testing.assert_close(out.exchanged_document_to_query, out.document_to_query)
+
+
+def test_exchange_partners_are_other_texts():
+    """Each pair gets the next one whose query and document both differ; where there is none, nothing is exchanged."""
+    a, b, c = make_pairs(3)
+    same_document = TokenPair([9, 9], a.document, [9], a.document_targets)
+    assert exchange_partners([a, same_document, b, c]) == [b, b, c, a]
+    assert exchange_partners([a, same_document]) is None
 
 
 @pytest.mark.parametrize("kind", ["plain", "bos", "chat", "left"])

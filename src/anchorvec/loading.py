@@ -14,8 +14,8 @@ def load_model(model: SentenceTransformer | str | Path, *, merge: bool = True) -
     """`model` itself if it is one, else the embedder of that folder or hub id, in its own dtype.
 
     The folder of a Stage II with LoRA holds an adapter alone; it is put over the stage it started from, which
-    stands beside it, and with `merge` merged into it. Nothing is trusted: no code from the folder is run, and the
-    weights are read from safetensors only. Raises AnchorvecError if there is no such model.
+    stands beside it, and with `merge` merged into it, in fp32. Nothing is trusted: no code from the folder is run,
+    and the weights are read from safetensors only. Raises AnchorvecError if there is no such model.
     """
     if isinstance(model, SentenceTransformer):
         return model
@@ -25,7 +25,7 @@ def load_model(model: SentenceTransformer | str | Path, *, merge: bool = True) -
     if is_local and not folder.is_dir():
         raise AnchorvecError(f"{name}: there is no such folder; name a model's folder or its id on the hub")
     if (folder / "adapter_config.json").is_file():
-        loaded = load_model(_start_of(folder))
+        loaded = load_model(_start_of(folder)).float()  # small updates would be lost in half precision (T9)
         adapted = PeftModel.from_pretrained(loaded[0].model, str(folder))
         loaded[0].model = adapted.merge_and_unload() if merge else adapted
         return loaded.eval()

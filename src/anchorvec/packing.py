@@ -3,11 +3,12 @@
 A decoder's layers treat tokens alike except in attention. So the tokens of many texts stand in one row, each text
 with positions of its own, and attention runs text by text. It is registered with transformers as an attention of its
 own, with the arguments of flash attention. transformers builds no mask for such a one, and its other ways to tell
-packed texts apart are not relied upon (T20).
+packed texts apart are not relied upon (T20). Called without the lengths of packed texts it is ordinary attention, so
+that a model set to it can still be used in every other way.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from sentence_transformers.sentence_transformer.modules import Pooling, Transfor
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import sdpa_mask
 
 PACKED_ATTENTION = "anchorvec_packed"
 
@@ -35,10 +37,7 @@ def padded_states(model: PreTrainedModel, words: Tensor, lengths: Sequence[int])
     """
     texts = torch.split(words, list(lengths))
     states: list[Tensor] = [words] * len(texts)
-    groups: dict[int, list[int]] = defaultdict(list)
-    for i, length in enumerate(lengths):
-        groups[length.bit_length()].append(i)  # lengths within a factor of two, so that little is padding
-    for group in groups.values():
+    for group in _of_like_length(lengths):
         rows = nn.utils.rnn.pad_sequence([texts[i] for i in group], batch_first=True)  # (texts, longest, dim)
         out = model.base_model(inputs_embeds=rows, use_cache=False).last_hidden_state
         for row, i in zip(out, group, strict=True):
@@ -46,12 +45,27 @@ def padded_states(model: PreTrainedModel, words: Tensor, lengths: Sequence[int])
     return torch.cat(states)
 
 
+def padded_tokens(lengths: Sequence[int]) -> int:
+    """The tokens that `padded_states` computes for texts of these lengths, padding included."""
+    return sum(len(group) * max(lengths[i] for i in group) for group in _of_like_length(lengths))
+
+
+def _of_like_length(lengths: Sequence[int]) -> Iterable[list[int]]:
+    """The indices of the texts in groups of lengths within a factor of two, so that little is padding."""
+    groups: dict[int, list[int]] = defaultdict(list)
+    for i, length in enumerate(lengths):
+        groups[length.bit_length()].append(i)
+    return groups.values()
+
+
 def use_packed_attention(model: PreTrainedModel) -> bool:
     """Set the model to packed attention, if two packed texts then have the states and gradients of each alone.
 
     A family whose layers mix tokens in other ways (a convolution, a recurrent state) fails that test and is left alone;
-    so is one on a GPU that has no kernel for it.
+    so is one with windows that it does not tell the attention of, and one on a GPU that has no kernel for it.
     """
+    if model.config._attn_implementation == PACKED_ATTENTION:
+        return True
     before, training = model.config._attn_implementation, model.training
     words = model.get_input_embeddings()(torch.arange(6, device=model.device)).detach().requires_grad_()
     on_gpu = model.device.type == "cuda"  # where the kernel is one for half precision
@@ -75,9 +89,7 @@ def use_packed_attention(model: PreTrainedModel) -> bool:
         try:
             difference = states_and_gradient(packed=True) - alone
             same = bool((difference.norm(dim=1) <= tolerance * alone.norm(dim=1)).all())
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError:  # a GPU or a head without such a kernel
+        except NotImplementedError:  # windows, or a GPU or a head without such a kernel
             same = False
     if not same:
         model.set_attn_implementation(before)
@@ -88,31 +100,44 @@ def use_packed_attention(model: PreTrainedModel) -> bool:
 def unpad(model: SentenceTransformer) -> bool:
     """Have `model` read the texts of a batch packed, in training and in `encode`, if its decoder can be packed.
 
-    Features then have the form that sentence-transformers itself uses with flash attention. Nothing of it is saved.
+    Features then have the form that sentence-transformers itself uses with flash attention; `encode` gives sentence
+    embeddings, but not those of tokens. Nothing of it is saved.
     """
     module: Any = model[0]
+    if reads_packed(model):
+        return True
     is_decoder = isinstance(module, Transformer) and type(module.model.config) in MODEL_FOR_CAUSAL_LM_MAPPING
-    if not is_decoder or not isinstance(model[1], Pooling) or not use_packed_attention(module.model):
+    if not is_decoder or len(model) < 2 or not isinstance(model[1], Pooling):
         return False
-    padded_features = module.preprocess
-
-    def packed_features(*args: Any, **kwargs: Any) -> dict[str, Any]:
-        features: dict[str, Any] = padded_features(*args, **kwargs)
-        mask = features.pop("attention_mask").bool()
-        lengths = mask.sum(dim=1).tolist()
-        features["input_ids"] = features["input_ids"][mask][None]
-        return features | _packed_arguments(lengths, mask.device)
-
-    module.preprocess = packed_features
+    # The library's own switch: False for a model that must be padded; where it packs by itself, that does.
+    if module.unpad_inputs is False or module.can_flatten_inputs or not use_packed_attention(module.model):
+        return False
+    module.preprocess = _PackedFeatures(module)
     if module.model_forward_params is not None:
         module.model_forward_params |= set(_packed_arguments([1], model.device))
     return True
 
 
 def reads_packed(model: SentenceTransformer) -> bool:
-    """Whether the texts of a batch reach the decoder without padding."""
-    module: Any = model[0]
-    return bool(module.model.config._attn_implementation == PACKED_ATTENTION)
+    """Whether `unpad` was done on the model."""
+    return isinstance(getattr(model[0], "preprocess", None), _PackedFeatures)
+
+
+class _PackedFeatures:
+    """A module's `preprocess`, with the texts of a batch side by side in one row."""
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        features: dict[str, Any] = type(self.module).preprocess(self.module, *args, **kwargs)
+        mask = features.get("attention_mask")
+        if mask is None or not mask.any(dim=1).all():  # no texts, or one without a token, which has no last state
+            return features
+        del features["attention_mask"]
+        lengths = mask.sum(dim=1).tolist()
+        features["input_ids"] = features["input_ids"][mask.bool()][None]
+        return features | _packed_arguments(lengths, mask.device)
 
 
 def _packed_arguments(lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
@@ -134,8 +159,8 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    cu_seq_lens_q: Tensor,
-    max_length_q: int,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int = 0,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -145,11 +170,18 @@ def packed_attention(
     """Causal attention within each text: query (1, heads, tokens, dim) to (1, tokens, heads, dim).
 
     `cu_seq_lens_q`: where each text starts, and the number of tokens, (texts + 1,). In half precision on a GPU it is
-    one kernel, PyTorch's own for texts of different lengths, which knows no soft cap: NotImplementedError. In fp32,
-    with dropout, or on a CPU it runs text by text.
+    one kernel, PyTorch's own for texts of different lengths; in fp32, with dropout, or on a CPU it runs text by text.
+    Without `cu_seq_lens_q` every row is a text, `attention_mask` says what it may see.
+
+    Raises NotImplementedError for a soft cap on a GPU, and for a layer that keeps its window to itself.
     """
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+    if cu_seq_lens_q is None:
+        out = _attend(query, key, value, scaling, dropout, sliding_window, softcap, attention_mask)
+        return out.transpose(1, 2), None
+    if sliding_window is None and _has_window(module):
+        raise NotImplementedError("this layer's window is in its mask only; packed texts have none")
     # Rotary embedding leaves query and key in fp32 under autocast.
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
     if query.is_cuda and dtype != torch.float32 and not dropout:
@@ -157,19 +189,24 @@ def packed_attention(
             raise NotImplementedError("no kernel for packed texts with a soft cap")
         # (tokens, heads, dim)
         q, k, v = (part[0].transpose(0, 1).to(dtype).contiguous() for part in (query, key, value))
-        out = varlen_attn(
-            q,
-            k,
-            v,
-            cu_seq_lens_q,
-            cu_seq_lens_q,
-            max_length_q,
-            max_length_q,
-            scale=scaling,
-            window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
-        )
-        assert isinstance(out, Tensor)
-        return out[None].to(value.dtype), None
+        try:
+            together = varlen_attn(
+                q,
+                k,
+                v,
+                cu_seq_lens_q,
+                cu_seq_lens_q,
+                max_length_q,
+                max_length_q,
+                scale=scaling,
+                window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
+            )
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise NotImplementedError("no kernel for packed texts on this device") from error
+        assert isinstance(together, Tensor)
+        return together[None].to(value.dtype), None
     lengths = cu_seq_lens_q.diff().tolist()
     outs = [
         _attend(q, k, v, scaling, dropout, sliding_window, softcap)
@@ -178,22 +215,47 @@ def packed_attention(
     return torch.cat(outs, dim=2).transpose(1, 2), None
 
 
+def _has_window(module: Any) -> bool:
+    """Whether the configuration says that this attention layer does not see the whole text."""
+    config = getattr(module, "config", None)
+    kinds, layer = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
+    if kinds is not None and layer is not None:
+        return bool(kinds[layer] != "full_attention")
+    return getattr(config, "sliding_window", None) is not None
+
+
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, scaling: float | None, dropout: float, window: int | None, softcap: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scaling: float | None,
+    dropout: float,
+    window: int | None,
+    softcap: float | None,
+    mask: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention of one text, (1, heads, length, dim)."""
-    length = q.shape[2]
-    banded = window is not None and length > window
-    if softcap is None and not banded:
-        return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, dropout_p=dropout)
-    seen = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
-    if window is not None and banded:
-        seen = seen.triu(1 - window)
+    """Attention of (texts, heads, length, dim): causal, unless a `mask` says what is seen (True, or 0 to be added)."""
+    length, keys = q.shape[2], k.shape[2]
+    banded = window is not None and keys > window
+    if softcap is None and (mask is not None or not banded):
+        causal = mask is None and length == keys  # a single query after cached keys sees all of them
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scaling, dropout_p=dropout)
+    if mask is None:
+        mask = torch.ones(length, keys, dtype=torch.bool, device=q.device).tril(keys - length)
+        if window is not None and banded:
+            mask = mask.triu(keys - length + 1 - window)
     if softcap is None:
-        return scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scaling, dropout_p=dropout)
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, dropout_p=dropout)
     scores = q @ k.transpose(2, 3) * (q.shape[3] ** -0.5 if scaling is None else scaling)
-    scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~seen, float("-inf"))
+    scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
     return nn.functional.dropout(scores.softmax(-1), dropout) @ v
 
 
+def _mask(*, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+    """The mask of a padded batch, as for PyTorch's own attention; packed texts have none."""
+    return None if attention_mask is None else sdpa_mask(attention_mask=attention_mask, **kwargs)
+
+
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+AttentionMaskInterface.register(PACKED_ATTENTION, _mask)

@@ -35,7 +35,7 @@ class ShownPair:
 
 @dataclass(frozen=True)
 class Plan:
-    """The resolved recipe and what it costs. Sizes in bytes; tokens counted over the four passes of the shown batch."""
+    """The resolved recipe and what it costs. Sizes in bytes; tokens counted over all passes of the shown batch."""
 
     recipe: str
     device: str
@@ -104,14 +104,14 @@ def plan(recipe: Recipe | str | Path) -> Plan:
     sample = rows.shuffle(seed=recipe.seed).select(range(min(64, len(rows))))
     batch = tokenize(list(sample))["pairs"]
     read = sum(len(pair.query) + len(pair.document) for pair in batch) / len(batch)
-    four_passes = sum(pair.tokens for pair in batch) / len(batch)
+    per_pair = statistics.mean(pair.tokens(stage_one.alpha if stage_one else 0.5) for pair in batch)
 
     parameters = sum(p.numel() for p in model.parameters())
     body = sum(p.numel() for p in model.base_model.parameters())
     trained, tokens, disk = {}, {}, {"base": base_bytes}
     if stage_one:
         trained["stage_one"] = parameters
-        tokens["stage_one"] = round(four_passes * stage_one.pairs_per_step * stage_one.steps)
+        tokens["stage_one"] = round(per_pair * stage_one.pairs_per_step * stage_one.steps)
         disk["stage_one"] = 4 * parameters
     if recipe.stage_two:
         lora = recipe.stage_two.lora
@@ -134,7 +134,7 @@ def plan(recipe: Recipe | str | Path) -> Plan:
         parameters=parameters,
         trained_parameters=trained,
         disk=disk,
-        tokens_per_pair=four_passes,
+        tokens_per_pair=per_pair,
         tokens=tokens,
         engine=dict(sorted(engine.items())),
         pairs=[_decoded(pair, tokenizer) for pair in batch[:SHOWN_PAIRS]],

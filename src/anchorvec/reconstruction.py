@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from anchorvec.packing import packed_states, padded_states, use_packed_attention
+from anchorvec.packing import packed_states, padded_states, padded_tokens, use_packed_attention
 
 HEAD_CHUNK_BYTES = 2**28
 """Logits that exist at one time, in fp32: 523 target tokens over a vocabulary of 128,256."""
@@ -38,17 +38,24 @@ class TokenPair:
     query_targets: list[int]
     document_targets: list[int]
 
-    @property
-    def tokens(self) -> int:
-        """Tokens in the four passes over this pair."""
-        return len(self.query) + len(self.document) + len(self.query_targets) + len(self.document_targets)
+    def read(self, alpha: float = 0.5) -> list[list[int]]:
+        """The texts that are read, in the directions that `alpha` trains."""
+        return [*([self.query] if alpha > 0 else []), *([self.document] if alpha < 1 else [])]
+
+    def written(self, alpha: float = 0.5) -> list[list[int]]:
+        """The targets that are written from the embeddings of `read`."""
+        return [*([self.document_targets] if alpha > 0 else []), *([self.query_targets] if alpha < 1 else [])]
+
+    def tokens(self, alpha: float = 0.5) -> int:
+        """Tokens in all passes over this pair: four, or two where `alpha` trains one direction alone."""
+        return sum(map(len, self.read(alpha))) + sum(map(len, self.written(alpha)))
 
 
 @dataclass(frozen=True)
 class ReconstructionOutput:
     """The loss of a micro-batch, and its two parts as sums over target tokens (detached).
 
-    `exchanged_*` are the same sums after the embeddings were exchanged among the pairs, or None.
+    `exchanged_*` are the same sums with the embeddings of other pairs, or None.
     """
 
     loss: Tensor
@@ -79,31 +86,27 @@ class Reconstruction(nn.Module):
         *,
         document_tokens: int | None = None,
         query_tokens: int | None = None,
-        exchange: bool = False,
+        exchange: Sequence[TokenPair] | None = None,
     ) -> ReconstructionOutput:
         """The loss of `pairs`, as their share of a step with the given counts of target tokens.
 
         `document_tokens` and `query_tokens` are N_D and N_Q of the whole optimizer step, over all micro-batches
-        and devices (T10); None counts these pairs alone. With `exchange`, both sums are also computed with each
-        pair's embedding given to its neighbour: an embedding that the decoder ignores changes nothing.
+        and devices (T10); None counts these pairs alone. With `exchange`, another pair for each one, both sums are
+        also computed from the embeddings of those: an embedding that the decoder ignores changes nothing.
         """
         N_D = max(1, document_tokens or sum(len(pair.document_targets) for pair in pairs))
         N_Q = max(1, query_tokens or sum(len(pair.query_targets) for pair in pairs))
         # Both directions go through the decoder together; one of weight 0 stays out.
-        directions = [
-            (self.alpha > 0, [pair.query for pair in pairs], [pair.document_targets for pair in pairs]),
-            (self.alpha < 1, [pair.document for pair in pairs], [pair.query_targets for pair in pairs]),
-        ]
-        embeddings = self.encode([text for on, texts, _ in directions if on for text in texts])
-        targets = [target for on, _, written in directions if on for target in written]
-        query_to_document, document_to_query = self._by_direction(self.decode(embeddings, targets), len(pairs))
+        targets = _by_direction([pair.written(self.alpha) for pair in pairs])
+        totals = self.decode(self.encode(_by_direction([pair.read(self.alpha) for pair in pairs])), targets)
+        query_to_document, document_to_query = self._sums(totals, len(pairs))
         loss = self.alpha * query_to_document / N_D + (1 - self.alpha) * document_to_query / N_Q
         output = ReconstructionOutput(loss, query_to_document.detach(), document_to_query.detach())
-        if not exchange:
+        if exchange is None:
             return output
         with torch.no_grad():
-            neighbours = torch.cat([side.roll(1, dims=0) for side in torch.split(embeddings, len(pairs))])
-            exchanged = self._by_direction(self.decode(neighbours, targets), len(pairs))
+            others = self.encode(_by_direction([pair.read(self.alpha) for pair in exchange]))
+            exchanged = self._sums(self.decode(others, targets), len(pairs))
         return replace(output, exchanged_query_to_document=exchanged[0], exchanged_document_to_query=exchanged[1])
 
     def encode(self, texts: Sequence[Sequence[int]]) -> Tensor:
@@ -134,7 +137,7 @@ class Reconstruction(nn.Module):
         sums = torch.stack([part.sum() for part in torch.split(losses, lengths)])
         return totals.to(sums.dtype).index_add(0, index, sums)
 
-    def _by_direction(self, totals: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
+    def _sums(self, totals: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
         """The sums of query-to-document and document-to-query; 0 for the one that is off."""
         zero = totals.new_zeros(())
         if self.alpha == 0:
@@ -166,6 +169,11 @@ class Reconstruction(nn.Module):
             return chunk_loss(states, targets)
         chunks = zip(torch.split(states, size), torch.split(targets, size), strict=True)
         return torch.cat([checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks])
+
+
+def _by_direction(texts: Sequence[Sequence[list[int]]]) -> list[list[int]]:
+    """The texts of each pair, ordered: all of the first direction, then all of the second."""
+    return [text for direction in zip(*texts, strict=True) for text in direction]
 
 
 def output_head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
@@ -251,31 +259,44 @@ class PairTokenizer:
         return read["input_ids"], targets
 
 
-def micro_batches(pairs: Sequence[TokenPair], max_tokens: int, *, packed: bool) -> list[list[TokenPair]]:
-    """`pairs` ordered by length and cut so that the four passes over a group have at most `max_tokens` tokens.
+def micro_batches(
+    pairs: Sequence[TokenPair], max_tokens: int, *, packed: bool, alpha: float = 0.5
+) -> list[list[TokenPair]]:
+    """`pairs` ordered by length and cut so that all passes over a group have at most `max_tokens` tokens.
 
     Unless `packed`, padding counts too. A single pair longer than that makes a group of its own.
     """
     groups: list[list[TokenPair]] = []
-    for pair in sorted(pairs, key=lambda p: (p.tokens, p.document, p.query), reverse=True):
-        if groups and tokens_at_once([*groups[-1], pair], packed=packed) <= max_tokens:
+    for pair in sorted(pairs, key=lambda p: (p.tokens(alpha), p.document, p.query), reverse=True):
+        if groups and tokens_at_once([*groups[-1], pair], packed=packed, alpha=alpha) <= max_tokens:
             groups[-1].append(pair)
         else:
             groups.append([pair])
     return groups
 
 
-def tokens_at_once(group: Sequence[TokenPair], *, packed: bool) -> int:
-    """Tokens of the four passes over a group, padding included unless `packed`: what holds activations at one time."""
+def tokens_at_once(group: Sequence[TokenPair], *, packed: bool, alpha: float = 0.5) -> int:
+    """Tokens in all passes over a group, padding included unless `packed`: what holds activations at one time."""
     if packed:
-        return sum(pair.tokens for pair in group)
-    longest = (
-        max(len(p.query) for p in group)
-        + max(len(p.document) for p in group)
-        + max(len(p.query_targets) for p in group)
-        + max(len(p.document_targets) for p in group)
-    )
-    return longest * len(group)
+        return sum(pair.tokens(alpha) for pair in group)
+    read = [len(text) for pair in group for text in pair.read(alpha)]
+    written = [len(text) for pair in group for text in pair.written(alpha) if text]
+    return padded_tokens(read) + padded_tokens(written)
+
+
+def exchange_partners(pairs: Sequence[TokenPair]) -> list[TokenPair] | None:
+    """For each pair the next one, in a circle, that has another query and another document; None if one has none."""
+    partners = []
+    for i in range(len(pairs)):
+        others = [
+            other
+            for other in (*pairs[i + 1 :], *pairs[:i])
+            if other.query != pairs[i].query and other.document != pairs[i].document
+        ]
+        if not others:
+            return None
+        partners.append(others[0])
+    return partners
 
 
 def _characters_read(offsets: Sequence[tuple[int, int]], special: Sequence[int]) -> int:

@@ -1,5 +1,6 @@
 """The trainers of the two stages: transformers' and sentence-transformers' own, with what a stage adds."""
 
+import statistics
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from anchorvec.errors import AnchorvecError
-from anchorvec.reconstruction import TokenPair, micro_batches, tokens_at_once
+from anchorvec.reconstruction import TokenPair, exchange_partners, micro_batches, tokens_at_once
 
 _OUT_OF_MEMORY_HELP = "set {stage}.gradient_checkpointing=true, or lower {stage}.micro_batch_tokens or model.max_tokens"
 
@@ -31,7 +32,7 @@ class ReconstructionTrainer(Trainer):
         self.micro_batch_tokens = micro_batch_tokens
         self.exchange_every = exchange_every
         self.tokens_seen = 0
-        self.directions: list[tuple[float, float]] = []  # per step since the last record
+        self.directions: list[dict[str, float]] = []  # of each step since the last record
         self.exchange: dict[str, float] = {}
 
     def training_step(
@@ -43,12 +44,13 @@ class ReconstructionTrainer(Trainer):
         """
         model.train()
         pairs: list[TokenPair] = inputs["pairs"]
-        packed = self.accelerator.unwrap_model(model).packed
+        objective = self.accelerator.unwrap_model(model)
+        cut = {"packed": objective.packed, "alpha": objective.alpha}
         while True:
-            parts = micro_batches(pairs, self.micro_batch_tokens, packed=packed)
-            largest = max(tokens_at_once(part, packed=packed) for part in parts)
+            parts = micro_batches(pairs, self.micro_batch_tokens, **cut)
+            largest = max(tokens_at_once(part, **cut) for part in parts)
             try:
-                return self._step(model, parts)
+                return self._step(model, pairs, parts)
             except RuntimeError as error:
                 if not _out_of_memory(error):
                     raise
@@ -69,17 +71,21 @@ class ReconstructionTrainer(Trainer):
                 stacklevel=2,
             )
 
-    def _step(self, model: nn.Module, parts: Sequence[Sequence[TokenPair]]) -> Tensor:
-        """Backpropagate the micro-batches of one step."""
-        pairs = [pair for part in parts for pair in part]
+    def _step(self, model: nn.Module, pairs: Sequence[TokenPair], parts: Sequence[Sequence[TokenPair]]) -> Tensor:
+        """Backpropagate one step, whose pairs are cut into `parts`."""
+        step = self.state.global_step + 1
+        partners = exchange_partners(pairs) if step == 1 or step % self.exchange_every == 0 else None
+        partner_of = {id(pair): partner for pair, partner in zip(pairs, partners or (), strict=False)}
         counts = torch.tensor(
-            [sum(len(p.document_targets) for p in pairs), sum(len(p.query_targets) for p in pairs)],
+            [
+                sum(len(p.document_targets) for p in pairs),
+                sum(len(p.query_targets) for p in pairs),
+                partners is None,  # on any device: then there is no gap
+            ],
             device=self.args.device,
         )
-        document_tokens, query_tokens = self.accelerator.reduce(counts, "sum").tolist()
-        step = self.state.global_step + 1
-        exchange = step == 1 or step % self.exchange_every == 0
-        sums = torch.zeros(6, device=self.args.device)
+        document_tokens, query_tokens, without_partners = self.accelerator.reduce(counts, "sum").tolist()
+        sums = torch.zeros(4, device=self.args.device)
         for i, part in enumerate(parts):
             last = i == len(parts) - 1
             with nullcontext() if last else self.accelerator.no_sync(model):
@@ -88,37 +94,33 @@ class ReconstructionTrainer(Trainer):
                         part,
                         document_tokens=document_tokens,
                         query_tokens=query_tokens,
-                        exchange=exchange and len(part) > 1,
+                        exchange=[partner_of[id(pair)] for pair in part] if partners else None,
                     )
                 # DDP averages over processes; the loss is already this process's share of the step.
                 self.accelerator.backward(out.loss * self.accelerator.num_processes)
             sums[0] += out.query_to_document
             sums[1] += out.document_to_query
-            if out.exchanged_query_to_document is not None:
-                sums[2] += out.exchanged_query_to_document - out.query_to_document
-                sums[3] += out.exchanged_document_to_query - out.document_to_query
-                sums[4] += sum(len(p.document_targets) for p in part)
-                sums[5] += sum(len(p.query_targets) for p in part)
-        self.tokens_seen += sum(pair.tokens for pair in pairs)
+            if partners:
+                sums[2] += out.exchanged_query_to_document
+                sums[3] += out.exchanged_document_to_query
         sums = self.accelerator.reduce(sums, "sum")
-        q2d, d2q = (sums[0] / document_tokens).item(), (sums[1] / query_tokens).item()
-        self.directions.append((q2d, d2q))
+        per_token = (sums / torch.tensor([document_tokens, query_tokens] * 2, device=sums.device).clamp(min=1)).tolist()
         alpha = self.accelerator.unwrap_model(model).alpha
-        if exchange:
-            self.exchange = {}
-        if exchange and sums[4] > 0:  # a pair alone in its micro-batch has nobody to exchange with
-            gaps = {"exchange_query_to_document": sums[2] / sums[4], "exchange_document_to_query": sums[3] / sums[5]}
-            weights = (alpha, 1 - alpha)
-            self.exchange = {key: gap.item() for (key, gap), w in zip(gaps.items(), weights, strict=True) if w > 0}
-        return torch.tensor(alpha * q2d + (1 - alpha) * d2q, device=self.args.device)
+        self.tokens_seen += sum(pair.tokens(alpha) for pair in pairs)
+        trained = {"query_to_document": alpha > 0, "document_to_query": alpha < 1}
+        losses = zip(trained.items(), per_token[:2], strict=True)
+        self.directions.append({name: loss for (name, on), loss in losses if on})
+        if not without_partners:
+            gaps = zip(trained.items(), per_token[:2], per_token[2:], strict=True)
+            self.exchange = {f"exchange_{name}": exchanged - own for (name, on), own, exchanged in gaps if on}
+        return torch.tensor(alpha * per_token[0] + (1 - alpha) * per_token[1], device=self.args.device)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the two directions, the exchange gaps and the tokens so far to a training record."""
+        """Add the directions that are trained, their exchange gaps and the tokens so far to a training record."""
         if "loss" in logs:
-            q2d, d2q = (sum(values) / len(self.directions) for values in zip(*self.directions, strict=True))
+            parts = {name: statistics.mean(step[name] for step in self.directions) for name in self.directions[0]}
+            logs = {**logs, **parts, **self.exchange, "tokens": self.tokens_seen}
             self.directions = []
-            parts = {"query_to_document": q2d, "document_to_query": d2q, **self.exchange}
-            logs = {**logs, **parts, "tokens": self.tokens_seen}
         super().log(logs, start_time)
 
 

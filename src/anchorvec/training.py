@@ -20,7 +20,7 @@ from anchorvec.errors import AnchorvecError
 from anchorvec.evaluation import TaskScores, check_test_data, evaluate, scores_table
 from anchorvec.exporting import Exported, export
 from anchorvec.files import write_json
-from anchorvec.loading import load_model
+from anchorvec.loading import load_encoder
 from anchorvec.precision import device_name, resolve_precision
 from anchorvec.progress import OnLog
 from anchorvec.recipe import Recipe, load_recipe, save_recipe
@@ -66,7 +66,7 @@ def train(recipe: Recipe | str | Path, *, on_log: OnLog | None = None) -> TrainR
     scores: dict[str, dict[str, TaskScores]] = {}
     if settings.data or settings.tasks:
         for name, stage in stages.items():
-            model = load_model(stage).float()
+            model = load_encoder(stage).float()
             scores[name] = evaluate(
                 model, data=settings.data, tasks=settings.tasks, batch_size=settings.batch_size, show_progress_bar=True
             )
