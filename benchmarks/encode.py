@@ -11,25 +11,26 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from anchorvec.packing import unpad
-from anchorvec.precision import default_device
-from common import autocast, in_process, parser, report, survived, timed
+from anchorvec.precision import default_device, resolve_precision
+from common import in_process, parser, report, survived, timed
 from stage_two import draw_texts, save_base
 
 
 def side(ours: bool, base: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Seconds and vectors of one side."""
-    model = SentenceTransformer(base, device=str(default_device()))
-    packed = ours and unpad(model)
+    dtype = torch.bfloat16 if resolve_precision(settings["precision"]) == "bf16" else torch.float32
+    model = SentenceTransformer(base, device=str(default_device()), model_kwargs={"dtype": dtype})
+    if ours and not unpad(model):
+        return {"failed": "this model cannot be packed here"}
     texts = draw_texts(settings["texts"], settings)[1]
     found: dict[str, Any] = {}
 
     def encode() -> None:
-        with autocast(settings["precision"]):
-            found["vectors"] = model.encode(texts, batch_size=settings["batch_size"], normalize_embeddings=True)
+        found["vectors"] = model.encode(texts, batch_size=settings["batch_size"], normalize_embeddings=True)
 
     seconds = timed(encode, settings["repeats"])
     tokens = sum(len(text.split()) + 1 for text in texts)
-    return {"seconds": seconds, **found, "tokens": tokens, "packed": packed}
+    return {"seconds": seconds, **found, "tokens": tokens}
 
 
 def main() -> None:
@@ -45,7 +46,7 @@ def main() -> None:
         library, ours = (in_process(side, mine, base, chosen) for mine in (False, True))
     survived(library, ours)
     cosines = (torch.from_numpy(ours["vectors"]) * torch.from_numpy(library["vectors"])).sum(dim=1)
-    if cosines.min() < 0.999:
+    if not cosines.min() >= 0.999:  # nan is a difference too
         raise SystemExit(f"the sides differ: a cosine of {cosines.min():.5f}")
     rows = {
         name: {

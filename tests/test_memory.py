@@ -1,9 +1,12 @@
 """What fits into memory: activations counted by autograd, free memory, and what follows when it is short."""
 
 import copy
+import gc
+import json
 import platform
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -17,7 +20,7 @@ from anchorvec.memory import ADAM_BYTES, free_memory, kept_bytes, tokens_that_fi
 from anchorvec.precision import default_device
 from anchorvec.recipe import load_recipe
 from anchorvec.reconstruction import Reconstruction
-from anchorvec.stages import stage_one_objective, stage_two_datasets, stage_two_model
+from anchorvec.stages import LENGTH_SAMPLE, stage_one_objective, stage_two_datasets, stage_two_model
 from anchorvec.trainers import ReconstructionTrainer
 from anchorvec.training import build_base, load_training_data
 from conftest import make_model
@@ -39,6 +42,29 @@ def test_kept_bytes_tell_what_grows_with_the_tokens():
     per_token, fixed = kept_bytes(layer, forward)
     assert per_token == 12 + 20
     assert fixed == pytest.approx(4000, abs=16)  # the table, and scalars
+
+
+def test_kept_bytes_of_attention_that_keeps_matrices():
+    """What grows with the square of the length counts for the longest text."""
+
+    def forward(n):
+        x = torch.ones(7 * n, 1, requires_grad=True)
+        return (x @ x.T).exp().sum(), 7 * n  # keeps x and the matrix: 4 bytes a token, 4 bytes a pair of tokens
+
+    per_token, fixed = kept_bytes(torch.nn.Identity(), forward, longest=100)
+    assert per_token == pytest.approx(4 + 4 * 100)
+    assert fixed == pytest.approx(0, abs=1e-6)
+
+
+def test_measuring_leaves_nothing_behind():
+    """The model and its activations are free afterwards, though hooks have seen tensors that nodes keep themselves."""
+    layers = [torch.nn.Linear(3, 5, bias=False)]
+    weight = weakref.ref(layers[0].weight)
+    # exp keeps its own output
+    kept_bytes(layers[0], lambda n: (layers[0](torch.ones(7 * n, 3)).exp().sum(), 7 * n))
+    layers.clear()
+    gc.collect()
+    assert weight() is None
 
 
 def test_tokens_that_fit_leave_room_for_what_is_fixed(monkeypatch):
@@ -119,6 +145,28 @@ def test_short_memory_makes_smaller_micro_batches(setup, monkeypatch):
         assert engine.micro_batch_tokens < ENOUGH_TOKENS[default_device().type]
         assert not engine.gradient_checkpointing
     assert setup()[1].cached_gradients
+
+
+@pytest.mark.parametrize(("longest", "cached"), [("a", False), ("a" * 40, True)])
+def test_a_padded_step_is_as_wide_as_the_longest_text(tmp_path, longest, cached):
+    """One long text in a large data set decides whether a padded step of Stage II fits at once."""
+    file = tmp_path / "pairs.jsonl"
+    texts = [f"{i:04}" for i in range(2 * LENGTH_SAMPLE)]
+    rows = [{"query": f"q{text}", "positive": longest if text == "0007" else text} for text in texts]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = load_recipe(
+        "debug",
+        [
+            f"output={tmp_path / 'run'}",
+            f"data.train=[{{path: {file}}}]",
+            "model.attention=sdpa",
+            "stage_two.pairs_per_step=4",
+            "stage_two.micro_batch_tokens=80",
+        ],
+    )
+    base = build_base(recipe, tmp_path / "base")
+    datasets = stage_two_datasets(recipe, load_training_data(recipe))
+    assert stage_two_model(recipe, base, datasets)[1].cached_gradients == cached
 
 
 def test_checkpointing_only_where_it_is_needed_or_asked_for(setup, monkeypatch):

@@ -200,8 +200,8 @@ SIZES = {
             **SIZES,
             use_sliding_window=True,
             sliding_window=4,
-            max_window_layers=0,
-            num_experts=2,
+            layer_types=["sliding_attention"] * 2,
+            num_experts=4,
             num_experts_per_tok=1,
         ),  # its window is in the mask alone
         MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=99),  # a recurrent state

@@ -43,14 +43,17 @@ def choose_engine(
     precision: Literal["auto", "bf16", "fp32"],
     gradient_checkpointing: bool | Literal["auto"],
     micro_batch_tokens: int | None,
+    longest: int,
     least_tokens: int,
     logits_bytes: int = 0,
     step_tokens: float | None = None,
+    copies: int = 1,
 ) -> Engine:
     """The way to compute a stage with the memory that is free now; sets gradient checkpointing on `model`.
 
-    `forward` is as in `kept_bytes`. Gradient checkpointing, where the recipe leaves it open, is used if `least_tokens`
-    would not fit otherwise; cached gradients if the `step_tokens` of a step do not fit.
+    `forward` and `longest`, the tokens of the longest text, are as in `kept_bytes`. Gradient checkpointing, where the
+    recipe leaves it open, is used if `least_tokens` would not fit otherwise; cached gradients if the `step_tokens` of a
+    step do not fit. `copies` of the weights in bf16 are held at one time.
     """
     device = default_device()
     bf16 = resolve_precision(precision) == "bf16"
@@ -58,11 +61,11 @@ def choose_engine(
 
     def kept_and_fit() -> tuple[float, int]:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            per_token, copies = kept_bytes(model, forward)
+            per_token, fixed = kept_bytes(model, forward, longest)
         if checkpointing:
             text_config = model.config.get_text_config()
             per_token += _LAYER_STATES * text_config.hidden_size * (2 if bf16 else 4)
-        return per_token, tokens_that_fit(per_token, for_training + copies + logits_bytes, device)
+        return per_token, tokens_that_fit(per_token, for_training + copies * fixed + logits_bytes, device)
 
     checkpointing = gradient_checkpointing is True
     if not checkpointing:

@@ -84,15 +84,18 @@ def _cgroup_folders() -> Iterator[Path]:
             yield from (_CGROUP / controllers / part for part in (group, *group.parents))
 
 
-def kept_bytes(model: nn.Module, forward: Callable[[int], tuple[Tensor, int]]) -> tuple[float, float]:
+def kept_bytes(model: nn.Module, forward: Callable[[int], tuple[Tensor, int]], longest: int = 0) -> tuple[float, float]:
     """Bytes that autograd keeps until the backward pass: for each token, and whatever their number.
 
-    `forward(n)` runs n equal texts through `model` and gives an output and the number of their tokens. What does not
-    grow with the tokens are copies of weights in bf16; the weights themselves do not count.
+    `forward(n)` runs a text of n parts through `model` and gives an output and the number of its tokens. Some kinds of
+    attention keep matrices, of the length squared: the first figure is that for a text of `longest` tokens. What does
+    not grow with the tokens are copies of weights in bf16; the weights themselves do not count.
     """
-    (small, few), (large, many) = (_kept(model, forward, n) for n in (1, 2))
-    per_token = (large - small) / (many - few)
-    return per_token, small - per_token * few
+    (k1, t1), (k2, t2), (k3, t3) = (_kept(model, forward, n) for n in (1, 2, 3))
+    slopes = (k2 - k1) / (t2 - t1), (k3 - k2) / (t3 - t2)
+    squared = max(0.0, (slopes[1] - slopes[0]) / (t3 - t1))
+    linear = slopes[0] - squared * (t1 + t2)
+    return linear + squared * longest, k1 - linear * t1 - squared * t1**2
 
 
 def _kept(model: nn.Module, forward: Callable[[int], tuple[Tensor, int]], n: int) -> tuple[int, int]:
@@ -104,7 +107,7 @@ def _kept(model: nn.Module, forward: Callable[[int], tuple[Tensor, int]], n: int
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
             storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # the tensor itself would keep the graph that keeps it, for ever
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         output, tokens = forward(n)

@@ -130,14 +130,20 @@ class _PackedFeatures:
         self.module = module
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        features: dict[str, Any] = type(self.module).preprocess(self.module, *args, **kwargs)
-        mask = features.get("attention_mask")
-        if mask is None or not mask.any(dim=1).all():  # no texts, or one without a token, which has no last state
-            return features
-        del features["attention_mask"]
-        lengths = mask.sum(dim=1).tolist()
-        features["input_ids"] = features["input_ids"][mask.bool()][None]
-        return features | _packed_arguments(lengths, mask.device)
+        return packed_features(type(self.module).preprocess(self.module, *args, **kwargs))
+
+
+def packed_features(features: dict[str, Any]) -> dict[str, Any]:
+    """The features of a padded batch, with its texts side by side in one row.
+
+    They stay as they are where there is no text, or one without a token, which has no last state.
+    """
+    mask = features.get("attention_mask")
+    if mask is None or not mask.any(dim=1).all():
+        return features
+    ids = features["input_ids"][mask.bool()][None]
+    others = {key: value for key, value in features.items() if key != "attention_mask"}
+    return {**others, "input_ids": ids, **_packed_arguments(mask.sum(dim=1).tolist(), mask.device)}
 
 
 def _packed_arguments(lengths: Sequence[int], device: torch.device) -> dict[str, Any]:

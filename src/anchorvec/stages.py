@@ -5,11 +5,12 @@ import math
 import os
 import statistics
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute
 import torch
 from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig
@@ -29,7 +30,7 @@ from anchorvec.engine import Engine, choose_engine, packs_texts
 from anchorvec.errors import AnchorvecError
 from anchorvec.files import new_folder, write_json
 from anchorvec.memory import free_memory, keep_freed_memory, release_freed_memory
-from anchorvec.packing import reads_packed, unpad
+from anchorvec.packing import packed_features, reads_packed, unpad
 from anchorvec.precision import default_device, resolve_precision
 from anchorvec.progress import OnLog, StageProgress
 from anchorvec.recipe import Recipe, StageOne, StageTwo
@@ -39,8 +40,8 @@ from anchorvec.trainers import ContrastiveTrainer, ReconstructionTrainer
 LENGTH_SAMPLE = 256
 """Rows from which the tokens of a step are estimated."""
 
-_PROBE_TOKENS = 256
-"""Length of the text from which the memory of a token is estimated, if the limit is not lower."""
+_PROBE_TOKENS = 64
+"""Tokens of each part of the texts from which the memory of a token is estimated, if the limit is not lower."""
 
 
 def train_stage_one(
@@ -140,14 +141,15 @@ def stage_one_objective(recipe: Recipe, start: Path) -> tuple[Reconstruction, En
         model, alpha=stage.alpha, packed=packs_texts(recipe.model.attention, recipe.model.precision)
     )
     vocabulary = model.config.get_text_config().vocab_size
-    text = [vocabulary - 1] * min(_PROBE_TOKENS, recipe.model.max_tokens)
+    part = [vocabulary - 1] * min(_PROBE_TOKENS, recipe.model.max_tokens // 3)
     engine = choose_engine(
         model,
-        lambda n: (objective.encode([text] * n), n * len(text)),
+        lambda n: (objective.encode([part * n]), n * len(part)),
         packed=objective.packed,
         precision=recipe.model.precision,
         gradient_checkpointing=stage.gradient_checkpointing,
         micro_batch_tokens=stage.micro_batch_tokens,
+        longest=recipe.model.max_tokens,
         least_tokens=4 * recipe.model.max_tokens,
         # logits, their log-softmax and their gradients, in two number formats
         logits_bytes=4 * min(HEAD_CHUNK_BYTES, 4 * vocabulary * recipe.model.max_tokens * stage.pairs_per_step),
@@ -181,15 +183,12 @@ def stage_two_model(recipe: Recipe, start: Path, datasets: Mapping[str, Dataset]
                 task_type="FEATURE_EXTRACTION",
             )
         )
-    text = "text " * min(_PROBE_TOKENS, recipe.model.max_tokens)
+    part_tokens = min(_PROBE_TOKENS, recipe.model.max_tokens // 3)
 
     def encode(n: int) -> tuple[Tensor, int]:
-        features = {
-            key: value.to(model.device) if isinstance(value, Tensor) else value
-            for key, value in model.preprocess([text] * n).items()
-        }
-        tokens = features["input_ids"].numel()
-        return model(features)["sentence_embedding"], tokens
+        ids = torch.ones(1, n * part_tokens, dtype=torch.long, device=model.device)
+        features = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        return model(packed_features(features) if packed else features)["sentence_embedding"], ids.numel()
 
     prompts = _prompts_by_dataset(recipe, datasets)
     step_tokens = max(_large_step(model, datasets[name], prompts[name], recipe) for name in datasets)
@@ -201,8 +200,11 @@ def stage_two_model(recipe: Recipe, start: Path, datasets: Mapping[str, Dataset]
         precision=recipe.model.precision,
         gradient_checkpointing=stage.gradient_checkpointing,
         micro_batch_tokens=stage.micro_batch_tokens,
+        longest=recipe.model.max_tokens,
         least_tokens=recipe.model.max_tokens,
         step_tokens=step_tokens,
+        # autocast makes a copy of a frozen weight in each forward pass, and there is one for each column
+        copies=max(len(part.column_names) for part in datasets.values()) if stage.lora else 1,
     )
     return model, engine
 
@@ -312,19 +314,28 @@ def _check_instructions(recipe: Recipe, tokenizer: Any) -> None:
 def _large_step(model: SentenceTransformer, dataset: Dataset, prompts: Mapping[str, str], recipe: Recipe) -> float:
     """Tokens of a large step of Stage II on the data set: their mean and three standard deviations.
 
-    With padding, what the longest text makes of each column.
+    With padding, what the longest text makes of each column; all documents are padded to one length.
     """
     assert recipe.stage_two is not None
     pairs = recipe.stage_two.pairs_per_step
-    sample = dataset.shuffle(seed=recipe.seed).select(range(min(LENGTH_SAMPLE, len(dataset))))
-    columns = [
-        model.tokenizer([prompts[column] + text for text in sample[column]], truncation=True)["input_ids"]
-        for column in sample.column_names
-    ]
+
+    def lengths(column: str, texts: Iterable[str]) -> list[int]:
+        return [len(ids) for ids in model.tokenizer([prompts[column] + t for t in texts], truncation=True)["input_ids"]]
+
     if not reads_packed(model):
-        return pairs * sum(max(map(len, column)) for column in columns)
-    tokens = [sum(map(len, row)) for row in zip(*columns, strict=True)]
+        query, *documents = (lengths(column, [_longest(dataset, column)])[0] for column in dataset.column_names)
+        return float(pairs * (query + len(documents) * max(documents)))
+    sample = dataset.shuffle(seed=recipe.seed).select(range(min(LENGTH_SAMPLE, len(dataset))))
+    rows = zip(*(lengths(column, sample[column]) for column in sample.column_names), strict=True)
+    tokens = [float(sum(row)) for row in rows]
     return pairs * statistics.mean(tokens) + 3 * math.sqrt(pairs) * statistics.pstdev(tokens)
+
+
+def _longest(dataset: Dataset, column: str) -> str:
+    """The text of the most characters, found without reading the column into memory (T17)."""
+    texts = dataset.data.column(column)
+    characters = pyarrow.compute.utf8_length(texts)
+    return str(texts[pyarrow.compute.index(characters, pyarrow.compute.max(characters)).as_py()])
 
 
 def _prompts_by_dataset(recipe: Recipe, datasets: Mapping[str, Dataset]) -> dict[str, dict[str, str]]:
