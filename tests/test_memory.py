@@ -227,6 +227,15 @@ def test_the_exchange_gap_does_not_depend_on_the_cut(tmp_path):
         assert gap == pytest.approx(gaps[2], abs=1e-5)  # sums are kept in fp32
 
 
+def test_a_step_without_partners_has_no_gap(tmp_path):
+    """The gap of an earlier step is not shown as that of a later one."""
+    trainer = one_step(Reconstruction(make_model()), tmp_path)[0]
+    assert trainer.exchange
+    trainer.exchange_every = 1
+    trainer.training_step(trainer.model, {"pairs": [make_pairs(1)[0]] * 2})
+    assert trainer.exchange == {}
+
+
 @pytest.mark.parametrize(("alpha", "direction"), [(1.0, "query_to_document"), (0.0, "document_to_query")])
 def test_a_direction_that_is_off_is_neither_logged_nor_counted(tmp_path, alpha, direction):
     """With one direction alone there is one loss, one gap, and two passes' tokens."""

@@ -10,6 +10,8 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding, Transformer
 from transformers import (
     AutoModelForCausalLM,
+    BartConfig,
+    BartModel,
     BertConfig,
     BertModel,
     MambaConfig,
@@ -167,6 +169,8 @@ def test_a_packed_model_can_be_used_in_every_other_way(family):
 
     def outputs():
         states = [model.base_model(**batch).last_hidden_state[batch["attention_mask"].bool()] for batch in batches]
+        cache = model(ids[:1, :4], use_cache=True).past_key_values
+        states.append(model.base_model(ids[:1, 4:], past_key_values=cache).last_hidden_state)
         return [*states, model(ids[:1]).logits, model.generate(ids[:1], max_new_tokens=4, do_sample=False)]
 
     with torch.no_grad():
@@ -214,6 +218,19 @@ def test_families_that_cannot_be_packed_are_left_as_they_were(config):
     before = model.config._attn_implementation
     assert not use_packed_attention(model)
     assert model.config._attn_implementation == before
+
+
+def test_an_encoder_decoder_is_padded(tmp_path):
+    """Bart has a decoder, but an embedder reads it through its encoder."""
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 300}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
+    BartModel(BartConfig(**sizes, **heads)).save_pretrained(tmp_path / "bart")
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(tmp_path / "bart")
+    model = SentenceTransformer(modules=[Transformer(str(tmp_path / "bart")), Pooling(32)], device="cpu")
+    assert not unpad(model)
+    model.encode(["one"])
 
 
 def test_an_empty_text_is_no_other_text(tmp_path):

@@ -147,9 +147,23 @@ def test_exchange_rises_above_zero_only_when_embeddings_matter():
     out = objective(pairs, exchange=exchange_partners(pairs))
     assert out.exchanged_query_to_document != out.query_to_document
     same = [TokenPair(pairs[0].query, pairs[0].document, p.query_targets, p.document_targets) for p in pairs]
-    out = objective(same, exchange=same)
+    out = objective(same, exchange=same[1:] + same[:1])
     torch.testing.assert_close(out.exchanged_query_to_document, out.query_to_document)
     torch.testing.assert_close(out.exchanged_document_to_query, out.document_to_query)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.2, 1.0])
+def test_the_exchanged_loss_is_that_of_the_partners_embeddings(alpha):
+    """Each text of a pair is written from the embedding of its partner's other text."""
+    objective, pairs = Reconstruction(make_model(), alpha=alpha), make_pairs(4)
+    partners = exchange_partners(pairs)
+    out = objective(pairs, exchange=partners)
+    if alpha > 0:
+        expected = objective.decode(objective.encode([p.query for p in partners]), [p.document_targets for p in pairs])
+        torch.testing.assert_close(out.exchanged_query_to_document, expected.sum())
+    if alpha < 1:
+        expected = objective.decode(objective.encode([p.document for p in partners]), [p.query_targets for p in pairs])
+        torch.testing.assert_close(out.exchanged_document_to_query, expected.sum())
 
 
 def test_exchange_partners_are_other_texts():

@@ -41,14 +41,17 @@ def load_model(model: SentenceTransformer | str | Path, *, merge: bool = True) -
         raise AnchorvecError(f"{name}: this cannot be loaded as a sentence-transformers model ({reason})") from error
 
 
-def load_encoder(model: SentenceTransformer | str | Path) -> SentenceTransformer:
+def load_encoder(model: SentenceTransformer | str | Path, dtype: torch.dtype | None = None) -> SentenceTransformer:
     """`model` itself if it is one, else as `load_model` loads it, but encoding without padding where that is faster.
 
+    `dtype` converts what is loaded; None: it stays as it is.
     That is a decoder on a CPU, or in half precision on a GPU. Its vectors differ by rounding alone.
     """
     if isinstance(model, SentenceTransformer):
         return model
     loaded = load_model(model)
+    if dtype is not None:
+        loaded = loaded.to(dtype)
     if loaded.device.type == "cpu" or (loaded.device.type == "cuda" and loaded.dtype != torch.float32):
         unpad(loaded)
     return loaded

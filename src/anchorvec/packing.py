@@ -82,18 +82,19 @@ def use_packed_attention(model: PreTrainedModel) -> bool:
         return torch.cat([states, gradient]).detach()
 
     model.eval()  # without dropout
-    alone = states_and_gradient(packed=False)
-    model.set_attn_implementation(PACKED_ATTENTION)
-    same: bool = model.config._attn_implementation == PACKED_ATTENTION
-    if same:
-        try:
-            difference = states_and_gradient(packed=True) - alone
-            same = bool((difference.norm(dim=1) <= tolerance * alone.norm(dim=1)).all())
-        except NotImplementedError:  # windows, or a GPU or a head without such a kernel
-            same = False
-    if not same:
-        model.set_attn_implementation(before)
-    model.train(training)
+    same = False
+    try:
+        model.set_attn_implementation(PACKED_ATTENTION)
+        if model.config._attn_implementation == PACKED_ATTENTION:
+            packed = states_and_gradient(packed=True)
+            model.set_attn_implementation(before)
+            alone = states_and_gradient(packed=False)
+            same = bool(((packed - alone).norm(dim=1) <= tolerance * alone.norm(dim=1)).all())
+    except (NotImplementedError, TypeError, ValueError):  # windows, no kernel, or not called as a decoder is
+        same = False
+    finally:
+        model.set_attn_implementation(PACKED_ATTENTION if same else before)
+        model.train(training)
     return same
 
 
@@ -106,7 +107,10 @@ def unpad(model: SentenceTransformer) -> bool:
     module: Any = model[0]
     if reads_packed(model):
         return True
-    is_decoder = isinstance(module, Transformer) and type(module.model.config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    if not isinstance(module, Transformer):
+        return False
+    config = module.model.config
+    is_decoder = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not config.is_encoder_decoder
     if not is_decoder or len(model) < 2 or not isinstance(model[1], Pooling):
         return False
     # The library's own switch: False for a model that must be padded; where it packs by itself, that does.
@@ -259,8 +263,10 @@ def _attend(
 
 
 def _mask(*, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-    """The mask of a padded batch, as for PyTorch's own attention; packed texts have none."""
-    return None if attention_mask is None else sdpa_mask(attention_mask=attention_mask, **kwargs)
+    """The mask of a padded batch or beside a cache, as for PyTorch's own attention; packed texts have none."""
+    if attention_mask is None and kwargs.get("q_length") == kwargs.get("kv_length"):
+        return None
+    return sdpa_mask(attention_mask=attention_mask, **kwargs)
 
 
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)

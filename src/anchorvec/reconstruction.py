@@ -13,6 +13,7 @@ may be cut into micro-batches in any way without changing its gradient.
 """
 
 import copy
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -287,15 +288,12 @@ def tokens_at_once(group: Sequence[TokenPair], *, packed: bool, alpha: float = 0
 def exchange_partners(pairs: Sequence[TokenPair]) -> list[TokenPair] | None:
     """For each pair the next one, in a circle, that has another query and another document; None if one has none."""
     partners = []
-    for i in range(len(pairs)):
-        others = [
-            other
-            for other in (*pairs[i + 1 :], *pairs[:i])
-            if other.query != pairs[i].query and other.document != pairs[i].document
-        ]
-        if not others:
+    for i, pair in enumerate(pairs):
+        others = itertools.chain(itertools.islice(pairs, i + 1, None), itertools.islice(pairs, i))
+        partner = next((p for p in others if p.query != pair.query and p.document != pair.document), None)
+        if partner is None:
             return None
-        partners.append(others[0])
+        partners.append(partner)
     return partners
 
 

@@ -1,5 +1,6 @@
 """The two stages: from an embedder folder to a trained one."""
 
+import heapq
 import json
 import math
 import os
@@ -150,7 +151,7 @@ def stage_one_objective(recipe: Recipe, start: Path) -> tuple[Reconstruction, En
         gradient_checkpointing=stage.gradient_checkpointing,
         micro_batch_tokens=stage.micro_batch_tokens,
         longest=recipe.model.max_tokens,
-        least_tokens=4 * recipe.model.max_tokens,
+        least_tokens=(4 if 0 < stage.alpha < 1 else 2) * recipe.model.max_tokens,
         # logits, their log-softmax and their gradients, in two number formats
         logits_bytes=4 * min(HEAD_CHUNK_BYTES, 4 * vocabulary * recipe.model.max_tokens * stage.pairs_per_step),
     )
@@ -323,7 +324,7 @@ def _large_step(model: SentenceTransformer, dataset: Dataset, prompts: Mapping[s
         return [len(ids) for ids in model.tokenizer([prompts[column] + t for t in texts], truncation=True)["input_ids"]]
 
     if not reads_packed(model):
-        query, *documents = (lengths(column, [_longest(dataset, column)])[0] for column in dataset.column_names)
+        query, *documents = (max(lengths(column, _longest(dataset, column))) for column in dataset.column_names)
         return float(pairs * (query + len(documents) * max(documents)))
     sample = dataset.shuffle(seed=recipe.seed).select(range(min(LENGTH_SAMPLE, len(dataset))))
     rows = zip(*(lengths(column, sample[column]) for column in sample.column_names), strict=True)
@@ -331,11 +332,15 @@ def _large_step(model: SentenceTransformer, dataset: Dataset, prompts: Mapping[s
     return pairs * statistics.mean(tokens) + 3 * math.sqrt(pairs) * statistics.pstdev(tokens)
 
 
-def _longest(dataset: Dataset, column: str) -> str:
-    """The text of the most characters, found without reading the column into memory (T17)."""
-    texts = dataset.data.column(column)
-    characters = pyarrow.compute.utf8_length(texts)
-    return str(texts[pyarrow.compute.index(characters, pyarrow.compute.max(characters)).as_py()])
+def _longest(dataset: Dataset, column: str) -> list[str]:
+    """The texts of the most bytes, found without reading the column into memory (T17)."""
+    longest: list[tuple[int, str]] = []
+    for table in dataset.with_format("arrow").iter(batch_size=10_000):
+        sizes = pyarrow.compute.binary_length(table[column])
+        top = pyarrow.compute.sort_indices(sizes, sort_keys=[("", "descending")])[:LENGTH_SAMPLE]
+        found = zip(sizes.take(top).to_pylist(), table[column].take(top).to_pylist(), strict=True)
+        longest = heapq.nlargest(LENGTH_SAMPLE, [*longest, *found])
+    return [text for _, text in longest]
 
 
 def _prompts_by_dataset(recipe: Recipe, datasets: Mapping[str, Dataset]) -> dict[str, dict[str, str]]:

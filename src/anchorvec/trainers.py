@@ -50,7 +50,7 @@ class ReconstructionTrainer(Trainer):
             parts = micro_batches(pairs, self.micro_batch_tokens, **cut)
             largest = max(tokens_at_once(part, **cut) for part in parts)
             try:
-                return self._step(model, pairs, parts)
+                return self._step(model, parts)
             except RuntimeError as error:
                 if not _out_of_memory(error):
                     raise
@@ -71,10 +71,12 @@ class ReconstructionTrainer(Trainer):
                 stacklevel=2,
             )
 
-    def _step(self, model: nn.Module, pairs: Sequence[TokenPair], parts: Sequence[Sequence[TokenPair]]) -> Tensor:
-        """Backpropagate one step, whose pairs are cut into `parts`."""
+    def _step(self, model: nn.Module, parts: Sequence[Sequence[TokenPair]]) -> Tensor:
+        """Backpropagate the micro-batches of one step."""
         step = self.state.global_step + 1
-        partners = exchange_partners(pairs) if step == 1 or step % self.exchange_every == 0 else None
+        exchanges = step == 1 or step % self.exchange_every == 0
+        pairs = [pair for part in parts for pair in part]  # by length: a partner is about as long, whatever the cut
+        partners = exchange_partners(pairs) if exchanges else None
         partner_of = {id(pair): partner for pair, partner in zip(pairs, partners or (), strict=False)}
         counts = torch.tensor(
             [
@@ -110,6 +112,8 @@ class ReconstructionTrainer(Trainer):
         trained = {"query_to_document": alpha > 0, "document_to_query": alpha < 1}
         losses = zip(trained.items(), per_token[:2], strict=True)
         self.directions.append({name: loss for (name, on), loss in losses if on})
+        if exchanges:
+            self.exchange = {}
         if not without_partners:
             gaps = zip(trained.items(), per_token[:2], per_token[2:], strict=True)
             self.exchange = {f"exchange_{name}": exchanged - own for (name, on), own, exchanged in gaps if on}

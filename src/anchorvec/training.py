@@ -66,7 +66,7 @@ def train(recipe: Recipe | str | Path, *, on_log: OnLog | None = None) -> TrainR
     scores: dict[str, dict[str, TaskScores]] = {}
     if settings.data or settings.tasks:
         for name, stage in stages.items():
-            model = load_encoder(stage).float()
+            model = load_encoder(stage, torch.float32)
             scores[name] = evaluate(
                 model, data=settings.data, tasks=settings.tasks, batch_size=settings.batch_size, show_progress_bar=True
             )
