@@ -247,15 +247,13 @@ def _attend(
     """Attention of (texts, heads, length, dim): causal, unless a `mask` says what is seen (True, or 0 to be added)."""
     length, keys = q.shape[2], k.shape[2]
     banded = window is not None and keys > window
-    if softcap is None and (mask is not None or not banded):
-        causal = mask is None and length == keys  # a single query after cached keys sees all of them
-        return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scaling, dropout_p=dropout)
-    if mask is None:
+    if mask is None and (banded or softcap is not None):
         mask = torch.ones(length, keys, dtype=torch.bool, device=q.device).tril(keys - length)
         if window is not None and banded:
             mask = mask.triu(keys - length + 1 - window)
-    if softcap is None:
-        return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, dropout_p=dropout)
+    if mask is None or softcap is None:
+        causal = mask is None and length == keys  # a single query after cached keys sees all of them
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scaling, dropout_p=dropout)
     scores = q @ k.transpose(2, 3) * (q.shape[3] ** -0.5 if scaling is None else scaling)
     scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
