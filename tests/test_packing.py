@@ -9,6 +9,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding, Transformer
 from transformers import (
+    AttentionInterface,
     AutoModelForCausalLM,
     BartConfig,
     BartModel,
@@ -19,6 +20,7 @@ from transformers import (
     StableLmConfig,
 )
 
+from anchorvec import packing
 from anchorvec.contrastive import contrastive_loss
 from anchorvec.embedder import build_embedder, save_causal_lm
 from anchorvec.loading import load_encoder
@@ -256,6 +258,33 @@ def test_a_packed_model_can_be_copied_and_sent_to_other_processes(tmp_path):
         assert reads_packed(other)
         assert other[0].preprocess.module is other[0]
         np.testing.assert_array_equal(other.encode(["one", "a longer text"]), expected)
+
+
+@pytest.mark.parametrize("correct", [True, False])
+def test_flash_attention_is_preferred_where_it_reads_packed_texts(monkeypatch, correct):
+    """An attention that stands before our own is used, with the lengths of the texts, if it passes the same test."""
+    called = []
+
+    def other(module, query, key, value, attention_mask, **kwargs):
+        called.append(kwargs.get("cu_seq_lens_q"))
+        if not correct:
+            kwargs["cu_seq_lens_q"] = None  # texts see each other
+        return packing.packed_attention(module, query, key, value, attention_mask, **kwargs)
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "other", other)
+    monkeypatch.setattr(packing, "packed_attentions", lambda device: ["other", PACKED_ATTENTION])
+    model = make_model()
+    assert use_packed_attention(model)
+    assert [starts.tolist() for starts in called if starts is not None] == [[0, 2, 6]] * len(model.base_model.layers)
+    assert model.config._attn_implementation == ("other" if correct else PACKED_ATTENTION)
+
+
+def test_where_packing_pays():
+    """On a CPU, and in half precision on a GPU."""
+    assert packing.packing_pays(torch.device("cpu"), torch.float32)
+    assert packing.packing_pays(torch.device("cuda"), torch.bfloat16)
+    assert not packing.packing_pays(torch.device("cuda"), torch.float32)
+    assert not packing.packing_pays(torch.device("mps"), torch.float16)
 
 
 @pytest.mark.gpu

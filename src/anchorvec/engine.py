@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from anchorvec.memory import ADAM_BYTES, kept_bytes, tokens_that_fit
+from anchorvec.packing import packing_pays
 from anchorvec.precision import default_device, resolve_precision
 
 ENOUGH_TOKENS = {"cpu": 1_536, "cuda": 16_384}
@@ -91,12 +92,6 @@ def choose_engine(
 
 
 def packs_texts(attention: str, precision: Literal["auto", "bf16", "fp32"]) -> bool:
-    """Whether texts are to be packed: where attention over packed texts costs nothing extra.
-
-    On a CPU it runs text by text; a GPU has one kernel for all, in bf16.
-    """
-    if attention != "auto":
-        return False
-    return default_device().type == "cpu" or (
-        default_device().type == "cuda" and resolve_precision(precision) == "bf16"
-    )
+    """Whether a stage packs its texts: where that pays, and a recipe does not name an attention."""
+    dtype = torch.bfloat16 if resolve_precision(precision) == "bf16" else torch.float32
+    return attention == "auto" and packing_pays(default_device(), dtype)

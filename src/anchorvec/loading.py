@@ -7,7 +7,7 @@ from peft import PeftModel
 from sentence_transformers import SentenceTransformer
 
 from anchorvec.errors import AnchorvecError
-from anchorvec.packing import unpad
+from anchorvec.packing import packing_pays, unpad
 
 
 def load_model(model: SentenceTransformer | str | Path, *, merge: bool = True) -> SentenceTransformer:
@@ -44,15 +44,14 @@ def load_model(model: SentenceTransformer | str | Path, *, merge: bool = True) -
 def load_encoder(model: SentenceTransformer | str | Path, dtype: torch.dtype | None = None) -> SentenceTransformer:
     """`model` itself if it is one, else as `load_model` loads it, but encoding without padding where that is faster.
 
-    `dtype` converts what is loaded; None: it stays as it is.
-    That is a decoder on a CPU, or in half precision on a GPU. Its vectors differ by rounding alone.
+    `dtype` converts what is loaded; None: it stays as it is. The vectors differ by rounding alone.
     """
     if isinstance(model, SentenceTransformer):
         return model
     loaded = load_model(model)
     if dtype is not None:
         loaded = loaded.to(dtype)
-    if loaded.device.type == "cpu" or (loaded.device.type == "cuda" and loaded.dtype != torch.float32):
+    if packing_pays(loaded.device, loaded.dtype or torch.float32):
         unpad(loaded)
     return loaded
 

@@ -1,10 +1,10 @@
 """Sequences side by side in one row, so that no arithmetic is spent on padding.
 
 A decoder's layers treat tokens alike except in attention. So the tokens of many texts stand in one row, each text
-with positions of its own, and attention runs text by text. It is registered with transformers as an attention of its
-own, with the arguments of flash attention. transformers builds no mask for such a one, and its other ways to tell
-packed texts apart are not relied upon (T20). Called without the lengths of packed texts it is ordinary attention, so
-that a model set to it can still be used in every other way.
+with positions of its own, and attention runs text by text: with flash-attention where it is installed, else with an
+attention of our own that is registered with transformers and takes the same arguments. transformers builds no mask
+for such a one, and its other ways to tell packed texts apart are not relied upon (T20). Called without the lengths of
+packed texts both are ordinary attention, so that a model set to one can still be used in every other way.
 """
 
 from collections import defaultdict
@@ -19,6 +19,7 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
+from transformers.utils.import_utils import is_flash_attn_2_available
 
 PACKED_ATTENTION = "anchorvec_packed"
 
@@ -58,15 +59,39 @@ def _of_like_length(lengths: Sequence[int]) -> Iterable[list[int]]:
     return groups.values()
 
 
+def packing_pays(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether texts are read faster packed: where attention over packed texts costs nothing extra.
+
+    On a CPU it runs text by text; a GPU has one kernel for all, in half precision.
+    """
+    return device.type == "cpu" or (device.type == "cuda" and dtype in (torch.bfloat16, torch.float16))
+
+
+def packed_attentions(device: torch.device) -> list[str]:
+    """The attentions that read packed texts on `device`, the preferred one first."""
+    flash = device.type == "cuda" and is_flash_attn_2_available()
+    return [*(["flash_attention_2"] if flash else []), PACKED_ATTENTION]
+
+
 def use_packed_attention(model: PreTrainedModel) -> bool:
-    """Set the model to packed attention, if two packed texts then have the states and gradients of each alone.
+    """Set the model to a packed attention, if two packed texts then have the states and gradients of each alone.
 
     A family whose layers mix tokens in other ways (a convolution, a recurrent state) fails that test and is left alone;
     so is one with windows that it does not tell the attention of, and one on a GPU that has no kernel for it.
     """
-    if model.config._attn_implementation == PACKED_ATTENTION:
+    before = model.config._attn_implementation
+    if before == PACKED_ATTENTION:
         return True
-    before, training = model.config._attn_implementation, model.training
+    for attention in packed_attentions(model.device):
+        if _reads_packed_as_alone(model, attention):
+            return True
+        model.set_attn_implementation(before)
+    return False
+
+
+def _reads_packed_as_alone(model: PreTrainedModel, attention: str) -> bool:
+    """Whether two packed texts have, with `attention`, the states and gradients of each alone; leaves it set."""
+    training = model.training
     words = model.get_input_embeddings()(torch.arange(6, device=model.device)).detach().requires_grad_()
     on_gpu = model.device.type == "cuda"  # where the kernel is one for half precision
     tolerance = 5e-2 if on_gpu or model.dtype != torch.float32 else 1e-3
@@ -82,20 +107,17 @@ def use_packed_attention(model: PreTrainedModel) -> bool:
         return torch.cat([states, gradient]).detach()
 
     model.eval()  # without dropout
-    same = False
     try:
-        model.set_attn_implementation(PACKED_ATTENTION)
-        if model.config._attn_implementation == PACKED_ATTENTION:
-            packed = states_and_gradient(packed=True)
-            model.set_attn_implementation(before)
-            alone = states_and_gradient(packed=False)
-            same = bool(((packed - alone).norm(dim=1) <= tolerance * alone.norm(dim=1)).all())
-    except (NotImplementedError, TypeError, ValueError):  # windows, no kernel, or not called as a decoder is
-        same = False
+        alone = states_and_gradient(packed=False)
+        model.set_attn_implementation(attention)
+        if model.config._attn_implementation != attention:
+            return False
+        packed = states_and_gradient(packed=True)
+        return bool(((packed - alone).norm(dim=1) <= tolerance * alone.norm(dim=1)).all())
+    except (ImportError, NotImplementedError, TypeError, ValueError):  # windows, no kernel, or called otherwise
+        return False
     finally:
-        model.set_attn_implementation(PACKED_ATTENTION if same else before)
         model.train(training)
-    return same
 
 
 def unpad(model: SentenceTransformer) -> bool:
