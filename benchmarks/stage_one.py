@@ -113,8 +113,8 @@ def engine_side(settings: dict[str, Any]) -> dict[str, Any]:
     keep_freed_memory()  # as in training
     budget = settings["micro_batch_tokens"] or ENOUGH_TOKENS[default_device().type]
     counts = {
-        "document_tokens": sum(len(p.document_targets) for p in pairs),
-        "query_tokens": sum(len(p.query_targets) for p in pairs),
+        "document_targets": sum(len(p.document_targets) for p in pairs),
+        "query_targets": sum(len(p.query_targets) for p in pairs),
     }
     found: dict[str, Any] = {}
 

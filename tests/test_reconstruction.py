@@ -95,8 +95,8 @@ def test_any_cut_gives_the_same_gradient(budget):
     whole = objective(pairs).loss
     expected = gradients(model, whole)
     counts = {
-        "document_tokens": sum(len(p.document_targets) for p in pairs),
-        "query_tokens": sum(len(p.query_targets) for p in pairs),
+        "document_targets": sum(len(p.document_targets) for p in pairs),
+        "query_targets": sum(len(p.query_targets) for p in pairs),
     }
     shuffled = random.Random(budget).sample(pairs, len(pairs))
     cut = micro_batches(shuffled, budget, packed=budget % 20 == 0)

@@ -15,9 +15,15 @@ from transformers import AutoTokenizer
 from anchorvec.embedder import load_causal_lm
 from anchorvec.engine import Engine
 from anchorvec.precision import default_device, resolve_precision
-from anchorvec.recipe import Recipe, dump_recipe, load_recipe
-from anchorvec.reconstruction import PairTokenizer, TokenPair
-from anchorvec.stages import reconstruction_dataset, stage_one_objective, stage_two_datasets, stage_two_model
+from anchorvec.recipe import Recipe, StageOne, dump_recipe, load_recipe
+from anchorvec.reconstruction import TokenPair
+from anchorvec.stages import (
+    pair_tokenizer,
+    reconstruction_dataset,
+    stage_one_objective,
+    stage_two_datasets,
+    stage_two_model,
+)
 from anchorvec.training import build_base, load_training_data
 
 SHOWN_PAIRS = 3
@@ -96,15 +102,12 @@ def plan(recipe: Recipe | str | Path) -> Plan:
             model = load_causal_lm(base)
         base_bytes = sum(path.stat().st_size for path in base.rglob("*") if path.is_file())
     stage_one = recipe.stage_one
-    tokenize = PairTokenizer(
-        tokenizer,
-        end_token_target=stage_one.end_token_target if stage_one else True,
-        max_target_tokens=stage_one.max_target_tokens if stage_one else None,
-    )
+    tokenize = pair_tokenizer(stage_one or StageOne(), tokenizer)
     sample = rows.shuffle(seed=recipe.seed).select(range(min(64, len(rows))))
     batch = tokenize(list(sample))["pairs"]
     read = sum(len(pair.query) + len(pair.document) for pair in batch) / len(batch)
-    per_pair = statistics.mean(pair.tokens(stage_one.alpha if stage_one else 0.5) for pair in batch)
+    alpha, writes = (stage_one.alpha, stage_one.target == "text") if stage_one else (0.5, True)
+    per_pair = statistics.mean(pair.tokens(alpha, writes=writes) for pair in batch)
 
     parameters = sum(p.numel() for p in model.parameters())
     body = sum(p.numel() for p in model.base_model.parameters())

@@ -168,10 +168,8 @@ def measure_step(recipe: Recipe, name: str, start: Path, pairs: Mapping[str, Pai
 
     rows = reconstruction_dataset(recipe, pairs).shuffle(seed=recipe.seed)
     sample = PairTokenizer(AutoTokenizer.from_pretrained(start))(list(rows.select(range(min(256, len(rows))))))["pairs"]
-    tokens = statistics.mean(
-        pair.tokens(stage.alpha) if isinstance(stage, StageOne) else len(pair.query) + len(pair.document)
-        for pair in sample
-    )
+    alpha, writes = (stage.alpha, stage.target == "text") if isinstance(stage, StageOne) else (0.5, False)
+    tokens = statistics.mean(pair.tokens(alpha, writes=writes) for pair in sample)
     return float(seconds_per_token * tokens * stage.pairs_per_step)
 
 

@@ -16,6 +16,7 @@ import copy
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from anchorvec.packing import packed_states, padded_states, padded_tokens, use_packed_attention
+from anchorvec.words import WordDecoder
 
 HEAD_CHUNK_BYTES = 2**28
 """Logits that exist at one time, in fp32: 523 target tokens over a vocabulary of 128,256."""
@@ -47,9 +49,13 @@ class TokenPair:
         """The targets that are written from the embeddings of `read`."""
         return [*([self.document_targets] if alpha > 0 else []), *([self.query_targets] if alpha < 1 else [])]
 
-    def tokens(self, alpha: float = 0.5) -> int:
-        """Tokens in all passes over this pair: four, or two where `alpha` trains one direction alone."""
-        return sum(map(len, self.read(alpha))) + sum(map(len, self.written(alpha)))
+    def tokens(self, alpha: float = 0.5, *, writes: bool = True) -> int:
+        """Tokens in all passes over this pair: four, or two where `alpha` trains one direction alone.
+
+        Half of the passes are those that write; without `writes` they are left out.
+        """
+        written = self.written(alpha) if writes else []
+        return sum(map(len, self.read(alpha))) + sum(map(len, written))
 
 
 @dataclass(frozen=True)
@@ -73,41 +79,58 @@ class Reconstruction(nn.Module):
     module (T7, T8). `alpha` weighs query-to-document; 1 or 0 trains one direction alone and skips the other.
     With `packed` no arithmetic is spent on padding; it sets the model's attention, and falls back to padded rows
     for a family that cannot be packed. Loss and gradient are the same.
+
+    With `words` a text is not written word by word: the embedding tells all its words at once. Then there is one
+    target, the text, instead of one for each token.
     """
 
-    def __init__(self, model: PreTrainedModel, *, alpha: float = 0.2, packed: bool = False) -> None:
+    def __init__(
+        self, model: PreTrainedModel, *, alpha: float = 0.2, packed: bool = False, words: WordDecoder | None = None
+    ) -> None:
         super().__init__()
         self.model = model
         self.alpha = alpha
         self.packed = packed and use_packed_attention(model)
+        self.words = words
+
+    @property
+    def cut(self) -> dict[str, Any]:
+        """The options of `micro_batches` for this objective."""
+        return {"packed": self.packed, "alpha": self.alpha, "writes": self.words is None}
+
+    def targets(self, pairs: Sequence[TokenPair]) -> tuple[int, int]:
+        """N_D and N_Q of `pairs`: the targets in their documents, and in their queries."""
+        if self.words is not None:
+            return len(pairs), len(pairs)
+        return sum(len(pair.document_targets) for pair in pairs), sum(len(pair.query_targets) for pair in pairs)
 
     def forward(
         self,
         pairs: Sequence[TokenPair],
         *,
-        document_tokens: int | None = None,
-        query_tokens: int | None = None,
+        document_targets: int | None = None,
+        query_targets: int | None = None,
         exchange: Sequence[TokenPair] | None = None,
     ) -> ReconstructionOutput:
         """The loss of `pairs`, as their share of a step with the given counts of target tokens.
 
-        `document_tokens` and `query_tokens` are N_D and N_Q of the whole optimizer step, over all micro-batches
+        `document_targets` and `query_targets` are N_D and N_Q of the whole optimizer step, over all micro-batches
         and devices (T10); None counts these pairs alone. With `exchange`, another pair for each one, both sums are
         also computed from the embeddings of those: an embedding that the decoder ignores changes nothing.
         """
-        N_D = max(1, document_tokens or sum(len(pair.document_targets) for pair in pairs))
-        N_Q = max(1, query_tokens or sum(len(pair.query_targets) for pair in pairs))
+        own = self.targets(pairs)
+        N_D, N_Q = max(1, document_targets or own[0]), max(1, query_targets or own[1])
         # Both directions go through the decoder together; one of weight 0 stays out.
         targets = _by_direction([pair.written(self.alpha) for pair in pairs])
-        totals = self.decode(self.encode(_by_direction([pair.read(self.alpha) for pair in pairs])), targets)
-        query_to_document, document_to_query = self._sums(totals, len(pairs))
+        embeddings = self.encode(_by_direction([pair.read(self.alpha) for pair in pairs]))
+        query_to_document, document_to_query = self._losses(embeddings, targets, len(pairs))
         loss = self.alpha * query_to_document / N_D + (1 - self.alpha) * document_to_query / N_Q
         output = ReconstructionOutput(loss, query_to_document.detach(), document_to_query.detach())
         if exchange is None:
             return output
         with torch.no_grad():
             others = self.encode(_by_direction([pair.read(self.alpha) for pair in exchange]))
-            exchanged = self._sums(self.decode(others, targets), len(pairs))
+            exchanged = self._losses(others, targets, len(pairs))
         return replace(output, exchanged_query_to_document=exchanged[0], exchanged_document_to_query=exchanged[1])
 
     def encode(self, texts: Sequence[Sequence[int]]) -> Tensor:
@@ -138,12 +161,16 @@ class Reconstruction(nn.Module):
         sums = torch.stack([part.sum() for part in torch.split(losses, lengths)])
         return totals.to(sums.dtype).index_add(0, index, sums)
 
-    def _sums(self, totals: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
+    def _losses(self, embeddings: Tensor, targets: Sequence[Sequence[int]], pairs: int) -> tuple[Tensor, Tensor]:
         """The sums of query-to-document and document-to-query; 0 for the one that is off."""
-        zero = totals.new_zeros(())
-        if self.alpha == 0:
-            return zero, totals.sum()
-        return totals[:pairs].sum(), totals[pairs:].sum()
+        split = pairs if self.alpha > 0 else 0
+        if self.words is None:
+            losses = self.decode(embeddings, targets)
+            return losses[:split].sum(), losses[split:].sum()
+        return (
+            self.words(embeddings[:split], targets[:split], self.words.document_candidates).sum(),
+            self.words(embeddings[split:], targets[split:], self.words.query_candidates).sum(),
+        )
 
     def _embed(self, ids: Sequence[int]) -> Tensor:
         words: Tensor = self.model.get_input_embeddings()(torch.tensor(ids, device=self.model.device))
@@ -261,27 +288,27 @@ class PairTokenizer:
 
 
 def micro_batches(
-    pairs: Sequence[TokenPair], max_tokens: int, *, packed: bool, alpha: float = 0.5
+    pairs: Sequence[TokenPair], max_tokens: int, *, packed: bool, alpha: float = 0.5, writes: bool = True
 ) -> list[list[TokenPair]]:
     """`pairs` ordered by length and cut so that all passes over a group have at most `max_tokens` tokens.
 
     Unless `packed`, padding counts too. A single pair longer than that makes a group of its own.
     """
     groups: list[list[TokenPair]] = []
-    for pair in sorted(pairs, key=lambda p: (p.tokens(alpha), p.document, p.query), reverse=True):
-        if groups and tokens_at_once([*groups[-1], pair], packed=packed, alpha=alpha) <= max_tokens:
+    for pair in sorted(pairs, key=lambda p: (p.tokens(alpha, writes=writes), p.document, p.query), reverse=True):
+        if groups and tokens_at_once([*groups[-1], pair], packed=packed, alpha=alpha, writes=writes) <= max_tokens:
             groups[-1].append(pair)
         else:
             groups.append([pair])
     return groups
 
 
-def tokens_at_once(group: Sequence[TokenPair], *, packed: bool, alpha: float = 0.5) -> int:
+def tokens_at_once(group: Sequence[TokenPair], *, packed: bool, alpha: float = 0.5, writes: bool = True) -> int:
     """Tokens in all passes over a group, padding included unless `packed`: what holds activations at one time."""
     if packed:
-        return sum(pair.tokens(alpha) for pair in group)
+        return sum(pair.tokens(alpha, writes=writes) for pair in group)
     read = [len(text) for pair in group for text in pair.read(alpha)]
-    written = [len(text) for pair in group for text in pair.written(alpha) if text]
+    written = [len(text) for pair in group for text in pair.written(alpha) if text and writes]
     return padded_tokens(read) + padded_tokens(written)
 
 

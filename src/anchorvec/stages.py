@@ -22,7 +22,7 @@ from sentence_transformers.sentence_transformer.training_args import (
     SentenceTransformerTrainingArguments,
 )
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PrinterCallback, Trainer, TrainingArguments, set_seed
+from transformers import AutoTokenizer, PreTrainedModel, PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from anchorvec.contrastive import contrastive_datasets, contrastive_loss
 from anchorvec.data import Pairs, weighted
@@ -37,6 +37,7 @@ from anchorvec.progress import OnLog, StageProgress
 from anchorvec.recipe import Recipe, StageOne, StageTwo
 from anchorvec.reconstruction import HEAD_CHUNK_BYTES, PairTokenizer, Reconstruction
 from anchorvec.trainers import ContrastiveTrainer, ReconstructionTrainer
+from anchorvec.words import CANDIDATES, WordDecoder
 
 LENGTH_SAMPLE = 256
 """Rows from which the tokens of a step are estimated."""
@@ -69,15 +70,14 @@ def train_stage_one(
     progress = _progress(recipe, "stage_one", deadline, on_log)
     objective, engine = stage_one_objective(recipe, start)
     _note(recipe, "stage_one", engine)
+    collate = pair_tokenizer(stage, tokenizer)
+    if stage.target == "words":
+        objective.words = word_decoder(objective.model, dataset, collate, seed=recipe.seed)
     trainer = ReconstructionTrainer(
         model=objective,
         args=TrainingArguments(**_arguments(recipe, stage, folder)),
         train_dataset=dataset,
-        data_collator=PairTokenizer(
-            tokenizer,
-            end_token_target=stage.end_token_target,
-            max_target_tokens=stage.max_target_tokens,
-        ),
+        data_collator=collate,
         callbacks=[progress],
         micro_batch_tokens=engine.micro_batch_tokens,
         exchange_every=stage.log_every,
@@ -131,6 +131,27 @@ def train_stage_two(
     return folder
 
 
+def pair_tokenizer(stage: StageOne, tokenizer: Any) -> PairTokenizer:
+    """What Stage I reads and writes of a pair."""
+    return PairTokenizer(
+        tokenizer,
+        end_token_target=stage.end_token_target and stage.target == "text",
+        max_target_tokens=stage.max_target_tokens,
+    )
+
+
+def word_decoder(model: PreTrainedModel, dataset: Dataset, collate: PairTokenizer, *, seed: int) -> WordDecoder:
+    """The decoder of words, with candidates drawn from the data."""
+    sample = dataset.shuffle(seed=seed).select(range(min(CANDIDATES, len(dataset))))
+    pairs = collate(list(sample))["pairs"]
+    embeddings: Any = model.get_input_embeddings()
+    return WordDecoder(
+        embeddings.weight,
+        [pair.query_targets for pair in pairs],
+        [pair.document_targets for pair in pairs],
+    )
+
+
 def stage_one_objective(recipe: Recipe, start: Path) -> tuple[Reconstruction, Engine]:
     """The objective of Stage I around the embedder in `start`, set up as the engine says."""
     stage = recipe.stage_one
@@ -142,6 +163,8 @@ def stage_one_objective(recipe: Recipe, start: Path) -> tuple[Reconstruction, En
         model, alpha=stage.alpha, packed=packs_texts(recipe.model.attention, recipe.model.precision)
     )
     vocabulary = model.config.get_text_config().vocab_size
+    passes = (2 if 0 < stage.alpha < 1 else 1) * (2 if stage.target == "text" else 1)
+    scores = stage.pairs_per_step * (vocabulary * recipe.model.max_tokens if stage.target == "text" else 2 * CANDIDATES)
     part = [vocabulary - 1] * min(_PROBE_TOKENS, recipe.model.max_tokens // 3)
     engine = choose_engine(
         model,
@@ -151,9 +174,9 @@ def stage_one_objective(recipe: Recipe, start: Path) -> tuple[Reconstruction, En
         gradient_checkpointing=stage.gradient_checkpointing,
         micro_batch_tokens=stage.micro_batch_tokens,
         longest=recipe.model.max_tokens,
-        least_tokens=(4 if 0 < stage.alpha < 1 else 2) * recipe.model.max_tokens,
+        least_tokens=passes * recipe.model.max_tokens,
         # logits, their log-softmax and their gradients, in two number formats
-        logits_bytes=4 * min(HEAD_CHUNK_BYTES, 4 * vocabulary * recipe.model.max_tokens * stage.pairs_per_step),
+        logits_bytes=4 * min(HEAD_CHUNK_BYTES, 4 * scores),
     )
     return objective, engine
 

@@ -45,10 +45,9 @@ class ReconstructionTrainer(Trainer):
         model.train()
         pairs: list[TokenPair] = inputs["pairs"]
         objective = self.accelerator.unwrap_model(model)
-        cut = {"packed": objective.packed, "alpha": objective.alpha}
         while True:
-            parts = micro_batches(pairs, self.micro_batch_tokens, **cut)
-            largest = max(tokens_at_once(part, **cut) for part in parts)
+            parts = micro_batches(pairs, self.micro_batch_tokens, **objective.cut)
+            largest = max(tokens_at_once(part, **objective.cut) for part in parts)
             try:
                 return self._step(model, parts)
             except RuntimeError as error:
@@ -77,16 +76,13 @@ class ReconstructionTrainer(Trainer):
         exchanges = step == 1 or step % self.exchange_every == 0
         pairs = [pair for part in parts for pair in part]  # by length: a partner is about as long, whatever the cut
         partners = exchange_partners(pairs) if exchanges else None
+        objective = self.accelerator.unwrap_model(model)
         partner_of = {id(pair): partner for pair, partner in zip(pairs, partners or (), strict=False)}
         counts = torch.tensor(
-            [
-                sum(len(p.document_targets) for p in pairs),
-                sum(len(p.query_targets) for p in pairs),
-                partners is None,  # on any device: then there is no gap
-            ],
+            [*objective.targets(pairs), partners is None],  # without partners on any device there is no gap
             device=self.args.device,
         )
-        document_tokens, query_tokens, without_partners = self.accelerator.reduce(counts, "sum").tolist()
+        document_targets, query_targets, without_partners = self.accelerator.reduce(counts, "sum").tolist()
         sums = torch.zeros(4, device=self.args.device)
         for i, part in enumerate(parts):
             last = i == len(parts) - 1
@@ -94,8 +90,8 @@ class ReconstructionTrainer(Trainer):
                 with self.compute_loss_context_manager():
                     out = model(
                         part,
-                        document_tokens=document_tokens,
-                        query_tokens=query_tokens,
+                        document_targets=document_targets,
+                        query_targets=query_targets,
                         exchange=[partner_of[id(pair)] for pair in part] if partners else None,
                     )
                 # DDP averages over processes; the loss is already this process's share of the step.
@@ -106,18 +102,19 @@ class ReconstructionTrainer(Trainer):
                 sums[2] += out.exchanged_query_to_document
                 sums[3] += out.exchanged_document_to_query
         sums = self.accelerator.reduce(sums, "sum")
-        per_token = (sums / torch.tensor([document_tokens, query_tokens] * 2, device=sums.device).clamp(min=1)).tolist()
-        alpha = self.accelerator.unwrap_model(model).alpha
-        self.tokens_seen += sum(pair.tokens(alpha) for pair in pairs)
+        counts = torch.tensor([document_targets, query_targets] * 2, device=sums.device)
+        per_target = (sums / counts.clamp(min=1)).tolist()
+        alpha = objective.alpha
+        self.tokens_seen += tokens_at_once(pairs, **objective.cut | {"packed": True})
         trained = {"query_to_document": alpha > 0, "document_to_query": alpha < 1}
-        losses = zip(trained.items(), per_token[:2], strict=True)
+        losses = zip(trained.items(), per_target[:2], strict=True)
         self.directions.append({name: loss for (name, on), loss in losses if on})
         if exchanges:
             self.exchange = {}
         if not without_partners:
-            gaps = zip(trained.items(), per_token[:2], per_token[2:], strict=True)
+            gaps = zip(trained.items(), per_target[:2], per_target[2:], strict=True)
             self.exchange = {f"exchange_{name}": exchanged - own for (name, on), own, exchanged in gaps if on}
-        return torch.tensor(alpha * per_token[0] + (1 - alpha) * per_token[1], device=self.args.device)
+        return torch.tensor(alpha * per_target[0] + (1 - alpha) * per_target[1], device=self.args.device)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the directions that are trained, their exchange gaps and the tokens so far to a training record."""

@@ -167,6 +167,10 @@ class _Stage(_Section):
 class StageOne(_Stage):
     """Stage I, bidirectional reconstruction: each text of a pair is written from the other's embedding."""
 
+    target: Literal["text", "words"] = "text"
+    """What is written: `text`, token by token (the paper's); or `words`, all words of the text at once, to be told
+    among those of thousands of texts. Words need hundreds of pairs, a text very many."""
+
     steps: PositiveInt = 2000
     """Optimizer steps. 2000 is the paper's."""
     learning_rate: PositiveFloat = 4e-5
@@ -176,7 +180,7 @@ class StageOne(_Stage):
     alone. 0.2 is the paper's."""
     end_token_target: bool = True
     """Learn to write the end token too, so that the model knows where to stop. The paper's formula leaves it
-    out."""
+    out; it is no word."""
     max_target_tokens: PositiveInt | None = None
     """Write only the first so many tokens of a text. null: all that the encoder reads."""
     micro_batch_tokens: PositiveInt | None = None

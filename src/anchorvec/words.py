@@ -1,0 +1,103 @@
+"""Word reconstruction: an embedding must tell the words of the pair's other text, among those of thousands of texts.
+
+A decoder that writes a text predicts most words from those before, and soon does without the embedding. Here all words
+are told at once, and are judged against other texts instead of against the vocabulary, so that nothing is learned from
+words that all texts share. The words of a text T are one vector: the sum of their token embeddings, weighted by how
+rare they are and whitened, at length 1.
+
+    b(T)    = normalized( C^(-1/2) * sum over distinct words w of T of log(N / n_w) * (E_w - mean) )
+    p(T|e)  = exp(cos(e, b(T)) / tau) / sum over candidates T' of exp(cos(e, b(T')) / tau)
+
+N is the number of pairs in a sample, n_w how many of them have the word (in the column where it is more frequent); E
+are the model's own token embeddings, mean and C their mean and covariance by frequency. The candidates are the right
+text and those of the sample, the same at every step. They are not encoded, so thousands of them cost next to nothing,
+and no pair depends on another pair of its step.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+CANDIDATES = 8_192
+"""Pairs in the sample."""
+
+_LEAST_VARIANCE = 1e-4
+"""Directions with less than this share of the largest variance are amplified as those that have it."""
+
+_SAME_WORDS = 1 - 1e-4
+"""Cosine similarity from which on a candidate has the words of the right text, and is none."""
+
+
+class WordDecoder(nn.Module):
+    """-log p(T | e) as above, from a model's token embeddings (vocabulary, dim) and the texts of a sample of pairs.
+
+    `queries` and `documents`: the token ids of the sample's texts, without prompts and ends. The token embeddings are
+    copied if they are trained: the candidates stay what they are.
+    """
+
+    embeddings: Tensor
+    weights: Tensor
+    mean: Tensor
+    whitening: Tensor
+    query_candidates: Tensor
+    document_candidates: Tensor
+
+    def __init__(
+        self,
+        embeddings: Tensor,
+        queries: Sequence[Sequence[int]],
+        documents: Sequence[Sequence[int]],
+        *,
+        temperature: float = 0.05,
+    ) -> None:
+        super().__init__()
+        self.temperature = temperature
+        fixed = _at_least_fp32(embeddings.detach())
+        fixed = fixed.clone() if embeddings.requires_grad else fixed
+        share = _count(fixed, [word for texts in (queries, documents) for text in texts for word in text])
+        share /= share.sum()
+        texts_with = [_count(fixed, [word for text in texts for word in set(text)]) for texts in (queries, documents)]
+        mean = share @ fixed
+        covariance = (fixed * share[:, None]).T @ fixed - torch.outer(mean, mean)
+        variances, directions = torch.linalg.eigh(covariance.double())
+        variances = variances.clamp(min=float(variances[-1]) * _LEAST_VARIANCE)
+        self.register_buffer("embeddings", fixed, persistent=False)
+        self.register_buffer("weights", torch.log(len(queries) / torch.maximum(*texts_with).clamp(min=1)), False)
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("whitening", ((directions / variances.sqrt()) @ directions.T).to(mean), persistent=False)
+        self.register_buffer("query_candidates", self.word_vectors(queries), persistent=False)
+        self.register_buffer("document_candidates", self.word_vectors(documents), persistent=False)
+
+    def word_vectors(self, texts: Sequence[Sequence[int]]) -> Tensor:
+        """The vector b of each text: (texts, dim), of length 1; 0 for a text without a word that weighs anything."""
+        words = [sorted(set(text)) for text in texts]
+        device = self.embeddings.device
+        ids = torch.tensor([word for text in words for word in text], dtype=torch.long, device=device)
+        starts = torch.tensor([0, *map(len, words[:-1])], device=device).cumsum(0)
+        weights = self.weights[ids]
+        sums = F.embedding_bag(ids, self.embeddings, starts, mode="sum", per_sample_weights=weights)
+        totals = F.embedding_bag(ids, self.weights[:, None], starts, mode="sum")
+        return F.normalize((sums - totals * self.mean) @ self.whitening, dim=1)
+
+    def forward(self, embeddings: Tensor, targets: Sequence[Sequence[int]], candidates: Tensor) -> Tensor:
+        """-log p(T | e) for each of `embeddings` (texts, dim) and the token ids of its text: (texts,)."""
+        if not targets:
+            return embeddings.new_zeros(0)
+        right = self.word_vectors(targets)
+        with torch.autocast(embeddings.device.type, enabled=False):
+            e = F.normalize(_at_least_fp32(embeddings), dim=1)
+            wrong = (e @ candidates.T).masked_fill(right @ candidates.T > _SAME_WORDS, -torch.inf)
+            scores = torch.cat([(e * right).sum(dim=1, keepdim=True), wrong], dim=1) / self.temperature
+            return F.cross_entropy(scores, scores.new_zeros(len(scores), dtype=torch.long), reduction="none")
+
+
+def _at_least_fp32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _count(embeddings: Tensor, words: Sequence[int]) -> Tensor:
+    """How often each word of the vocabulary occurs in `words`: (vocabulary,)."""
+    ids = torch.tensor(words, dtype=torch.long, device=embeddings.device)
+    return torch.bincount(ids, minlength=len(embeddings)).to(embeddings.dtype)

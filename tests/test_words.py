@@ -1,0 +1,138 @@
+"""Word reconstruction against its formulas, in float64."""
+
+import math
+
+import pytest
+import torch
+
+from anchorvec.reconstruction import Reconstruction, exchange_partners, micro_batches
+from anchorvec.words import WordDecoder
+from conftest import make_model
+from test_reconstruction import assert_same_gradients, gradients, make_pairs
+
+
+def make_decoder(model, pairs):
+    """The decoder whose candidates are the texts of `pairs`."""
+    return WordDecoder(
+        model.get_input_embeddings().weight, [p.query_targets for p in pairs], [p.document_targets for p in pairs]
+    )
+
+
+def plain_vectors(embeddings, texts, sample):
+    """The vector of each text, one word at a time, with numbers in place of tensors wherever possible."""
+    columns = [[p.query_targets for p in sample], [p.document_targets for p in sample]]
+    words = [w for column in columns for text in column for w in text]
+    mean = sum(embeddings[w] for w in words) / len(words)
+    covariance = sum(torch.outer(embeddings[w] - mean, embeddings[w] - mean) for w in words) / len(words)
+    variances, directions = torch.linalg.eigh(covariance)
+    scales = [max(float(v), 1e-4 * float(variances[-1])) ** -0.5 for v in variances]
+    vectors = []
+    for text in texts:
+        b = torch.zeros_like(mean)
+        for w in set(text):
+            n_w = max(1, max(sum(w in other for other in column) for column in columns))
+            b += math.log(len(sample) / n_w) * (embeddings[w] - mean)
+        b = sum(scales[k] * (b @ directions[:, k]) * directions[:, k] for k in range(len(b)))
+        vectors.append(b / b.norm())
+    return vectors
+
+
+def plain_loss(model, pairs, sample, alpha, tau=0.05):
+    """The loss of `pairs` with the candidates `sample`."""
+    table = model.get_input_embeddings().weight.detach()
+
+    def direction(read, told):
+        total = 0
+        right = plain_vectors(table, [getattr(p, told) for p in pairs], sample)
+        candidates = plain_vectors(table, [getattr(p, told) for p in sample], sample)
+        for pair, b in zip(pairs, right, strict=True):
+            ids = torch.tensor([getattr(pair, read)])
+            e = model(ids, output_hidden_states=True).hidden_states[-1][0, -1]
+            others = [c for c in candidates if c @ b < 0.9999]
+            scores = torch.stack([torch.cosine_similarity(e, c, dim=0) / tau for c in [b, *others]])
+            total -= scores.log_softmax(0)[0]
+        return total / len(pairs)
+
+    return alpha * direction("query", "document_targets") + (1 - alpha) * direction("document", "query_targets")
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_equals_the_formulas(alpha):
+    """Value and gradients, with texts of the step among the candidates and without."""
+    model, pairs = make_model(), make_pairs(12)
+    sample = pairs[3:]
+    expected = plain_loss(model, pairs[:6], sample, alpha)
+    expected_gradients = gradients(model, expected)
+    objective = Reconstruction(model, alpha=alpha, packed=True, words=make_decoder(model, sample))
+    out = objective(pairs[:6])
+    torch.testing.assert_close(out.loss, expected, rtol=1e-9, atol=0)
+    assert_same_gradients(gradients(model, out.loss), expected_gradients, tolerance=1e-8)
+    assert (out.query_to_document == 0) == (alpha == 0)
+    assert (out.document_to_query == 0) == (alpha == 1)
+
+
+@pytest.mark.parametrize("budget", [1, 30, 10_000])
+def test_any_cut_gives_the_same_gradient(budget):
+    """The micro-batch budget changes nothing, and only what is read counts against it."""
+    model, pairs = make_model(), make_pairs(8)
+    objective = Reconstruction(model, packed=True, words=make_decoder(model, pairs))
+    whole = objective(pairs).loss
+    expected = gradients(model, whole)
+    cut = micro_batches(pairs, budget, **objective.cut)
+    assert len(cut) == {1: 8, 30: 8 * 18 // 30 + 4, 10_000: 1}[budget]  # one pair reads 18 tokens
+    loss = sum(objective(part, document_targets=8, query_targets=8).loss for part in cut)
+    torch.testing.assert_close(loss, whole, rtol=1e-12, atol=0)
+    assert_same_gradients(gradients(model, loss), expected)
+
+
+def test_a_word_of_all_texts_weighs_nothing():
+    """A text of such words has no vector, and its loss is that of a guess."""
+    model = make_model()
+    queries, documents = [[9, 10], [9, 11], [9, 12, 12]], [[9, 13], [9, 14], [9, 15]]
+    decoder = WordDecoder(model.get_input_embeddings().weight, queries, documents)
+    assert decoder.weights[9] == 0
+    assert decoder.weights[12].item() == pytest.approx(math.log(3))
+    vectors = decoder.word_vectors([[9], [9, 10], [10], []])
+    assert vectors.norm(dim=1).tolist() == pytest.approx([0, 1, 1, 0])
+    torch.testing.assert_close(vectors[1], vectors[2])
+    e = torch.ones(1, vectors.shape[1], dtype=torch.float64)
+    assert decoder(e, [[9]], torch.zeros(4, vectors.shape[1], dtype=torch.float64)).item() == pytest.approx(math.log(5))
+
+
+def test_a_candidate_with_the_right_words_is_none():
+    """The right text in the sample, or another with the same words, does not compete with itself."""
+    model = make_model()
+    queries = [[10, 11], [11, 10], [12, 13], [14, 15]]
+    decoder = WordDecoder(model.get_input_embeddings().weight, queries, [[20], [21], [22], [23]])
+    e = decoder.word_vectors([[10, 11]])
+    others = decoder.word_vectors([[12, 13], [14, 15]])
+    scores = torch.cat([torch.ones(1, dtype=e.dtype), (e @ others.T)[0]]) / 0.05
+    expected = -scores.log_softmax(0)[0]
+    torch.testing.assert_close(decoder(e, [[10, 11]], decoder.query_candidates)[0], expected)
+
+
+def test_training_does_not_move_the_candidates():
+    """The words' vectors are made of the token embeddings that the stage started with."""
+    model, pairs = make_model(), make_pairs()
+    decoder = make_decoder(model, pairs)
+    before = decoder.word_vectors([[10, 11]])
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(-1)
+    torch.testing.assert_close(decoder.word_vectors([[10, 11]]), before)
+    assert not list(decoder.parameters())
+    assert not decoder.state_dict()
+
+
+def test_exchanged_embeddings_tell_less():
+    """An embedding that says its own words has a lower loss with them than with another pair's."""
+    model, pairs = make_model(), make_pairs()
+    decoder = make_decoder(model, pairs)
+    objective = Reconstruction(model, words=decoder)
+    told = decoder.word_vectors([p.document_targets for p in pairs] + [p.query_targets for p in pairs])
+    objective.encode = lambda texts: told
+    own = objective(pairs)
+    objective.encode = lambda texts: told if texts[0] == pairs[0].query else told.roll(1, 0)
+    out = objective(pairs, exchange=exchange_partners(pairs))
+    assert out.loss == own.loss
+    assert out.exchanged_query_to_document > 2 * out.query_to_document
+    assert out.exchanged_document_to_query > 2 * out.document_to_query
