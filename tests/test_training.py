@@ -16,10 +16,13 @@ from anchorvec.embedder import build_embedder
 from anchorvec.errors import AnchorvecError
 from anchorvec.exporting import export
 from anchorvec.loading import load_model
+from anchorvec.planning import plan
 from anchorvec.recipe import load_recipe
 from anchorvec.reconstruction import Reconstruction
+from anchorvec.stages import stage_two_datasets, stage_two_model, stage_two_words
 from anchorvec.trainers import ReconstructionTrainer
-from anchorvec.training import stored_prompts, train
+from anchorvec.training import build_base, load_training_data, stored_prompts, train
+from anchorvec.words import WordDecoder
 from conftest import make_model
 from test_reconstruction import gradients, make_pairs
 
@@ -76,6 +79,19 @@ def test_a_used_output_folder_is_refused(run):
     assert sorted(path.name for path in run.iterdir()) == before
 
 
+def test_words_in_place_of_texts(tmp_path):
+    """Stage I with words as its target learns, logs both directions with their gaps, and reads half the passes."""
+    words = [*QUICK, "stage_one.steps=12", "stage_one.target=words", "stage_one.log_every=1", "stage_two=null"]
+    train(load_recipe("debug", [f"output={tmp_path / 'run'}", *words]))
+    records = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert records[-1]["loss"] < records[0]["loss"]
+    assert records[-1]["exchange_query_to_document"] > 0
+    texts = plan(load_recipe("debug", QUICK))
+    told = plan(load_recipe("debug", [*QUICK, "stage_one.target=words"]))
+    assert told.tokens["stage_one"] < 0.8 * texts.tokens["stage_one"]
+    assert told.pairs[0].document_written == texts.pairs[0].document_written[:-1]  # the end token is no word
+
+
 @pytest.mark.parametrize("off", ["stage_one", "stage_two"])
 def test_either_stage_can_be_switched_off(off, tmp_path):
     """With one stage null the other runs alone, and its model is exported."""
@@ -116,13 +132,18 @@ def test_the_micro_batch_budget_does_not_change_training(tmp_path):
     torch.testing.assert_close(ends[2], ends[0], atol=1e-5, rtol=0)
 
 
-def test_the_cached_loss_equals_the_plain_one(tmp_path):
-    """Stage II's loss and gradient do not depend on the tokens of a micro-batch, None included."""
+@pytest.mark.parametrize("weight", [None, 0.7])
+def test_the_cached_loss_equals_the_plain_one(tmp_path, weight):
+    """Stage II's loss and gradient do not depend on the tokens of a micro-batch, with words added or not."""
     model = SentenceTransformer(str(build_embedder("tiny", tmp_path / "base", max_tokens=32)), device="cpu").double()
     texts = [["one", "two two", "three"], ["a", "bb bb", "ccc"], ["x", "y y", "z"]]
-    losses, found = [], []
+    losses, found, words = [], [], {}
+    if weight is not None:
+        read = [model.tokenizer(column)["input_ids"] for column in texts]
+        decoder = WordDecoder(model[0].model.get_input_embeddings().weight, *read[:2])
+        words = {"words": decoder, "words_weight": weight}
     for size in (None, 1, 70):
-        loss = contrastive_loss(model, temperature=0.1, micro_batch_tokens=size)
+        loss = contrastive_loss(model, temperature=0.1, micro_batch_tokens=size, **words)
         value = loss([dict(model.tokenize(column)) for column in texts], None)
         losses.append(value)
         found.append(gradients(model, value))
@@ -132,12 +153,42 @@ def test_the_cached_loss_equals_the_plain_one(tmp_path):
             torch.testing.assert_close(gradient[name], expected, atol=1e-8, rtol=1e-6)
 
 
+def test_words_are_added_to_the_contrastive_loss(tmp_path):
+    """The weight times the mean, over both directions, of what each embedding says of the other text's words."""
+    model = SentenceTransformer(str(build_embedder("tiny", tmp_path / "base", max_tokens=32)), device="cpu").double()
+    texts = [["one", "two two", "three"], ["a", "bb bb", "ccc"]]
+    queries, documents = (model.tokenizer(column)["input_ids"] for column in texts)
+    decoder = WordDecoder(model[0].model.get_input_embeddings().weight, queries, documents)
+    e_Q, e_D = (model.encode(column, convert_to_tensor=True) for column in texts)
+    told = sum(decoder(e_Q, documents, decoder.document_candidates)) / 3
+    told += sum(decoder(e_D, queries, decoder.query_candidates)) / 3
+    features = [dict(model.tokenize(column)) for column in texts]
+    plain = contrastive_loss(model)([dict(column) for column in features], None)
+    both = contrastive_loss(model, words=decoder, words_weight=0.3)(features, None)
+    torch.testing.assert_close(both, plain + 0.3 * told / 2)
+
+
+def test_prompts_and_ends_are_no_words(tmp_path):
+    """What stands in all texts of a column, an instruction or an end prompt, weighs nothing; a text's words do."""
+    options = [f"output={tmp_path / 'run'}", "data.train.0.instruction='find: '", "model.end={before: '<', after: '>'}"]
+    recipe = load_recipe("debug", [*options, "stage_two.words=1"])
+    start = build_base(recipe, tmp_path / "base")
+    datasets = stage_two_datasets(recipe, load_training_data(recipe))
+    model, _ = stage_two_model(recipe, start, datasets)
+    decoder = stage_two_words(model, recipe, datasets)
+    around = model.tokenizer("find: ")["input_ids"]
+    assert decoder.weights[around].tolist() == [0] * len(around)
+    assert (decoder.document_candidates.norm(dim=1) > 0.99).float().mean() > 0.9  # the rest: short, with common bytes
+    train(recipe.model_copy(update={"stage_one": None}))
+
+
 def test_training_on_packed_and_on_padded_texts_is_the_same(tmp_path):
     """`attention: auto` packs texts on a CPU and `sdpa` pads them; both stages log the same losses."""
     losses = {}
     for attention in ("auto", "sdpa"):
         output = tmp_path / attention
         options = [f"model.attention={attention}", "stage_one.log_every=1", "stage_two.log_every=1"]
+        options.append("stage_two.words=0.5")
         train(load_recipe("debug", [f"output={output}", *QUICK, *options]))
         records = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
         losses[attention] = [record["loss"] for record in records]

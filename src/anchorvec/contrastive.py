@@ -3,39 +3,96 @@
     L = -log( exp(cos(q, d+) / tau) / sum over d of exp(cos(q, d) / tau) )
 
 The candidates d of a query are all positives and all hard negatives of the step. The loss is the library's own,
-unmodified; only the arrangement of the data is ours.
+unmodified; the arrangement of the data is ours, and word reconstruction, which can be added to it.
 """
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import (
     CachedMultipleNegativesRankingLoss,
     MultipleNegativesRankingLoss,
 )
+from torch import Tensor
 
-from anchorvec.packing import reads_packed
+from anchorvec.packing import reads_packed, token_ids
+from anchorvec.words import WordDecoder
 
 
 def contrastive_loss(
-    model: SentenceTransformer, *, temperature: float = 0.05, micro_batch_tokens: int | None = None
+    model: SentenceTransformer,
+    *,
+    temperature: float = 0.05,
+    micro_batch_tokens: int | None = None,
+    words: WordDecoder | None = None,
+    words_weight: float = 1.0,
 ) -> CachedMultipleNegativesRankingLoss | MultipleNegativesRankingLoss:
     """InfoNCE with in-batch negatives over cosine similarities divided by `temperature`.
 
     Texts of at most `micro_batch_tokens`, padding included, are held in memory at a time through cached gradients
     (GradCache), which encode every text twice; None encodes the whole step once. Loss and gradient are the same.
+    With `words`, `words_weight` times word reconstruction is added: each embedding tells the words of the pair's other
+    text.
     """
     options: dict[str, Any] = {"scale": 1 / temperature, "directions": ("query_to_doc",)}
+    loss: CachedMultipleNegativesRankingLoss | MultipleNegativesRankingLoss
+    cached = CachedMultipleNegativesRankingLoss
     if micro_batch_tokens is None:
-        return MultipleNegativesRankingLoss(model, **options)
-    if reads_packed(model):
-        return CachedMultipleNegativesRankingLoss(model, mini_batch_num_tokens=micro_batch_tokens, **options)
-    # The library's count of tokens leaves padding out, which takes memory too: as many texts as always fit.
-    texts = max(1, micro_batch_tokens // (model.max_seq_length or micro_batch_tokens))
-    return CachedMultipleNegativesRankingLoss(model, mini_batch_size=texts, **options)
+        loss = (MultipleNegativesRankingLoss if words is None else _AndWords)(model, **options)
+    elif reads_packed(model):
+        loss = (cached if words is None else _CachedAndWords)(
+            model, mini_batch_num_tokens=micro_batch_tokens, **options
+        )
+    else:
+        # The library's count of tokens leaves padding out, which takes memory too: as many texts as always fit.
+        texts = max(1, micro_batch_tokens // (model.max_seq_length or micro_batch_tokens))
+        loss = (cached if words is None else _CachedAndWords)(model, mini_batch_size=texts, **options)
+    if isinstance(loss, _Words) and words is not None:
+        loss.words, loss.words_weight = words, words_weight
+    return loss
+
+
+class _Words:
+    """What adds word reconstruction to one of the library's losses."""
+
+    words: WordDecoder
+    words_weight: float
+    texts: list[list[list[int]]]  # of the batch: queries, positives
+
+    def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor) -> Tensor:
+        features = list(sentence_features)
+        self.texts = [token_ids(column) for column in features[:2]]
+        loss: Tensor = super().forward(features, labels)  # type: ignore[misc]
+        return loss
+
+    def told(self, queries: Tensor, documents: Tensor) -> Tensor:
+        """The weighted loss of word reconstruction, both directions alike."""
+        query_texts, document_texts = self.texts
+        from_query = self.words(queries, document_texts, self.words.document_candidates)
+        from_document = self.words(documents, query_texts, self.words.query_candidates)
+        told: Tensor = self.words_weight * (from_query + from_document).mean() / 2
+        return told
+
+
+class _AndWords(_Words, MultipleNegativesRankingLoss):
+    def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
+        loss: Tensor = super().compute_loss_from_embeddings(embeddings, labels)
+        return loss + self.told(*embeddings[:2])
+
+
+class _CachedAndWords(_Words, CachedMultipleNegativesRankingLoss):
+    def calculate_loss(
+        self, reps: list[list[Tensor]], *args: Any, with_backward: bool = False, **options: Any
+    ) -> Tensor:
+        loss: Tensor = super().calculate_loss(reps, *args, with_backward=with_backward, **options)
+        told = self.told(torch.cat(reps[0]), torch.cat(reps[1]))
+        if with_backward:
+            torch.autograd.backward(told)
+        return loss + told.detach() if with_backward else loss + told
 
 
 def contrastive_datasets(name: str, pairs: Dataset, *, negatives: int = 1) -> dict[str, Dataset]:

@@ -172,6 +172,14 @@ def packed_features(features: dict[str, Any]) -> dict[str, Any]:
     return {**others, "input_ids": ids, **_packed_arguments(mask.sum(dim=1).tolist(), mask.device)}
 
 
+def token_ids(features: dict[str, Any]) -> list[list[int]]:
+    """The ids of each text in the features of a batch, padded or packed."""
+    ids: Tensor = features["input_ids"]
+    if "cu_seq_lens_q" in features:
+        return [text.tolist() for text in torch.split(ids[0], features["cu_seq_lens_q"].diff().tolist())]
+    return [row[mask.bool()].tolist() for row, mask in zip(ids, features["attention_mask"], strict=True)]
+
+
 def _packed_arguments(lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
     """What tells the texts of a row apart, under the names that transformers' flash attention takes."""
     starts = torch.tensor([0, *lengths], device=device).cumsum(0, dtype=torch.int32)

@@ -22,7 +22,7 @@ from sentence_transformers.sentence_transformer.training_args import (
     SentenceTransformerTrainingArguments,
 )
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel, PrinterCallback, Trainer, TrainingArguments, set_seed
+from transformers import AutoTokenizer, PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from anchorvec.contrastive import contrastive_datasets, contrastive_loss
 from anchorvec.data import Pairs, weighted
@@ -35,7 +35,7 @@ from anchorvec.packing import packed_features, reads_packed, unpad
 from anchorvec.precision import default_device, resolve_precision
 from anchorvec.progress import OnLog, StageProgress
 from anchorvec.recipe import Recipe, StageOne, StageTwo
-from anchorvec.reconstruction import HEAD_CHUNK_BYTES, PairTokenizer, Reconstruction
+from anchorvec.reconstruction import HEAD_CHUNK_BYTES, PairTokenizer, Reconstruction, TokenPair
 from anchorvec.trainers import ContrastiveTrainer, ReconstructionTrainer
 from anchorvec.words import CANDIDATES, WordDecoder
 
@@ -72,7 +72,12 @@ def train_stage_one(
     _note(recipe, "stage_one", engine)
     collate = pair_tokenizer(stage, tokenizer)
     if stage.target == "words":
-        objective.words = word_decoder(objective.model, dataset, collate, seed=recipe.seed)
+        candidates = _candidates(dataset, collate, recipe.seed)
+        objective.words = WordDecoder(
+            _embeddings(objective.model),
+            [pair.query_targets for pair in candidates],
+            [pair.document_targets for pair in candidates],
+        )
     trainer = ReconstructionTrainer(
         model=objective,
         args=TrainingArguments(**_arguments(recipe, stage, folder)),
@@ -121,6 +126,8 @@ def train_stage_two(
             model,
             temperature=stage.temperature,
             micro_batch_tokens=engine.micro_batch_tokens if engine.cached_gradients else None,
+            words=stage_two_words(model, recipe, datasets) if stage.words else None,
+            words_weight=stage.words,
         ),
         callbacks=[progress],
     )
@@ -140,16 +147,10 @@ def pair_tokenizer(stage: StageOne, tokenizer: Any) -> PairTokenizer:
     )
 
 
-def word_decoder(model: PreTrainedModel, dataset: Dataset, collate: PairTokenizer, *, seed: int) -> WordDecoder:
-    """The decoder of words, with candidates drawn from the data."""
+def _candidates(dataset: Dataset, collate: PairTokenizer, seed: int) -> list[TokenPair]:
+    """The pairs of the data whose words are the candidates of word reconstruction."""
     sample = dataset.shuffle(seed=seed).select(range(min(CANDIDATES, len(dataset))))
-    pairs = collate(list(sample))["pairs"]
-    embeddings: Any = model.get_input_embeddings()
-    return WordDecoder(
-        embeddings.weight,
-        [pair.query_targets for pair in pairs],
-        [pair.document_targets for pair in pairs],
-    )
+    return collate(list(sample))["pairs"]
 
 
 def stage_one_objective(recipe: Recipe, start: Path) -> tuple[Reconstruction, Engine]:
@@ -179,6 +180,29 @@ def stage_one_objective(recipe: Recipe, start: Path) -> tuple[Reconstruction, En
         logits_bytes=4 * min(HEAD_CHUNK_BYTES, 4 * scores),
     )
     return objective, engine
+
+
+def stage_two_words(model: SentenceTransformer, recipe: Recipe, datasets: Mapping[str, Dataset]) -> WordDecoder:
+    """The decoder of words, with candidates drawn from the data sets of Stage II."""
+    prompts = _prompts_by_dataset(recipe, datasets)
+    rows = concatenate_datasets(
+        [
+            part.select_columns(["query", "positive"])
+            .add_column("query_prompt", [prompts[name]["query"]] * len(part))
+            .add_column("document_prompt", [prompts[name]["positive"]] * len(part))
+            for name, part in datasets.items()
+        ]
+    )
+    candidates = _candidates(rows, PairTokenizer(model.tokenizer), recipe.seed)
+    # As they are read, like the texts of a step: prompts and ends are in all texts of a column and weigh nothing.
+    return WordDecoder(
+        _embeddings(model[0].model), [pair.query for pair in candidates], [pair.document for pair in candidates]
+    )
+
+
+def _embeddings(model: Any) -> Tensor:
+    weight: Tensor = model.get_input_embeddings().weight
+    return weight
 
 
 def stage_two_model(recipe: Recipe, start: Path, datasets: Mapping[str, Dataset]) -> tuple[SentenceTransformer, Engine]:

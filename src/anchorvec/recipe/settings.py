@@ -214,6 +214,9 @@ class StageTwo(_Stage):
     """Cosine similarities are divided by it. 0.05 is the paper's."""
     lora: Lora | None = Lora()
     """Train LoRA adapters. null: full fine-tuning."""
+    words: NonNegativeFloat = 0.0
+    """Weight of Stage I's objective with words as its target in the same step, beside the contrastive loss. 0: off, the
+    paper's."""
     negatives: NonNegativeInt = 1
     """Hard negatives used per query, where the data have them."""
     micro_batch_tokens: PositiveInt | None = None
