@@ -11,11 +11,10 @@ from conftest import make_model
 from test_reconstruction import assert_same_gradients, gradients, make_pairs
 
 
-def make_decoder(model, pairs):
+def make_decoder(model, pairs, origin=None):
     """The decoder whose candidates are the texts of `pairs`."""
-    return WordDecoder(
-        model.get_input_embeddings().weight, [p.query_targets for p in pairs], [p.document_targets for p in pairs]
-    )
+    queries, documents = [p.query_targets for p in pairs], [p.document_targets for p in pairs]
+    return WordDecoder(model.get_input_embeddings().weight, queries, documents, origin=origin)
 
 
 def plain_vectors(embeddings, texts, sample):
@@ -37,7 +36,7 @@ def plain_vectors(embeddings, texts, sample):
     return vectors
 
 
-def plain_loss(model, pairs, sample, alpha, tau=0.05):
+def plain_loss(model, pairs, sample, alpha, origin, tau=0.05):
     """The loss of `pairs` with the candidates `sample`."""
     table = model.get_input_embeddings().weight.detach()
 
@@ -49,7 +48,7 @@ def plain_loss(model, pairs, sample, alpha, tau=0.05):
             ids = torch.tensor([getattr(pair, read)])
             e = model(ids, output_hidden_states=True).hidden_states[-1][0, -1]
             others = [c for c in candidates if c @ b < 0.9999]
-            scores = torch.stack([torch.cosine_similarity(e, c, dim=0) / tau for c in [b, *others]])
+            scores = torch.stack([torch.cosine_similarity(e - origin, c, dim=0) / tau for c in [b, *others]])
             total -= scores.log_softmax(0)[0]
         return total / len(pairs)
 
@@ -61,9 +60,10 @@ def test_equals_the_formulas(alpha):
     """Value and gradients, with texts of the step among the candidates and without."""
     model, pairs = make_model(), make_pairs(12)
     sample = pairs[3:]
-    expected = plain_loss(model, pairs[:6], sample, alpha)
+    origin = torch.randn(model.config.hidden_size, dtype=torch.float64)
+    expected = plain_loss(model, pairs[:6], sample, alpha, origin)
     expected_gradients = gradients(model, expected)
-    objective = Reconstruction(model, alpha=alpha, packed=True, words=make_decoder(model, sample))
+    objective = Reconstruction(model, alpha=alpha, packed=True, words=make_decoder(model, sample, origin))
     out = objective(pairs[:6])
     torch.testing.assert_close(out.loss, expected, rtol=1e-9, atol=0)
     assert_same_gradients(gradients(model, out.loss), expected_gradients, tolerance=1e-8)

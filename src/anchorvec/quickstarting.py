@@ -95,7 +95,9 @@ def quickstart(
     say = Console(stderr=True).print
     recipe = load_recipe("quickstart", [f"output={json.dumps(str(output))}", f"seed={seed}", *overrides])
     if not stage_one:
-        recipe = recipe.model_copy(update={"stage_one": None})
+        assert recipe.stage_two is not None
+        alone = recipe.stage_two.model_copy(update={"words": 0.0})
+        recipe = recipe.model_copy(update={"stage_one": None, "stage_two": alone})
     folder = new_run_folder(recipe)
 
     say("reading the docstrings of the installed packages")

@@ -42,6 +42,9 @@ from anchorvec.words import CANDIDATES, WordDecoder
 LENGTH_SAMPLE = 256
 """Rows from which the tokens of a step are estimated."""
 
+ORIGIN_PAIRS = 32
+"""Pairs whose mean embedding before training is the origin of word reconstruction."""
+
 _PROBE_TOKENS = 64
 """Tokens of each part of the texts from which the memory of a token is estimated, if the limit is not lower."""
 
@@ -73,10 +76,14 @@ def train_stage_one(
     collate = pair_tokenizer(stage, tokenizer)
     if stage.target == "words":
         candidates = _candidates(dataset, collate, recipe.seed)
+        read = [text for pair in candidates[:ORIGIN_PAIRS] for text in pair.read()]
+        with torch.no_grad():
+            origin = torch.cat([objective.encode([text]) for text in read]).mean(dim=0)
         objective.words = WordDecoder(
             _embeddings(objective.model),
             [pair.query_targets for pair in candidates],
             [pair.document_targets for pair in candidates],
+            origin=origin,
         )
     trainer = ReconstructionTrainer(
         model=objective,
@@ -194,9 +201,15 @@ def stage_two_words(model: SentenceTransformer, recipe: Recipe, datasets: Mappin
         ]
     )
     candidates = _candidates(rows, PairTokenizer(model.tokenizer), recipe.seed)
+    some = rows.shuffle(seed=recipe.seed).select(range(min(ORIGIN_PAIRS, len(rows))))
+    columns = (("query_prompt", "query"), ("document_prompt", "positive"))
+    texts = [row[prompt] + row[text] for row in some for prompt, text in columns]
     # As they are read, like the texts of a step: prompts and ends are in all texts of a column and weigh nothing.
     return WordDecoder(
-        _embeddings(model[0].model), [pair.query for pair in candidates], [pair.document for pair in candidates]
+        _embeddings(model[0].model),
+        [pair.query for pair in candidates],
+        [pair.document for pair in candidates],
+        origin=model.encode(texts, batch_size=8, convert_to_tensor=True, show_progress_bar=False).mean(dim=0),
     )
 
 

@@ -6,12 +6,12 @@ words that all texts share. The words of a text T are one vector: the sum of the
 rare they are and whitened, at length 1.
 
     b(T)    = normalized( C^(-1/2) * sum over distinct words w of T of log(N / n_w) * (E_w - mean) )
-    p(T|e)  = exp(cos(e, b(T)) / tau) / sum over candidates T' of exp(cos(e, b(T')) / tau)
+    p(T|e)  = exp(cos(e - e_0, b(T)) / tau) / sum over candidates T' of exp(cos(e - e_0, b(T')) / tau)
 
 N is the number of pairs in a sample, n_w how many of them have the word (in the column where it is more frequent); E
 are the model's own token embeddings, mean and C their mean and covariance by frequency. The candidates are the right
 text and those of the sample, the same at every step. They are not encoded, so thousands of them cost next to nothing,
-and no pair depends on another pair of its step.
+and no pair depends on another pair of its step. e_0 is the mean embedding before training, which tells no text.
 """
 
 from collections.abc import Sequence
@@ -34,10 +34,11 @@ class WordDecoder(nn.Module):
     """-log p(T | e) as above, from a model's token embeddings (vocabulary, dim) and the texts of a sample of pairs.
 
     `queries` and `documents`: the token ids of the sample's texts, without prompts and ends. The token embeddings are
-    copied if they are trained: the candidates stay what they are.
+    copied if they are trained: the candidates stay what they are. `origin`: (dim,), e_0; None is 0.
     """
 
     embeddings: Tensor
+    origin: Tensor
     weights: Tensor
     mean: Tensor
     whitening: Tensor
@@ -50,6 +51,7 @@ class WordDecoder(nn.Module):
         queries: Sequence[Sequence[int]],
         documents: Sequence[Sequence[int]],
         *,
+        origin: Tensor | None = None,
         temperature: float = 0.05,
     ) -> None:
         super().__init__()
@@ -64,6 +66,7 @@ class WordDecoder(nn.Module):
         variances, directions = torch.linalg.eigh(covariance.double())
         variances = variances.clamp(min=float(variances[-1]) * _LEAST_VARIANCE)
         self.register_buffer("embeddings", fixed, persistent=False)
+        self.register_buffer("origin", torch.zeros_like(mean) if origin is None else origin.to(mean), persistent=False)
         self.register_buffer("weights", torch.log(len(queries) / torch.maximum(*texts_with).clamp(min=1)), False)
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("whitening", ((directions / variances.sqrt()) @ directions.T).to(mean), persistent=False)
@@ -87,7 +90,7 @@ class WordDecoder(nn.Module):
             return embeddings.new_zeros(0)
         right = self.word_vectors(targets)
         with torch.autocast(embeddings.device.type, enabled=False):
-            e = F.normalize(_at_least_fp32(embeddings), dim=1)
+            e = F.normalize(_at_least_fp32(embeddings) - self.origin, dim=1)
             wrong = (e @ candidates.T).masked_fill(right @ candidates.T > _SAME_WORDS, -torch.inf)
             scores = torch.cat([(e * right).sum(dim=1, keepdim=True), wrong], dim=1) / self.temperature
             return F.cross_entropy(scores, scores.new_zeros(len(scores), dtype=torch.long), reduction="none")
