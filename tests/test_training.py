@@ -19,9 +19,8 @@ from anchorvec.loading import load_model
 from anchorvec.planning import plan
 from anchorvec.recipe import load_recipe
 from anchorvec.reconstruction import Reconstruction
-from anchorvec.stages import stage_two_datasets, stage_two_model, stage_two_words
 from anchorvec.trainers import ReconstructionTrainer
-from anchorvec.training import build_base, load_training_data, stored_prompts, train
+from anchorvec.training import stored_prompts, train
 from anchorvec.words import WordDecoder
 from conftest import make_model
 from test_reconstruction import gradients, make_pairs
@@ -160,26 +159,49 @@ def test_words_are_added_to_the_contrastive_loss(tmp_path):
     queries, documents = (model.tokenizer(column)["input_ids"] for column in texts)
     decoder = WordDecoder(model[0].model.get_input_embeddings().weight, queries, documents)
     e_Q, e_D = (model.encode(column, convert_to_tensor=True) for column in texts)
-    told = sum(decoder(e_Q, documents, decoder.document_candidates)) / 3
-    told += sum(decoder(e_D, queries, decoder.query_candidates)) / 3
+    told = sum(decoder(e_Q, queries, documents, to="document")) / 3
+    told += sum(decoder(e_D, documents, queries, to="query")) / 3
     features = [dict(model.tokenize(column)) for column in texts]
     plain = contrastive_loss(model)([dict(column) for column in features], None)
     both = contrastive_loss(model, words=decoder, words_weight=0.3)(features, None)
     torch.testing.assert_close(both, plain + 0.3 * told / 2)
 
 
-def test_prompts_and_ends_are_no_words(tmp_path):
-    """What stands in all texts of a column, an instruction or an end prompt, weighs nothing; a text's words do."""
-    options = [f"output={tmp_path / 'run'}", "data.train.0.instruction='find: '", "model.end={before: '<', after: '>'}"]
-    recipe = load_recipe("debug", [*options, "stage_two.words=1"])
-    start = build_base(recipe, tmp_path / "base")
-    datasets = stage_two_datasets(recipe, load_training_data(recipe))
-    model, _ = stage_two_model(recipe, start, datasets)
-    decoder = stage_two_words(model, recipe, datasets)
-    around = model.tokenizer("find: ")["input_ids"]
-    assert decoder.weights[around].tolist() == [0] * len(around)
-    assert (decoder.document_candidates.norm(dim=1) > 0.99).float().mean() > 0.9  # the rest: short, with common bytes
-    train(recipe.model_copy(update={"stage_one": None}))
+def test_prompts_and_ends_are_no_words(tmp_path, monkeypatch):
+    """Stage II tells the words of the texts alone, whatever instructions its data sets have."""
+    row = {"query": "what?", "positive": "this"}
+    for name in ("one", "two"):
+        rows = [json.dumps(row | {"query": f"{name} {i}", "positive": f"answer {i} to {name}"}) for i in range(20)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    sources = [
+        {"path": str(tmp_path / "one.jsonl"), "instruction": "find: "},
+        {"path": str(tmp_path / "two.jsonl"), "instruction": "what is ", "document_instruction": "text "},
+    ]
+    options = ["data.train=" + json.dumps(sources), "model.end={before: '<', after: '>'}", "stage_one=null"]
+    options += [*QUICK[1::2], "stage_two.pairs_per_step=4", "stage_two.words_weight=1", "stage_two.log_every=1"]
+    told = []
+    forward = WordDecoder.forward
+
+    def recorded(self, embeddings, read, words, *, to):
+        told.extend(zip(read, words, strict=True))
+        return forward(self, embeddings, read, words, to=to)
+
+    monkeypatch.setattr(WordDecoder, "forward", recorded)
+    run = tmp_path / "run"
+    train(load_recipe("debug", [f"output={run}", *options]))
+    tokenizer = SentenceTransformer(str(run / "base"), device="cpu").tokenizer
+    texts = {tokenizer.decode(ids).split()[0] for pair in told for ids in pair}
+    assert texts == {"one", "two", "answer"}
+    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert all(0 < record["words"] < record["loss"] for record in records)
+
+
+def test_words_need_two_pairs(tmp_path):
+    """Too few pairs to tell apart are refused by name."""
+    (tmp_path / "one.jsonl").write_text(json.dumps({"query": "a", "positive": "b"}))
+    options = [f"data.train=[{{path: {tmp_path / 'one.jsonl'}}}]", "stage_one.pairs_per_step=1", "stage_two=null"]
+    with pytest.raises(AnchorvecError, match=r"data\.train.*give more pairs"):
+        train(load_recipe("debug", [f"output={tmp_path / 'run'}", *QUICK[::2], *options, "stage_one.target=words"]))
 
 
 def test_training_on_packed_and_on_padded_texts_is_the_same(tmp_path):
@@ -188,7 +210,7 @@ def test_training_on_packed_and_on_padded_texts_is_the_same(tmp_path):
     for attention in ("auto", "sdpa"):
         output = tmp_path / attention
         options = [f"model.attention={attention}", "stage_one.log_every=1", "stage_two.log_every=1"]
-        options.append("stage_two.words=0.5")
+        options.append("stage_two.words_weight=0.5")
         train(load_recipe("debug", [f"output={output}", *QUICK, *options]))
         records = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
         losses[attention] = [record["loss"] for record in records]

@@ -43,11 +43,14 @@ def plain_loss(model, pairs, sample, alpha, origin, tau=0.05):
     def direction(read, told):
         total = 0
         right = plain_vectors(table, [getattr(p, told) for p in pairs], sample)
+        own = plain_vectors(table, [getattr(p, f"{read}_targets") for p in pairs], sample)
         candidates = plain_vectors(table, [getattr(p, told) for p in sample], sample)
-        for pair, b in zip(pairs, right, strict=True):
+        partners = plain_vectors(table, [getattr(p, f"{read}_targets") for p in sample], sample)
+        for pair, a, b in zip(pairs, own, right, strict=True):
             ids = torch.tensor([getattr(pair, read)])
             e = model(ids, output_hidden_states=True).hidden_states[-1][0, -1]
-            others = [c for c in candidates if c @ b < 0.9999]
+            same = [b @ c > 0.9999 or a @ other > 0.9999 for c, other in zip(candidates, partners, strict=True)]
+            others = [c for c, left_out in zip(candidates, same, strict=True) if not left_out]
             scores = torch.stack([torch.cosine_similarity(e - origin, c, dim=0) / tau for c in [b, *others]])
             total -= scores.log_softmax(0)[0]
         return total / len(pairs)
@@ -86,29 +89,49 @@ def test_any_cut_gives_the_same_gradient(budget):
 
 
 def test_a_word_of_all_texts_weighs_nothing():
-    """A text of such words has no vector, and its loss is that of a guess."""
+    """A text of such words has no vector: it has no loss, and is no candidate."""
     model = make_model()
-    queries, documents = [[9, 10], [9, 11], [9, 12, 12]], [[9, 13], [9, 14], [9, 15]]
+    queries, documents = [[9, 10], [9, 11], [9, 12, 12], [9]], [[9, 13], [9, 14], [9, 15], [9, 16]]
     decoder = WordDecoder(model.get_input_embeddings().weight, queries, documents)
     assert decoder.weights[9] == 0
-    assert decoder.weights[12].item() == pytest.approx(math.log(3))
+    assert decoder.weights[12].item() == pytest.approx(math.log(4))
     vectors = decoder.word_vectors([[9], [9, 10], [10], []])
     assert vectors.norm(dim=1).tolist() == pytest.approx([0, 1, 1, 0])
     torch.testing.assert_close(vectors[1], vectors[2])
-    e = torch.ones(1, vectors.shape[1], dtype=torch.float64)
-    assert decoder(e, [[9]], torch.zeros(4, vectors.shape[1], dtype=torch.float64)).item() == pytest.approx(math.log(5))
+    e = torch.randn(2, vectors.shape[1], dtype=torch.float64)
+    assert decoder(e, [[13], [13]], [[9], []], to="query").tolist() == [0, 0]
+    scores = torch.cosine_similarity(e[:1], decoder.query_candidates[:3]) / 0.05
+    torch.testing.assert_close(decoder(e[:1], [[13]], [[10]], to="query")[0], -scores.log_softmax(0)[0])
 
 
-def test_a_candidate_with_the_right_words_is_none():
-    """The right text in the sample, or another with the same words, does not compete with itself."""
+def test_what_is_also_right_is_no_candidate():
+    """A candidate with the same words, or the partner of a text with the words that were read (T16)."""
     model = make_model()
-    queries = [[10, 11], [11, 10], [12, 13], [14, 15]]
-    decoder = WordDecoder(model.get_input_embeddings().weight, queries, [[20], [21], [22], [23]])
+    queries, documents = [[10, 11], [11, 10], [12, 13], [14, 15]], [[20], [21], [22], [23]]
+    decoder = WordDecoder(model.get_input_embeddings().weight, queries, documents)
     e = decoder.word_vectors([[10, 11]])
-    others = decoder.word_vectors([[12, 13], [14, 15]])
-    scores = torch.cat([torch.ones(1, dtype=e.dtype), (e @ others.T)[0]]) / 0.05
-    expected = -scores.log_softmax(0)[0]
-    torch.testing.assert_close(decoder(e, [[10, 11]], decoder.query_candidates)[0], expected)
+    scores = (e @ decoder.word_vectors([[10, 11], [12, 13], [14, 15]]).T)[0] / 0.05
+    torch.testing.assert_close(decoder(e, [[20]], [[10, 11]], to="query")[0], -scores.log_softmax(0)[0])
+    scores = (e @ decoder.word_vectors([[20], [22], [23]]).T)[0] / 0.05  # [21] answers the same query
+    torch.testing.assert_close(decoder(e, [[10, 11]], [[20]], to="document")[0], -scores.log_softmax(0)[0])
+
+
+@pytest.mark.parametrize(("queries", "documents"), [([[1]], [[2]]), ([[1], [2]], [[3]]), ([[1], [1]], [[1], [1]])])
+def test_a_sample_without_two_texts_is_refused(queries, documents):
+    """One pair, columns of different length, or one word."""
+    with pytest.raises(ValueError, match="sample"):
+        WordDecoder(make_model().get_input_embeddings().weight, queries, documents)
+
+
+def test_words_under_autocast():
+    """In bf16 the embeddings are rounded; the words' vectors and the loss are fp32."""
+    model, pairs = make_model().float(), make_pairs(8)
+    objective = Reconstruction(model, packed=True, words=make_decoder(model, pairs))
+    expected = objective(pairs).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        found = objective(pairs).loss
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=5e-2, atol=0)
 
 
 def test_training_does_not_move_the_candidates():

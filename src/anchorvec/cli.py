@@ -43,7 +43,9 @@ def quickstart(
     output: Annotated[Path, typer.Option(help="Folder of the run; must be new.")],
     minutes: Annotated[float, typer.Option(help="Wall time for everything, scoring included.")] = 20,
     seed: Annotated[int, typer.Option(help="Decides everything that is random.")] = 0,
-    stage_one: Annotated[bool, typer.Option("--stage-one/--no-stage-one", help="Train Stage I.")] = True,
+    stage_one: Annotated[
+        bool, typer.Option("--stage-one/--no-stage-one", help="Reconstruct, in Stage I and beside Stage II.")
+    ] = True,
     json_file: JsonFile = None,
 ) -> None:
     """The whole job on this machine: train, score before and after, export, and a search prompt to try it."""

@@ -30,29 +30,30 @@ def contrastive_loss(
     micro_batch_tokens: int | None = None,
     words: WordDecoder | None = None,
     words_weight: float = 1.0,
+    content: Callable[[list[int]], list[int]] = lambda ids: ids,
 ) -> CachedMultipleNegativesRankingLoss | MultipleNegativesRankingLoss:
     """InfoNCE with in-batch negatives over cosine similarities divided by `temperature`.
 
     Texts of at most `micro_batch_tokens`, padding included, are held in memory at a time through cached gradients
     (GradCache), which encode every text twice; None encodes the whole step once. Loss and gradient are the same.
     With `words`, `words_weight` times word reconstruction is added: each embedding tells the words of the pair's other
-    text.
+    text. `content` takes the ids of a text as it is read, and leaves out its prompt and its end.
     """
     options: dict[str, Any] = {"scale": 1 / temperature, "directions": ("query_to_doc",)}
     loss: CachedMultipleNegativesRankingLoss | MultipleNegativesRankingLoss
-    cached = CachedMultipleNegativesRankingLoss
+    plain, cached = MultipleNegativesRankingLoss, CachedMultipleNegativesRankingLoss
+    if words is not None:
+        plain, cached = _AndWords, _CachedAndWords
     if micro_batch_tokens is None:
-        loss = (MultipleNegativesRankingLoss if words is None else _AndWords)(model, **options)
+        loss = plain(model, **options)
     elif reads_packed(model):
-        loss = (cached if words is None else _CachedAndWords)(
-            model, mini_batch_num_tokens=micro_batch_tokens, **options
-        )
+        loss = cached(model, mini_batch_num_tokens=micro_batch_tokens, **options)
     else:
         # The library's count of tokens leaves padding out, which takes memory too: as many texts as always fit.
         texts = max(1, micro_batch_tokens // (model.max_seq_length or micro_batch_tokens))
-        loss = (cached if words is None else _CachedAndWords)(model, mini_batch_size=texts, **options)
+        loss = cached(model, mini_batch_size=texts, **options)
     if isinstance(loss, _Words) and words is not None:
-        loss.words, loss.words_weight = words, words_weight
+        loss.words, loss.words_weight, loss.content, loss.word_losses = words, words_weight, content, []
     return loss
 
 
@@ -61,27 +62,31 @@ class _Words:
 
     words: WordDecoder
     words_weight: float
+    content: Callable[[list[int]], list[int]]
+    word_losses: list[float]
+    """Of each step, without the weight."""
     texts: list[list[list[int]]]  # of the batch: queries, positives
 
     def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor) -> Tensor:
         features = list(sentence_features)
-        self.texts = [token_ids(column) for column in features[:2]]
+        self.texts = [[self.content(text) for text in token_ids(column)] for column in features[:2]]
         loss: Tensor = super().forward(features, labels)  # type: ignore[misc]
         return loss
 
-    def told(self, queries: Tensor, documents: Tensor) -> Tensor:
-        """The weighted loss of word reconstruction, both directions alike."""
-        query_texts, document_texts = self.texts
-        from_query = self.words(queries, document_texts, self.words.document_candidates)
-        from_document = self.words(documents, query_texts, self.words.query_candidates)
-        told: Tensor = self.words_weight * (from_query + from_document).mean() / 2
-        return told
+    def weighted_word_loss(self, from_queries: Tensor, from_documents: Tensor) -> Tensor:
+        """The weighted loss of word reconstruction from the embeddings of the batch, both directions alike."""
+        queries, documents = self.texts
+        to_document = self.words(from_queries, queries, documents, to="document")
+        to_query = self.words(from_documents, documents, queries, to="query")
+        loss: Tensor = (to_document + to_query).mean() / 2
+        self.word_losses.append(float(loss.detach()))
+        return self.words_weight * loss
 
 
 class _AndWords(_Words, MultipleNegativesRankingLoss):
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
         loss: Tensor = super().compute_loss_from_embeddings(embeddings, labels)
-        return loss + self.told(*embeddings[:2])
+        return loss + self.weighted_word_loss(*embeddings[:2])
 
 
 class _CachedAndWords(_Words, CachedMultipleNegativesRankingLoss):
@@ -89,7 +94,7 @@ class _CachedAndWords(_Words, CachedMultipleNegativesRankingLoss):
         self, reps: list[list[Tensor]], *args: Any, with_backward: bool = False, **options: Any
     ) -> Tensor:
         loss: Tensor = super().calculate_loss(reps, *args, with_backward=with_backward, **options)
-        told = self.told(torch.cat(reps[0]), torch.cat(reps[1]))
+        told = self.weighted_word_loss(torch.cat(reps[0]), torch.cat(reps[1]))
         if with_backward:
             torch.autograd.backward(told)
         return loss + told.detach() if with_backward else loss + told

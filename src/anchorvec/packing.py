@@ -4,9 +4,10 @@ A decoder's layers treat tokens alike except in attention. So the tokens of many
 with positions of its own, and attention runs text by text: with flash-attention where it is installed, else with an
 attention of our own that is registered with transformers and takes the same arguments. transformers builds no mask
 for such a one, and its other ways to tell packed texts apart are not relied upon (T20). Called without the lengths of
-packed texts both are ordinary attention, so that a model set to one can still be used in every other way.
+packed texts ours is ordinary attention, so that a model set to it can still be used in every other way.
 """
 
+import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -114,7 +115,9 @@ def _reads_packed_as_alone(model: PreTrainedModel, attention: str) -> bool:
             return False
         packed = states_and_gradient(packed=True)
         return bool(((packed - alone).norm(dim=1) <= tolerance * alone.norm(dim=1)).all())
-    except (ImportError, NotImplementedError, TypeError, ValueError):  # windows, no kernel, or called otherwise
+    except torch.OutOfMemoryError:
+        raise
+    except (ImportError, RuntimeError, TypeError, ValueError):  # windows, no kernel, or called otherwise
         return False
     finally:
         model.train(training)
@@ -174,10 +177,11 @@ def packed_features(features: dict[str, Any]) -> dict[str, Any]:
 
 def token_ids(features: dict[str, Any]) -> list[list[int]]:
     """The ids of each text in the features of a batch, padded or packed."""
-    ids: Tensor = features["input_ids"]
+    ids = features["input_ids"].tolist()
     if "cu_seq_lens_q" in features:
-        return [text.tolist() for text in torch.split(ids[0], features["cu_seq_lens_q"].diff().tolist())]
-    return [row[mask.bool()].tolist() for row, mask in zip(ids, features["attention_mask"], strict=True)]
+        return [ids[0][start:end] for start, end in itertools.pairwise(features["cu_seq_lens_q"].tolist())]
+    masks = features["attention_mask"].tolist()
+    return [list(itertools.compress(row, mask)) for row, mask in zip(ids, masks, strict=True)]
 
 
 def _packed_arguments(lengths: Sequence[int], device: torch.device) -> dict[str, Any]:

@@ -94,15 +94,15 @@ def plan(recipe: Recipe | str | Path) -> Plan:
         tokenizer = AutoTokenizer.from_pretrained(base)
         engine = {}
         if recipe.stage_two:
-            engine["stage_two"] = stage_two_model(recipe, base, stage_two_datasets(recipe, pairs))[1]
+            engine["stage_two"] = stage_two_model(recipe, base, stage_two_datasets(recipe, pairs), rows)[1]
+        tokenize = pair_tokenizer(recipe.stage_one or StageOne(), tokenizer)
         if recipe.stage_one:
-            objective, engine["stage_one"] = stage_one_objective(recipe, base)
+            objective, engine["stage_one"] = stage_one_objective(recipe, base, rows, tokenize)
             model = objective.model
         else:
             model = load_causal_lm(base)
         base_bytes = sum(path.stat().st_size for path in base.rglob("*") if path.is_file())
     stage_one = recipe.stage_one
-    tokenize = pair_tokenizer(stage_one or StageOne(), tokenizer)
     sample = rows.shuffle(seed=recipe.seed).select(range(min(64, len(rows))))
     batch = tokenize(list(sample))["pairs"]
     read = sum(len(pair.query) + len(pair.document) for pair in batch) / len(batch)
@@ -113,7 +113,7 @@ def plan(recipe: Recipe | str | Path) -> Plan:
     body = sum(p.numel() for p in model.base_model.parameters())
     trained, tokens, disk = {}, {}, {"base": base_bytes}
     if stage_one:
-        trained["stage_one"] = parameters
+        trained["stage_one"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
         tokens["stage_one"] = round(per_pair * stage_one.pairs_per_step * stage_one.steps)
         disk["stage_one"] = 4 * parameters
     if recipe.stage_two:

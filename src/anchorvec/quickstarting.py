@@ -87,7 +87,8 @@ def quickstart(
     BM25 and the model before training and after each stage are scored on docstrings of packages that no training
     pair comes from: 500 queries over 1,200 documents, a fifth of that if `minutes` is below 10. The steps of both
     stages are planned from the speed measured here and saved in the run's recipe. `overrides` replace values of that
-    recipe; the time counts from `started`, a `time.time()` (default: now). Raises AnchorvecError if `output` is in
+    recipe. Without `stage_one` nothing is reconstructed, in Stage II neither. The time counts from `started`, a
+    `time.time()` (default: now). Raises AnchorvecError if `output` is in
     use, or if `minutes` are too few for one step of each stage.
     """
     began = time.monotonic() - (time.time() - started if started else 0)
@@ -95,9 +96,10 @@ def quickstart(
     say = Console(stderr=True).print
     recipe = load_recipe("quickstart", [f"output={json.dumps(str(output))}", f"seed={seed}", *overrides])
     if not stage_one:
-        assert recipe.stage_two is not None
-        alone = recipe.stage_two.model_copy(update={"words": 0.0})
-        recipe = recipe.model_copy(update={"stage_one": None, "stage_two": alone})
+        if recipe.stage_two is None:
+            raise AnchorvecError("both stages are off, so there is nothing to train; leave one on")
+        contrastive_alone = recipe.stage_two.model_copy(update={"words_weight": 0.0})
+        recipe = recipe.model_copy(update={"stage_one": None, "stage_two": contrastive_alone})
     folder = new_run_folder(recipe)
 
     say("reading the docstrings of the installed packages")

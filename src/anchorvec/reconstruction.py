@@ -60,7 +60,7 @@ class TokenPair:
 
 @dataclass(frozen=True)
 class ReconstructionOutput:
-    """The loss of a micro-batch, and its two parts as sums over target tokens (detached).
+    """The loss of a micro-batch, and its two parts as sums over targets (detached): tokens, or texts with words.
 
     `exchanged_*` are the same sums with the embeddings of other pairs, or None.
     """
@@ -120,17 +120,15 @@ class Reconstruction(nn.Module):
         """
         own = self.targets(pairs)
         N_D, N_Q = max(1, document_targets or own[0]), max(1, query_targets or own[1])
-        # Both directions go through the decoder together; one of weight 0 stays out.
-        targets = _by_direction([pair.written(self.alpha) for pair in pairs])
         embeddings = self.encode(_by_direction([pair.read(self.alpha) for pair in pairs]))
-        query_to_document, document_to_query = self._losses(embeddings, targets, len(pairs))
+        query_to_document, document_to_query = self._losses(embeddings, pairs)
         loss = self.alpha * query_to_document / N_D + (1 - self.alpha) * document_to_query / N_Q
         output = ReconstructionOutput(loss, query_to_document.detach(), document_to_query.detach())
         if exchange is None:
             return output
         with torch.no_grad():
             others = self.encode(_by_direction([pair.read(self.alpha) for pair in exchange]))
-            exchanged = self._losses(others, targets, len(pairs))
+            exchanged = self._losses(others, pairs)
         return replace(output, exchanged_query_to_document=exchanged[0], exchanged_document_to_query=exchanged[1])
 
     def encode(self, texts: Sequence[Sequence[int]]) -> Tensor:
@@ -161,16 +159,18 @@ class Reconstruction(nn.Module):
         sums = torch.stack([part.sum() for part in torch.split(losses, lengths)])
         return totals.to(sums.dtype).index_add(0, index, sums)
 
-    def _losses(self, embeddings: Tensor, targets: Sequence[Sequence[int]], pairs: int) -> tuple[Tensor, Tensor]:
+    def _losses(self, embeddings: Tensor, pairs: Sequence[TokenPair]) -> tuple[Tensor, Tensor]:
         """The sums of query-to-document and document-to-query; 0 for the one that is off."""
-        split = pairs if self.alpha > 0 else 0
+        split = len(pairs) if self.alpha > 0 else 0
         if self.words is None:
-            losses = self.decode(embeddings, targets)
+            # Both directions go through the decoder together; one of weight 0 stays out.
+            losses = self.decode(embeddings, _by_direction([pair.written(self.alpha) for pair in pairs]))
             return losses[:split].sum(), losses[split:].sum()
-        return (
-            self.words(embeddings[:split], targets[:split], self.words.document_candidates).sum(),
-            self.words(embeddings[split:], targets[split:], self.words.query_candidates).sum(),
-        )
+        queries, documents = [p.query_targets for p in pairs], [p.document_targets for p in pairs]
+        other = len(embeddings) - split  # all pairs, or none
+        to_document = self.words(embeddings[:split], queries[:split], documents[:split], to="document")
+        to_query = self.words(embeddings[split:], documents[:other], queries[:other], to="query")
+        return to_document.sum(), to_query.sum()
 
     def _embed(self, ids: Sequence[int]) -> Tensor:
         words: Tensor = self.model.get_input_embeddings()(torch.tensor(ids, device=self.model.device))

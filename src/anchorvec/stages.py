@@ -6,7 +6,7 @@ import math
 import os
 import statistics
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from transformers import AutoTokenizer, PrinterCallback, Trainer, TrainingArgume
 
 from anchorvec.contrastive import contrastive_datasets, contrastive_loss
 from anchorvec.data import Pairs, weighted
-from anchorvec.embedder import attention_options, load_causal_lm, save_causal_lm, save_tokenizer
+from anchorvec.embedder import attention_options, load_causal_lm, save_causal_lm, save_tokenizer, template_ids
 from anchorvec.engine import Engine, choose_engine, packs_texts
 from anchorvec.errors import AnchorvecError
 from anchorvec.files import new_folder, write_json
@@ -35,7 +35,7 @@ from anchorvec.packing import packed_features, reads_packed, unpad
 from anchorvec.precision import default_device, resolve_precision
 from anchorvec.progress import OnLog, StageProgress
 from anchorvec.recipe import Recipe, StageOne, StageTwo
-from anchorvec.reconstruction import HEAD_CHUNK_BYTES, PairTokenizer, Reconstruction, TokenPair
+from anchorvec.reconstruction import HEAD_CHUNK_BYTES, PairTokenizer, Reconstruction
 from anchorvec.trainers import ContrastiveTrainer, ReconstructionTrainer
 from anchorvec.words import CANDIDATES, WordDecoder
 
@@ -71,20 +71,9 @@ def train_stage_one(
     dataset = reconstruction_dataset(recipe, pairs)
     _check_rows(recipe, "stage_one", {"the data": dataset})
     progress = _progress(recipe, "stage_one", deadline, on_log)
-    objective, engine = stage_one_objective(recipe, start)
-    _note(recipe, "stage_one", engine)
     collate = pair_tokenizer(stage, tokenizer)
-    if stage.target == "words":
-        candidates = _candidates(dataset, collate, recipe.seed)
-        read = [text for pair in candidates[:ORIGIN_PAIRS] for text in pair.read()]
-        with torch.no_grad():
-            origin = torch.cat([objective.encode([text]) for text in read]).mean(dim=0)
-        objective.words = WordDecoder(
-            _embeddings(objective.model),
-            [pair.query_targets for pair in candidates],
-            [pair.document_targets for pair in candidates],
-            origin=origin,
-        )
+    objective, engine = stage_one_objective(recipe, start, dataset, collate)
+    _note(recipe, "stage_one", engine)
     trainer = ReconstructionTrainer(
         model=objective,
         args=TrainingArguments(**_arguments(recipe, stage, folder)),
@@ -117,7 +106,7 @@ def train_stage_two(
     assert stage is not None
     datasets = stage_two_datasets(recipe, pairs)
     _check_rows(recipe, "stage_two", datasets)
-    model, engine = stage_two_model(recipe, start, datasets)
+    model, engine, words = stage_two_model(recipe, start, datasets, reconstruction_dataset(recipe, pairs))
     _note(recipe, "stage_two", engine)
     progress = _progress(recipe, "stage_two", deadline, on_log)
     trainer = ContrastiveTrainer(
@@ -133,8 +122,12 @@ def train_stage_two(
             model,
             temperature=stage.temperature,
             micro_batch_tokens=engine.micro_batch_tokens if engine.cached_gradients else None,
-            words=stage_two_words(model, recipe, datasets) if stage.words else None,
-            words_weight=stage.words,
+            words=words,
+            words_weight=stage.words_weight,
+            content=_without_prompt_and_end(
+                model.tokenizer,
+                [text for source in recipe.data.train for text in (source.instruction, source.document_instruction)],
+            ),
         ),
         callbacks=[progress],
     )
@@ -154,13 +147,9 @@ def pair_tokenizer(stage: StageOne, tokenizer: Any) -> PairTokenizer:
     )
 
 
-def _candidates(dataset: Dataset, collate: PairTokenizer, seed: int) -> list[TokenPair]:
-    """The pairs of the data whose words are the candidates of word reconstruction."""
-    sample = dataset.shuffle(seed=seed).select(range(min(CANDIDATES, len(dataset))))
-    return collate(list(sample))["pairs"]
-
-
-def stage_one_objective(recipe: Recipe, start: Path) -> tuple[Reconstruction, Engine]:
+def stage_one_objective(
+    recipe: Recipe, start: Path, dataset: Dataset, collate: PairTokenizer
+) -> tuple[Reconstruction, Engine]:
     """The objective of Stage I around the embedder in `start`, set up as the engine says."""
     stage = recipe.stage_one
     assert stage is not None
@@ -170,9 +159,19 @@ def stage_one_objective(recipe: Recipe, start: Path) -> tuple[Reconstruction, En
     objective = Reconstruction(
         model, alpha=stage.alpha, packed=packs_texts(recipe.model.attention, recipe.model.precision)
     )
+    bf16 = resolve_precision(recipe.model.precision) == "bf16"
+    if stage.target == "words":
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+            objective.words = _word_decoder(model, objective.encode, dataset, collate, recipe.seed)
+        head, words = model.get_output_embeddings(), model.get_input_embeddings()
+        if head.weight is not words.weight:
+            head.requires_grad_(False)  # nothing is written
     vocabulary = model.config.get_text_config().vocab_size
     passes = (2 if 0 < stage.alpha < 1 else 1) * (2 if stage.target == "text" else 1)
-    scores = stage.pairs_per_step * (vocabulary * recipe.model.max_tokens if stage.target == "text" else 2 * CANDIDATES)
+    if stage.target == "words":
+        scores = 2 * CANDIDATES * stage.pairs_per_step
+    else:
+        scores = min(HEAD_CHUNK_BYTES // 4, vocabulary * recipe.model.max_tokens * stage.pairs_per_step)
     part = [vocabulary - 1] * min(_PROBE_TOKENS, recipe.model.max_tokens // 3)
     engine = choose_engine(
         model,
@@ -184,42 +183,64 @@ def stage_one_objective(recipe: Recipe, start: Path) -> tuple[Reconstruction, En
         longest=recipe.model.max_tokens,
         least_tokens=passes * recipe.model.max_tokens,
         # logits, their log-softmax and their gradients, in two number formats
-        logits_bytes=4 * min(HEAD_CHUNK_BYTES, 4 * scores),
+        logits_bytes=4 * 4 * scores,
     )
     return objective, engine
 
 
-def stage_two_words(model: SentenceTransformer, recipe: Recipe, datasets: Mapping[str, Dataset]) -> WordDecoder:
-    """The decoder of words, with candidates drawn from the data sets of Stage II."""
-    prompts = _prompts_by_dataset(recipe, datasets)
-    rows = concatenate_datasets(
-        [
-            part.select_columns(["query", "positive"])
-            .add_column("query_prompt", [prompts[name]["query"]] * len(part))
-            .add_column("document_prompt", [prompts[name]["positive"]] * len(part))
-            for name, part in datasets.items()
-        ]
-    )
-    candidates = _candidates(rows, PairTokenizer(model.tokenizer), recipe.seed)
-    some = rows.shuffle(seed=recipe.seed).select(range(min(ORIGIN_PAIRS, len(rows))))
-    columns = (("query_prompt", "query"), ("document_prompt", "positive"))
-    texts = [row[prompt] + row[text] for row in some for prompt, text in columns]
-    # As they are read, like the texts of a step: prompts and ends are in all texts of a column and weigh nothing.
-    return WordDecoder(
-        _embeddings(model[0].model),
-        [pair.query for pair in candidates],
-        [pair.document for pair in candidates],
-        origin=model.encode(texts, batch_size=8, convert_to_tensor=True, show_progress_bar=False).mean(dim=0),
-    )
+def _word_decoder(
+    model: Any,
+    encode: Callable[[list[list[int]]], Tensor],
+    dataset: Dataset,
+    collate: PairTokenizer,
+    seed: int,
+) -> WordDecoder:
+    """The decoder of words, with candidates drawn from the data; `encode` gives the embeddings before training."""
+    sample = dataset.shuffle(seed=seed).select(range(min(CANDIDATES, len(dataset))))
+    pairs = [pair for rows in sample.iter(batch_size=256) for pair in collate(_as_rows(rows))["pairs"]]
+    training = model.training
+    model.eval()  # without dropout
+    with torch.no_grad():
+        texts = [text for pair in pairs[:ORIGIN_PAIRS] for text in pair.read()]
+        origin = torch.stack([encode([text])[0] for text in texts]).mean(dim=0)
+    model.train(training)
+    try:
+        return WordDecoder(
+            model.get_input_embeddings().weight,
+            [pair.query_targets for pair in pairs],
+            [pair.document_targets for pair in pairs],
+            origin=origin,
+        )
+    except ValueError as error:
+        raise AnchorvecError(f"data.train: words can not be told apart, because {error}; give more pairs") from error
 
 
-def _embeddings(model: Any) -> Tensor:
-    weight: Tensor = model.get_input_embeddings().weight
-    return weight
+def _as_rows(columns: Any) -> list[dict[str, str]]:
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
-def stage_two_model(recipe: Recipe, start: Path, datasets: Mapping[str, Dataset]) -> tuple[SentenceTransformer, Engine]:
-    """The embedder in `start` with what Stage II trains in it, set up as the engine says."""
+def _without_prompt_and_end(tokenizer: Any, prompts: Iterable[str]) -> Callable[[list[int]], list[int]]:
+    """The function that leaves of the ids of a text as it is read those of the text alone."""
+    before, after = template_ids(tokenizer)
+    heads = [before + tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in sorted(set(prompts))]
+
+    def shared(ids: list[int], head: list[int]) -> int:
+        return next((i for i, (a, b) in enumerate(zip(ids, head, strict=False)) if a != b), min(len(ids), len(head)))
+
+    def content(ids: list[int]) -> list[int]:
+        body = ids[: len(ids) - len(after)]
+        return body[max(shared(body, head) for head in heads) :]
+
+    return content
+
+
+def stage_two_model(
+    recipe: Recipe, start: Path, datasets: Mapping[str, Dataset], rows: Dataset
+) -> tuple[SentenceTransformer, Engine, WordDecoder | None]:
+    """The embedder in `start` with what Stage II trains in it, set up as the engine says; and the decoder of words.
+
+    `rows`: the same pairs as `datasets`, as Stage I reads them.
+    """
     stage = recipe.stage_two
     assert stage is not None
     release_freed_memory()  # of an earlier stage
@@ -251,6 +272,21 @@ def stage_two_model(recipe: Recipe, start: Path, datasets: Mapping[str, Dataset]
         features = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         return model(packed_features(features) if packed else features)["sentence_embedding"], ids.numel()
 
+    words = None
+    if stage.words_weight:
+        collate = PairTokenizer(model.tokenizer, end_token_target=False)
+
+        def embed(texts: list[list[int]]) -> Tensor:
+            ids = torch.tensor(texts, device=model.device)
+            features = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            embedding: Tensor = model(packed_features(features) if packed else features)["sentence_embedding"]
+            return embedding
+
+        with torch.autocast(
+            model.device.type, torch.bfloat16, enabled=resolve_precision(recipe.model.precision) == "bf16"
+        ):
+            words = _word_decoder(model[0].model, embed, rows, collate, recipe.seed)
+
     prompts = _prompts_by_dataset(recipe, datasets)
     step_tokens = max(_large_step(model, datasets[name], prompts[name], recipe) for name in datasets)
     body: Any = model[0].model
@@ -264,10 +300,11 @@ def stage_two_model(recipe: Recipe, start: Path, datasets: Mapping[str, Dataset]
         longest=recipe.model.max_tokens,
         least_tokens=recipe.model.max_tokens,
         step_tokens=step_tokens,
+        logits_bytes=4 * 4 * 2 * CANDIDATES * stage.pairs_per_step if words else 0,
         # autocast makes a copy of a frozen weight in each forward pass, and there is one for each column
         copies=max(len(part.column_names) for part in datasets.values()) if stage.lora else 1,
     )
-    return model, engine
+    return model, engine, words
 
 
 def _note(recipe: Recipe, stage: str, engine: Engine) -> None:

@@ -153,9 +153,12 @@ class ContrastiveTrainer(SentenceTransformerTrainer):
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the tokens so far to a training record."""
+        """Add the tokens so far to a training record, and the word loss where it is a part of the loss."""
         if "loss" in logs:
             logs = {**logs, "tokens": self.tokens_seen}
+            if word_losses := getattr(self.loss, "word_losses", None):
+                logs["words"] = statistics.mean(word_losses)
+                word_losses.clear()
         super().log(logs, start_time)
 
 

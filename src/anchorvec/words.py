@@ -8,13 +8,16 @@ rare they are and whitened, at length 1.
     b(T)    = normalized( C^(-1/2) * sum over distinct words w of T of log(N / n_w) * (E_w - mean) )
     p(T|e)  = exp(cos(e - e_0, b(T)) / tau) / sum over candidates T' of exp(cos(e - e_0, b(T')) / tau)
 
-N is the number of pairs in a sample, n_w how many of them have the word (in the column where it is more frequent); E
-are the model's own token embeddings, mean and C their mean and covariance by frequency. The candidates are the right
-text and those of the sample, the same at every step. They are not encoded, so thousands of them cost next to nothing,
-and no pair depends on another pair of its step. e_0 is the mean embedding before training, which tells no text.
+N is the number of pairs in a sample, n_w how many of their queries or of their documents have the word, whichever are
+more; E are the model's own token embeddings, mean and C their mean and covariance by frequency (variances below 1e-4 of
+the largest count as that). The candidates are the right text and those of the sample, the same at every step, but for
+texts with the same words, partners of a text with the words that were read (T16), and texts without a vector. They are
+not encoded, so thousands of them cost little, and no pair depends on another pair of its step. e_0 is the mean
+embedding before training, which tells no text.
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +37,8 @@ class WordDecoder(nn.Module):
     """-log p(T | e) as above, from a model's token embeddings (vocabulary, dim) and the texts of a sample of pairs.
 
     `queries` and `documents`: the token ids of the sample's texts, without prompts and ends. The token embeddings are
-    copied if they are trained: the candidates stay what they are. `origin`: (dim,), e_0; None is 0.
+    copied if they are trained: the candidates stay what they are. `origin`: (dim,), e_0; None is 0. Raises ValueError
+    for a sample without two pairs, or without two words.
     """
 
     embeddings: Tensor
@@ -56,14 +60,20 @@ class WordDecoder(nn.Module):
     ) -> None:
         super().__init__()
         self.temperature = temperature
+        if len(queries) != len(documents) or len(queries) < 2:
+            raise ValueError(f"{len(queries)} queries and {len(documents)} documents are no sample of pairs")
         fixed = _at_least_fp32(embeddings.detach())
         fixed = fixed.clone() if embeddings.requires_grad else fixed
         share = _count(fixed, [word for texts in (queries, documents) for text in texts for word in text])
         share /= share.sum()
         texts_with = [_count(fixed, [word for text in texts for word in set(text)]) for texts in (queries, documents)]
-        mean = share @ fixed
-        covariance = (fixed * share[:, None]).T @ fixed - torch.outer(mean, mean)
-        variances, directions = torch.linalg.eigh(covariance.double())
+        used = share.nonzero()[:, 0]  # a vocabulary may be much larger
+        mean = share[used] @ fixed[used]
+        centred = fixed[used] - mean
+        covariance = (centred * share[used, None]).T @ centred
+        variances, directions = torch.linalg.eigh(covariance.cpu().double())
+        if not variances[-1] > 0:
+            raise ValueError("the texts of the sample do not differ")
         variances = variances.clamp(min=float(variances[-1]) * _LEAST_VARIANCE)
         self.register_buffer("embeddings", fixed, persistent=False)
         self.register_buffer("origin", torch.zeros_like(mean) if origin is None else origin.to(mean), persistent=False)
@@ -80,20 +90,38 @@ class WordDecoder(nn.Module):
         ids = torch.tensor([word for text in words for word in text], dtype=torch.long, device=device)
         starts = torch.tensor([0, *map(len, words[:-1])], device=device).cumsum(0)
         weights = self.weights[ids]
-        sums = F.embedding_bag(ids, self.embeddings, starts, mode="sum", per_sample_weights=weights)
-        totals = F.embedding_bag(ids, self.weights[:, None], starts, mode="sum")
-        return F.normalize((sums - totals * self.mean) @ self.whitening, dim=1)
+        with torch.autocast(device.type, enabled=False):
+            sums = F.embedding_bag(ids, self.embeddings, starts, mode="sum", per_sample_weights=weights)
+            totals = F.embedding_bag(ids, self.weights[:, None], starts, mode="sum")
+            return F.normalize((sums - totals * self.mean) @ self.whitening, dim=1)
 
-    def forward(self, embeddings: Tensor, targets: Sequence[Sequence[int]], candidates: Tensor) -> Tensor:
-        """-log p(T | e) for each of `embeddings` (texts, dim) and the token ids of its text: (texts,)."""
-        if not targets:
+    def forward(
+        self,
+        embeddings: Tensor,
+        read: Sequence[Sequence[int]],
+        told: Sequence[Sequence[int]],
+        *,
+        to: Literal["document", "query"],
+    ) -> Tensor:
+        """-log p(T | e) for each of `embeddings` (texts, dim): (texts,).
+
+        `read` and `told`: the token ids of the text that each is the embedding of, and of its partner T, which is a
+        document or a query (`to`). A text without a vector has no loss.
+        """
+        if not told:
             return embeddings.new_zeros(0)
-        right = self.word_vectors(targets)
+        candidates, partners = self.document_candidates, self.query_candidates
+        if to == "query":
+            candidates, partners = partners, candidates
+        right, own = self.word_vectors(told), self.word_vectors(read)
         with torch.autocast(embeddings.device.type, enabled=False):
+            no_candidate = (right @ candidates.T > _SAME_WORDS) | (own @ partners.T > _SAME_WORDS)
+            no_candidate |= ~candidates.any(dim=1)
             e = F.normalize(_at_least_fp32(embeddings) - self.origin, dim=1)
-            wrong = (e @ candidates.T).masked_fill(right @ candidates.T > _SAME_WORDS, -torch.inf)
+            wrong = (e @ candidates.T).masked_fill(no_candidate, -torch.inf)
             scores = torch.cat([(e * right).sum(dim=1, keepdim=True), wrong], dim=1) / self.temperature
-            return F.cross_entropy(scores, scores.new_zeros(len(scores), dtype=torch.long), reduction="none")
+            losses = F.cross_entropy(scores, scores.new_zeros(len(scores), dtype=torch.long), reduction="none")
+            return losses * right.any(dim=1)
 
 
 def _at_least_fp32(tensor: Tensor) -> Tensor:

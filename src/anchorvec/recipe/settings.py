@@ -169,12 +169,13 @@ class StageOne(_Stage):
 
     target: Literal["text", "words"] = "text"
     """What is written: `text`, token by token (the paper's); or `words`, all words of the text at once, to be told
-    among those of thousands of texts. Words need hundreds of pairs, a text very many."""
+    among those of thousands of texts. Words teach from the first steps on, a text only after very many pairs."""
 
     steps: PositiveInt = 2000
     """Optimizer steps. 2000 is the paper's."""
     learning_rate: PositiveFloat = 4e-5
-    """The highest learning rate, reached after the warm-up. All parameters train. 4e-5 is the paper's."""
+    """The highest learning rate, reached after the warm-up. All parameters train (an untied LM head only if texts are
+    written). 4e-5 is the paper's."""
     alpha: float = Field(0.2, ge=0, le=1)
     """Weight of query_to_document in the loss; document_to_query has 1 - alpha. 1 or 0 trains one direction
     alone. 0.2 is the paper's."""
@@ -214,9 +215,9 @@ class StageTwo(_Stage):
     """Cosine similarities are divided by it. 0.05 is the paper's."""
     lora: Lora | None = Lora()
     """Train LoRA adapters. null: full fine-tuning."""
-    words: NonNegativeFloat = 0.0
-    """Weight of Stage I's objective with words as its target in the same step, beside the contrastive loss. 0: off, the
-    paper's."""
+    words_weight: NonNegativeFloat = 0.0
+    """Weight of word reconstruction (Stage I's `target: words`, both directions alike) in the same step, beside the
+    contrastive loss. 0: off, the paper's."""
     negatives: NonNegativeInt = 1
     """Hard negatives used per query, where the data have them."""
     micro_batch_tokens: PositiveInt | None = None
