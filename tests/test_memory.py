@@ -11,7 +11,7 @@ import weakref
 import pytest
 import torch
 from datasets import Dataset
-from transformers import TrainingArguments
+from transformers import AutoTokenizer, TrainingArguments
 
 import anchorvec.memory
 from anchorvec.engine import ENOUGH_TOKENS
@@ -20,7 +20,14 @@ from anchorvec.memory import ADAM_BYTES, free_memory, kept_bytes, tokens_that_fi
 from anchorvec.precision import default_device
 from anchorvec.recipe import load_recipe
 from anchorvec.reconstruction import Reconstruction
-from anchorvec.stages import LENGTH_SAMPLE, stage_one_objective, stage_two_datasets, stage_two_model
+from anchorvec.stages import (
+    LENGTH_SAMPLE,
+    pair_tokenizer,
+    reconstruction_dataset,
+    stage_one_objective,
+    stage_two_datasets,
+    stage_two_model,
+)
 from anchorvec.trainers import ReconstructionTrainer
 from anchorvec.training import build_base, load_training_data
 from conftest import make_model
@@ -121,8 +128,11 @@ def setup(tmp_path):
         base = tmp_path / "base"
         if not base.exists():
             build_base(recipe, base)
-        one, two = stage_one_objective(recipe, base), stage_two_model(recipe, base, stage_two_datasets(recipe, pairs))
-        return one[1], two[1]
+        rows = reconstruction_dataset(recipe, pairs)
+        tokenize = pair_tokenizer(recipe.stage_one, AutoTokenizer.from_pretrained(base))
+        _, one = stage_one_objective(recipe, base, rows, tokenize)
+        _, two, _ = stage_two_model(recipe, base, stage_two_datasets(recipe, pairs), rows)
+        return one, two
 
     return engines
 
@@ -165,8 +175,9 @@ def test_a_padded_step_is_as_wide_as_the_longest_text(tmp_path, longest, cached)
         ],
     )
     base = build_base(recipe, tmp_path / "base")
-    datasets = stage_two_datasets(recipe, load_training_data(recipe))
-    assert stage_two_model(recipe, base, datasets)[1].cached_gradients == cached
+    pairs = load_training_data(recipe)
+    datasets, rows = stage_two_datasets(recipe, pairs), reconstruction_dataset(recipe, pairs)
+    assert stage_two_model(recipe, base, datasets, rows)[1].cached_gradients == cached
 
 
 def test_checkpointing_only_where_it_is_needed_or_asked_for(setup, monkeypatch):
