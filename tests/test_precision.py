@@ -1,5 +1,6 @@
 """The number format: chosen once, fp32 where weights are kept."""
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -16,11 +17,12 @@ def test_a_named_precision_is_taken_and_auto_is_stable():
     assert resolve_precision("auto") == resolve_precision("auto")
 
 
-def test_bf16_training_keeps_fp32_weights(tmp_path):
+@pytest.mark.parametrize("words", [[], ["stage_one.target=words", "stage_two.words_weight=1"]], ids=["text", "words"])
+def test_bf16_training_keeps_fp32_weights(tmp_path, words):
     """Under bf16 autocast both stages train fp32 master weights, and updates below bf16's resolution survive (T9)."""
     small_steps = ["stage_one.learning_rate=1e-5", "stage_two.learning_rate=1e-5", "model.precision=bf16"]
     few = ["stage_one.steps=3", "stage_one.warmup_steps=0", "stage_two.steps=3", "stage_two.warmup_steps=0"]
-    train(load_recipe("debug", [f"output={tmp_path / 'run'}", *small_steps, *few]))
+    train(load_recipe("debug", [f"output={tmp_path / 'run'}", *small_steps, *few, *words]))
     weights = [
         load_file(tmp_path / "run" / stage / "model.safetensors") for stage in ("base", "stage_one", "stage_two")
     ]

@@ -159,10 +159,8 @@ def stage_one_objective(
     objective = Reconstruction(
         model, alpha=stage.alpha, packed=packs_texts(recipe.model.attention, recipe.model.precision)
     )
-    bf16 = resolve_precision(recipe.model.precision) == "bf16"
     if stage.target == "words":
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-            objective.words = _word_decoder(model, objective.encode, dataset, collate, recipe.seed)
+        objective.words = _word_decoder(recipe, model, objective.encode, dataset, collate)
         head, words = model.get_output_embeddings(), model.get_input_embeddings()
         if head.weight is not words.weight:
             head.requires_grad_(False)  # nothing is written
@@ -189,18 +187,19 @@ def stage_one_objective(
 
 
 def _word_decoder(
+    recipe: Recipe,
     model: Any,
     encode: Callable[[list[list[int]]], Tensor],
     dataset: Dataset,
     collate: PairTokenizer,
-    seed: int,
 ) -> WordDecoder:
     """The decoder of words, with candidates drawn from the data; `encode` gives the embeddings before training."""
-    sample = dataset.shuffle(seed=seed).select(range(min(CANDIDATES, len(dataset))))
+    sample = dataset.shuffle(seed=recipe.seed).select(range(min(CANDIDATES, len(dataset))))
     pairs = [pair for rows in sample.iter(batch_size=256) for pair in collate(_as_rows(rows))["pairs"]]
     training = model.training
     model.eval()  # without dropout
-    with torch.no_grad():
+    bf16 = resolve_precision(recipe.model.precision) == "bf16"
+    with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
         texts = [text for pair in pairs[:ORIGIN_PAIRS] for text in pair.read()]
         origin = torch.stack([encode([text])[0] for text in texts]).mean(dim=0)
     model.train(training)
@@ -282,10 +281,7 @@ def stage_two_model(
             embedding: Tensor = model(packed_features(features) if packed else features)["sentence_embedding"]
             return embedding
 
-        with torch.autocast(
-            model.device.type, torch.bfloat16, enabled=resolve_precision(recipe.model.precision) == "bf16"
-        ):
-            words = _word_decoder(model[0].model, embed, rows, collate, recipe.seed)
+        words = _word_decoder(recipe, model[0].model, embed, rows, collate)
 
     prompts = _prompts_by_dataset(recipe, datasets)
     step_tokens = max(_large_step(model, datasets[name], prompts[name], recipe) for name in datasets)
