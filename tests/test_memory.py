@@ -20,14 +20,8 @@ from anchorvec.memory import ADAM_BYTES, free_memory, kept_bytes, tokens_that_fi
 from anchorvec.precision import default_device
 from anchorvec.recipe import load_recipe
 from anchorvec.reconstruction import Reconstruction
-from anchorvec.stages import (
-    LENGTH_SAMPLE,
-    pair_tokenizer,
-    reconstruction_dataset,
-    stage_one_objective,
-    stage_two_datasets,
-    stage_two_model,
-)
+from anchorvec.stage_data import LENGTH_SAMPLE, reconstruction_dataset, stage_two_datasets
+from anchorvec.stages import pair_tokenizer, stage_one_objective, stage_two_model
 from anchorvec.trainers import ReconstructionTrainer
 from anchorvec.training import build_base, load_training_data
 from conftest import make_model

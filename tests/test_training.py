@@ -10,20 +10,17 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from transformers import TrainingArguments
 
-from anchorvec.contrastive import contrastive_datasets, contrastive_loss
+from anchorvec.contrastive import contrastive_loss
 from anchorvec.decoding import decode
-from anchorvec.embedder import build_embedder
 from anchorvec.errors import AnchorvecError
 from anchorvec.exporting import export
 from anchorvec.loading import load_model
-from anchorvec.planning import plan
 from anchorvec.recipe import load_recipe
 from anchorvec.reconstruction import Reconstruction
 from anchorvec.trainers import ReconstructionTrainer
 from anchorvec.training import stored_prompts, train
-from anchorvec.words import WordDecoder
 from conftest import make_model
-from test_reconstruction import gradients, make_pairs
+from test_reconstruction import make_pairs
 
 QUICK = ["stage_one.steps=3", "stage_two.steps=3", "stage_one.warmup_steps=1", "stage_two.warmup_steps=1"]
 
@@ -78,19 +75,6 @@ def test_a_used_output_folder_is_refused(run):
     assert sorted(path.name for path in run.iterdir()) == before
 
 
-def test_words_in_place_of_texts(tmp_path):
-    """Stage I with words as its target learns, logs both directions with their gaps, and reads half the passes."""
-    words = [*QUICK, "stage_one.steps=12", "stage_one.target=words", "stage_one.log_every=1", "stage_two=null"]
-    train(load_recipe("debug", [f"output={tmp_path / 'run'}", *words]))
-    records = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert records[-1]["loss"] < records[0]["loss"]
-    assert records[-1]["exchange_query_to_document"] > 0
-    texts = plan(load_recipe("debug", QUICK))
-    told = plan(load_recipe("debug", [*QUICK, "stage_one.target=words"]))
-    assert told.tokens["stage_one"] < 0.8 * texts.tokens["stage_one"]
-    assert told.pairs[0].document_written == texts.pairs[0].document_written[:-1]  # the end token is no word
-
-
 @pytest.mark.parametrize("off", ["stage_one", "stage_two"])
 def test_either_stage_can_be_switched_off(off, tmp_path):
     """With one stage null the other runs alone, and its model is exported."""
@@ -131,79 +115,6 @@ def test_the_micro_batch_budget_does_not_change_training(tmp_path):
     torch.testing.assert_close(ends[2], ends[0], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("weight", [None, 0.7])
-def test_the_cached_loss_equals_the_plain_one(tmp_path, weight):
-    """Stage II's loss and gradient do not depend on the tokens of a micro-batch, with words added or not."""
-    model = SentenceTransformer(str(build_embedder("tiny", tmp_path / "base", max_tokens=32)), device="cpu").double()
-    texts = [["one", "two two", "three"], ["a", "bb bb", "ccc"], ["x", "y y", "z"]]
-    losses, found, words = [], [], {}
-    if weight is not None:
-        read = [model.tokenizer(column)["input_ids"] for column in texts]
-        decoder = WordDecoder(model[0].model.get_input_embeddings().weight, *read[:2])
-        words = {"words": decoder, "words_weight": weight}
-    for size in (None, 1, 70):
-        loss = contrastive_loss(model, temperature=0.1, micro_batch_tokens=size, **words)
-        value = loss([dict(model.tokenize(column)) for column in texts], None)
-        losses.append(value)
-        found.append(gradients(model, value))
-    for value, gradient in zip(losses[1:], found[1:], strict=True):
-        torch.testing.assert_close(value, losses[0])
-        for name, expected in found[0].items():
-            torch.testing.assert_close(gradient[name], expected, atol=1e-8, rtol=1e-6)
-
-
-def test_words_are_added_to_the_contrastive_loss(tmp_path):
-    """The weight times the mean, over both directions, of what each embedding says of the other text's words."""
-    model = SentenceTransformer(str(build_embedder("tiny", tmp_path / "base", max_tokens=32)), device="cpu").double()
-    texts = [["one", "two two", "three"], ["a", "bb bb", "ccc"]]
-    queries, documents = (model.tokenizer(column)["input_ids"] for column in texts)
-    decoder = WordDecoder(model[0].model.get_input_embeddings().weight, queries, documents)
-    e_Q, e_D = (model.encode(column, convert_to_tensor=True) for column in texts)
-    told = sum(decoder(e_Q, queries, documents, to="document")) / 3
-    told += sum(decoder(e_D, documents, queries, to="query")) / 3
-    features = [dict(model.tokenize(column)) for column in texts]
-    plain = contrastive_loss(model)([dict(column) for column in features], None)
-    both = contrastive_loss(model, words=decoder, words_weight=0.3)(features, None)
-    torch.testing.assert_close(both, plain + 0.3 * told / 2)
-
-
-def test_prompts_and_ends_are_no_words(tmp_path, monkeypatch):
-    """Stage II tells the words of the texts alone, whatever instructions its data sets have."""
-    row = {"query": "what?", "positive": "this"}
-    for name in ("one", "two"):
-        rows = [json.dumps(row | {"query": f"{name} {i}", "positive": f"answer {i} to {name}"}) for i in range(20)]
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
-    sources = [
-        {"path": str(tmp_path / "one.jsonl"), "instruction": "find: "},
-        {"path": str(tmp_path / "two.jsonl"), "instruction": "what is ", "document_instruction": "text "},
-    ]
-    options = ["data.train=" + json.dumps(sources), "model.end={before: '<', after: '>'}", "stage_one=null"]
-    options += [*QUICK[1::2], "stage_two.pairs_per_step=4", "stage_two.words_weight=1", "stage_two.log_every=1"]
-    told = []
-    forward = WordDecoder.forward
-
-    def recorded(self, embeddings, read, words, *, to):
-        told.extend(zip(read, words, strict=True))
-        return forward(self, embeddings, read, words, to=to)
-
-    monkeypatch.setattr(WordDecoder, "forward", recorded)
-    run = tmp_path / "run"
-    train(load_recipe("debug", [f"output={run}", *options]))
-    tokenizer = SentenceTransformer(str(run / "base"), device="cpu").tokenizer
-    texts = {tokenizer.decode(ids).split()[0] for pair in told for ids in pair}
-    assert texts == {"one", "two", "answer"}
-    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    assert all(0 < record["words"] < record["loss"] for record in records)
-
-
-def test_words_need_two_pairs(tmp_path):
-    """Too few pairs to tell apart are refused by name."""
-    (tmp_path / "one.jsonl").write_text(json.dumps({"query": "a", "positive": "b"}))
-    options = [f"data.train=[{{path: {tmp_path / 'one.jsonl'}}}]", "stage_one.pairs_per_step=1", "stage_two=null"]
-    with pytest.raises(AnchorvecError, match=r"data\.train.*give more pairs"):
-        train(load_recipe("debug", [f"output={tmp_path / 'run'}", *QUICK[::2], *options, "stage_one.target=words"]))
-
-
 def test_training_on_packed_and_on_padded_texts_is_the_same(tmp_path):
     """`attention: auto` packs texts on a CPU and `sdpa` pads them; both stages log the same losses."""
     losses = {}
@@ -231,24 +142,6 @@ def test_a_step_that_fits_goes_without_cached_gradients(tmp_path, monkeypatch, a
     options = ["stage_one=null", f"model.attention={attention}", f"stage_two.micro_batch_tokens={tokens}"]
     train(load_recipe("debug", [f"output={tmp_path / 'run'}", *QUICK[1::2], *options]))
     assert asked == [cached]
-
-
-def test_padded_texts_are_counted_by_the_length_limit(tmp_path):
-    """Where texts are padded, a micro-batch has as many as always fit, one at least."""
-    model = SentenceTransformer(str(build_embedder("tiny", tmp_path / "base", max_tokens=32)), device="cpu")
-    assert contrastive_loss(model, micro_batch_tokens=70).mini_batch_size == 2
-    assert contrastive_loss(model, micro_batch_tokens=1).mini_batch_size == 1
-
-
-def test_rows_with_and_without_negatives_become_two_datasets():
-    """A batch has the same columns in every row, so the data set is split where only some rows have negatives."""
-    rows = Dataset.from_dict({"query": ["q1", "q2"], "positive": ["p1", "p2"], "negatives": [["n1", "n2", "n3"], []]})
-    arranged = contrastive_datasets("set", rows, negatives=2)
-    assert arranged["set"].to_list() == [{"query": "q2", "positive": "p2"}]
-    assert arranged["set+negatives"].to_list() == [
-        {"query": "q1", "positive": "p1", "negative_1": "n1", "negative_2": "n2"}
-    ]
-    assert list(contrastive_datasets("set", rows, negatives=0)) == ["set"]
 
 
 def test_instructions_reach_the_model_as_prompts(tmp_path):
@@ -355,14 +248,6 @@ def test_the_seed_decides_new_lora_weights(tmp_path):
     key = next(key for key in found["a"] if "lora_A" in key)
     assert torch.equal(found["a"][key], found["b"][key])
     assert not torch.equal(found["a"][key], found["c"][key])
-
-
-def test_a_positive_of_the_same_query_is_no_negative():
-    """A text that another row has as positive of the same query is left out of the negatives (T16)."""
-    rows = Dataset.from_dict({"query": ["q", "q"], "positive": ["p1", "p2"], "negatives": [["p2", "n"], ["p1"]]})
-    arranged = contrastive_datasets("set", rows, negatives=1)
-    assert arranged["set+negatives"].to_list() == [{"query": "q", "positive": "p1", "negative_1": "n"}]
-    assert arranged["set"].to_list() == [{"query": "q", "positive": "p2"}]
 
 
 def test_the_card_names_recipe_stages_and_what_the_folder_can_do(run, tmp_path):

@@ -4,7 +4,7 @@ import statistics
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Group
 from rich.syntax import Syntax
@@ -17,13 +17,8 @@ from anchorvec.engine import Engine
 from anchorvec.precision import default_device, resolve_precision
 from anchorvec.recipe import Recipe, StageOne, dump_recipe, load_recipe
 from anchorvec.reconstruction import TokenPair
-from anchorvec.stages import (
-    pair_tokenizer,
-    reconstruction_dataset,
-    stage_one_objective,
-    stage_two_datasets,
-    stage_two_model,
-)
+from anchorvec.stage_data import reconstruction_dataset, stage_two_datasets
+from anchorvec.stages import pair_tokenizer, stage_one_objective, stage_two_model
 from anchorvec.training import build_base, load_training_data
 
 SHOWN_PAIRS = 3
@@ -31,7 +26,7 @@ SHOWN_PAIRS = 3
 
 @dataclass(frozen=True)
 class ShownPair:
-    """The four passes over one pair, as the tokens' texts: what is read, and what is written (every one a target)."""
+    """One pair as the tokens' texts: what is read, and what is written (every one a target) or told at once."""
 
     query_read: list[str]
     document_read: list[str]
@@ -54,6 +49,7 @@ class Plan:
     tokens_per_pair: float
     tokens: dict[str, int]
     engine: dict[str, Engine]
+    target: Literal["text", "words"]
     pairs: list[ShownPair]
 
     def to_dict(self) -> dict[str, Any]:
@@ -77,7 +73,7 @@ class Plan:
             "disk",
             f"{sum(self.disk.values()) / 1e9:.2f} GB: " + ", ".join(f"{k} {v / 1e9:.2f}" for k, v in self.disk.items()),
         )
-        return Group(Syntax(self.recipe, "yaml"), table, *map(_show_pair, self.pairs))
+        return Group(Syntax(self.recipe, "yaml"), table, *(_show_pair(pair, self.target) for pair in self.pairs))
 
 
 def plan(recipe: Recipe | str | Path) -> Plan:
@@ -140,6 +136,7 @@ def plan(recipe: Recipe | str | Path) -> Plan:
         tokens_per_pair=per_pair,
         tokens=tokens,
         engine=dict(sorted(engine.items())),
+        target=stage_one.target if stage_one else "text",
         pairs=[_decoded(pair, tokenizer) for pair in batch[:SHOWN_PAIRS]],
     )
 
@@ -170,15 +167,16 @@ def _show_engine(engine: Engine, stage: str) -> str:
     return ", ".join(ways)
 
 
-def _show_pair(pair: ShownPair) -> Text:
+def _show_pair(pair: ShownPair, target: str) -> Text:
     text = Text()
+    verb = "write" if target == "text" else "tell words of"
     for title, tokens, style in [
-        ("read query      ", pair.query_read, "dim"),
-        ("read document   ", pair.document_read, "dim"),
-        ("write document  ", pair.document_written, "green"),
-        ("write query     ", pair.query_written, "green"),
+        ("read query", pair.query_read, "dim"),
+        ("read document", pair.document_read, "dim"),
+        (f"{verb} document", pair.document_written, "green"),
+        (f"{verb} query", pair.query_written, "green"),
     ]:
-        text.append(f"\n{title}", style="bold")
+        text.append(f"\n{title:{len(verb) + 11}}", style="bold")
         text.append("[e] " if style == "green" else "")
         text.append("|".join(token.replace("\n", "\\n") for token in tokens), style=style)
     text.append("\n(green: targets; [e]: the embedding of the other side)")

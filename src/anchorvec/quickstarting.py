@@ -26,7 +26,8 @@ from anchorvec.precision import resolve_precision
 from anchorvec.progress import STAGE_TITLES
 from anchorvec.recipe import Recipe, StageOne, StageTwo, load_recipe, save_recipe
 from anchorvec.reconstruction import PairTokenizer
-from anchorvec.stages import reconstruction_dataset, train_stage_one, train_stage_two
+from anchorvec.stage_data import reconstruction_dataset
+from anchorvec.stages import train_stage_one, train_stage_two
 from anchorvec.training import build_base, describe_run, new_run_folder
 
 STAGE_ONE_SHARE = 0.1

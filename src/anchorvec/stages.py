@@ -1,19 +1,15 @@
 """The two stages: from an embedder folder to a trained one."""
 
-import heapq
 import json
-import math
 import os
-import statistics
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import pyarrow.compute
 import torch
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 from peft import LoraConfig
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.training_args import (
@@ -24,23 +20,29 @@ from sentence_transformers.sentence_transformer.training_args import (
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PrinterCallback, Trainer, TrainingArguments, set_seed
 
-from anchorvec.contrastive import contrastive_datasets, contrastive_loss
-from anchorvec.data import Pairs, weighted
-from anchorvec.embedder import attention_options, load_causal_lm, save_causal_lm, save_tokenizer, template_ids
+from anchorvec.contrastive import contrastive_loss
+from anchorvec.data import Pairs
+from anchorvec.embedder import attention_options, load_causal_lm, save_causal_lm, save_tokenizer
 from anchorvec.engine import Engine, choose_engine, packs_texts
 from anchorvec.errors import AnchorvecError
 from anchorvec.files import new_folder, write_json
 from anchorvec.memory import free_memory, keep_freed_memory, release_freed_memory
-from anchorvec.packing import packed_features, reads_packed, unpad
+from anchorvec.packing import packed_features, unpad
 from anchorvec.precision import default_device, resolve_precision
 from anchorvec.progress import OnLog, StageProgress
 from anchorvec.recipe import Recipe, StageOne, StageTwo
 from anchorvec.reconstruction import HEAD_CHUNK_BYTES, PairTokenizer, Reconstruction
+from anchorvec.stage_data import (
+    check_instructions,
+    check_rows,
+    large_step,
+    prompts_by_dataset,
+    reconstruction_dataset,
+    stage_two_datasets,
+    without_prompt_and_end,
+)
 from anchorvec.trainers import ContrastiveTrainer, ReconstructionTrainer
 from anchorvec.words import CANDIDATES, WordDecoder
-
-LENGTH_SAMPLE = 256
-"""Rows from which the tokens of a step are estimated."""
 
 ORIGIN_PAIRS = 32
 """Pairs whose mean embedding before training is the origin of word reconstruction."""
@@ -67,9 +69,9 @@ def train_stage_one(
     assert stage is not None
     set_seed(recipe.seed)
     tokenizer = AutoTokenizer.from_pretrained(start)
-    _check_instructions(recipe, tokenizer)
+    check_instructions(recipe, tokenizer)
     dataset = reconstruction_dataset(recipe, pairs)
-    _check_rows(recipe, "stage_one", {"the data": dataset})
+    check_rows(recipe, "stage_one", {"the data": dataset})
     progress = _progress(recipe, "stage_one", deadline, on_log)
     collate = pair_tokenizer(stage, tokenizer)
     objective, engine = stage_one_objective(recipe, start, dataset, collate)
@@ -105,7 +107,7 @@ def train_stage_two(
     stage = recipe.stage_two
     assert stage is not None
     datasets = stage_two_datasets(recipe, pairs)
-    _check_rows(recipe, "stage_two", datasets)
+    check_rows(recipe, "stage_two", datasets)
     model, engine, words = stage_two_model(recipe, start, datasets, reconstruction_dataset(recipe, pairs))
     _note(recipe, "stage_two", engine)
     progress = _progress(recipe, "stage_two", deadline, on_log)
@@ -115,7 +117,7 @@ def train_stage_two(
             **_arguments(recipe, stage, folder),
             batch_sampler=BatchSamplers.NO_DUPLICATES,  # T16
             multi_dataset_batch_sampler=MultiDatasetBatchSamplers.PROPORTIONAL,  # one data set a batch
-            prompts=_prompts_by_dataset(recipe, datasets),
+            prompts=prompts_by_dataset(recipe, datasets),
         ),
         train_dataset=datasets,
         loss=contrastive_loss(
@@ -124,7 +126,7 @@ def train_stage_two(
             micro_batch_tokens=engine.micro_batch_tokens if engine.cached_gradients else None,
             words=words,
             words_weight=stage.words_weight,
-            content=_without_prompt_and_end(
+            content=without_prompt_and_end(
                 model.tokenizer,
                 [text for source in recipe.data.train for text in (source.instruction, source.document_instruction)],
             ),
@@ -218,21 +220,6 @@ def _as_rows(columns: Any) -> list[dict[str, str]]:
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
-def _without_prompt_and_end(tokenizer: Any, prompts: Iterable[str]) -> Callable[[list[int]], list[int]]:
-    """The function that leaves of the ids of a text as it is read those of the text alone."""
-    before, after = template_ids(tokenizer)
-    heads = [before + tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in sorted(set(prompts))]
-
-    def shared(ids: list[int], head: list[int]) -> int:
-        return next((i for i, (a, b) in enumerate(zip(ids, head, strict=False)) if a != b), min(len(ids), len(head)))
-
-    def content(ids: list[int]) -> list[int]:
-        body = ids[: len(ids) - len(after)]
-        return body[max(shared(body, head) for head in heads) :]
-
-    return content
-
-
 def stage_two_model(
     recipe: Recipe, start: Path, datasets: Mapping[str, Dataset], rows: Dataset
 ) -> tuple[SentenceTransformer, Engine, WordDecoder | None]:
@@ -283,8 +270,8 @@ def stage_two_model(
 
         words = _word_decoder(recipe, model[0].model, embed, rows, collate)
 
-    prompts = _prompts_by_dataset(recipe, datasets)
-    step_tokens = max(_large_step(model, datasets[name], prompts[name], recipe) for name in datasets)
+    prompts = prompts_by_dataset(recipe, datasets)
+    step_tokens = max(large_step(model, datasets[name], prompts[name], recipe) for name in datasets)
     body: Any = model[0].model
     engine = choose_engine(
         body,
@@ -315,26 +302,6 @@ def _note(recipe: Recipe, stage: str, engine: Engine) -> None:
             f"model.max_tokens, and {stage}.micro_batch_tokens if it is set",
             stacklevel=2,
         )
-
-
-def stage_two_datasets(recipe: Recipe, pairs: Mapping[str, Pairs]) -> dict[str, Dataset]:
-    """All data sets, weighted, as columns of query, positive and hard negatives."""
-    assert recipe.stage_two is not None
-    datasets: dict[str, Dataset] = {}
-    for source in recipe.data.train:
-        parts = contrastive_datasets(source.name, pairs[source.name].dataset, negatives=recipe.stage_two.negatives)
-        datasets |= {name: weighted(part, source.weight, recipe.seed) for name, part in parts.items()}
-    return datasets
-
-
-def reconstruction_dataset(recipe: Recipe, pairs: Mapping[str, Pairs]) -> Dataset:
-    """All data sets, weighted, as rows of query, positive and the two instructions."""
-    parts = []
-    for source in recipe.data.train:
-        part = weighted(pairs[source.name].dataset, source.weight, recipe.seed).select_columns(["query", "positive"])
-        part = part.add_column("query_prompt", [source.instruction] * len(part))
-        parts.append(part.add_column("document_prompt", [source.document_instruction] * len(part)))
-    return concatenate_datasets(parts)
 
 
 def _arguments(recipe: Recipe, stage: StageOne | StageTwo, folder: Path) -> dict[str, Any]:
@@ -381,69 +348,3 @@ def _run(trainer: Trainer, progress: StageProgress, stage: str) -> None:
             f"{stage}.pairs_per_step: training ended after {done} of {planned} steps, because the data repeat texts "
             "too often for so many different pairs in a step; lower it, or remove repeated texts"
         )
-
-
-def _check_rows(recipe: Recipe, stage: str, datasets: Mapping[str, Dataset]) -> None:
-    """Raise AnchorvecError for a data set that is smaller than one step: it would be skipped without a word."""
-    pairs_per_step = getattr(recipe, stage).pairs_per_step
-    for name, dataset in datasets.items():
-        if len(dataset) < pairs_per_step:
-            raise AnchorvecError(
-                f"{stage}.pairs_per_step: {pairs_per_step} is more than the {len(dataset)} rows of {name}; lower it"
-            )
-
-
-def _check_instructions(recipe: Recipe, tokenizer: Any) -> None:
-    """Raise AnchorvecError for an instruction that leaves no room for a text."""
-    for i, source in enumerate(recipe.data.train):
-        for key in ("instruction", "document_instruction"):
-            tokens = len(tokenizer(getattr(source, key))["input_ids"])
-            if tokens >= recipe.model.max_tokens:
-                raise AnchorvecError(
-                    f"data.train.{i}.{key}: it leaves no room for a text within model.max_tokens = "
-                    f"{recipe.model.max_tokens}; shorten it, or raise the limit"
-                )
-
-
-def _large_step(model: SentenceTransformer, dataset: Dataset, prompts: Mapping[str, str], recipe: Recipe) -> float:
-    """Tokens of a large step of Stage II on the data set: their mean and three standard deviations.
-
-    With padding, what the longest text makes of each column; all documents are padded to one length.
-    """
-    assert recipe.stage_two is not None
-    pairs = recipe.stage_two.pairs_per_step
-
-    def lengths(column: str, texts: Iterable[str]) -> list[int]:
-        return [len(ids) for ids in model.tokenizer([prompts[column] + t for t in texts], truncation=True)["input_ids"]]
-
-    if not reads_packed(model):
-        query, *documents = (max(lengths(column, _longest(dataset, column))) for column in dataset.column_names)
-        return float(pairs * (query + len(documents) * max(documents)))
-    sample = dataset.shuffle(seed=recipe.seed).select(range(min(LENGTH_SAMPLE, len(dataset))))
-    rows = zip(*(lengths(column, sample[column]) for column in sample.column_names), strict=True)
-    tokens = [float(sum(row)) for row in rows]
-    return pairs * statistics.mean(tokens) + 3 * math.sqrt(pairs) * statistics.pstdev(tokens)
-
-
-def _longest(dataset: Dataset, column: str) -> list[str]:
-    """The texts of the most bytes, found without reading the column into memory (T17)."""
-    longest: list[tuple[int, str]] = []
-    for table in dataset.with_format("arrow").iter(batch_size=10_000):
-        sizes = pyarrow.compute.binary_length(table[column])
-        top = pyarrow.compute.sort_indices(sizes, sort_keys=[("", "descending")])[:LENGTH_SAMPLE]
-        found = zip(sizes.take(top).to_pylist(), table[column].take(top).to_pylist(), strict=True)
-        longest = heapq.nlargest(LENGTH_SAMPLE, [*longest, *found])
-    return [text for _, text in longest]
-
-
-def _prompts_by_dataset(recipe: Recipe, datasets: Mapping[str, Dataset]) -> dict[str, dict[str, str]]:
-    """For each data set of Stage II, the instruction of each of its columns."""
-    prompts = {}
-    for source in recipe.data.train:
-        for name in (source.name, f"{source.name}+negatives"):
-            if name in datasets:
-                prompts[name] = {
-                    column: source.instruction if column == "query" else source.document_instruction
-                    for column in datasets[name].column_names
-                }
-    return prompts

@@ -1,0 +1,122 @@
+"""What the stages read: their rows, prompts and lengths, from the data of a recipe."""
+
+import heapq
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import pyarrow.compute
+from datasets import Dataset, concatenate_datasets
+from sentence_transformers import SentenceTransformer
+
+from anchorvec.contrastive import contrastive_datasets
+from anchorvec.data import Pairs, weighted
+from anchorvec.embedder import template_ids
+from anchorvec.errors import AnchorvecError
+from anchorvec.packing import reads_packed
+from anchorvec.recipe import Recipe
+
+LENGTH_SAMPLE = 256
+"""Rows from which the tokens of a step are estimated."""
+
+
+def stage_two_datasets(recipe: Recipe, pairs: Mapping[str, Pairs]) -> dict[str, Dataset]:
+    """All data sets, weighted, as columns of query, positive and hard negatives."""
+    assert recipe.stage_two is not None
+    datasets: dict[str, Dataset] = {}
+    for source in recipe.data.train:
+        parts = contrastive_datasets(source.name, pairs[source.name].dataset, negatives=recipe.stage_two.negatives)
+        datasets |= {name: weighted(part, source.weight, recipe.seed) for name, part in parts.items()}
+    return datasets
+
+
+def reconstruction_dataset(recipe: Recipe, pairs: Mapping[str, Pairs]) -> Dataset:
+    """All data sets, weighted, as rows of query, positive and the two instructions."""
+    parts = []
+    for source in recipe.data.train:
+        part = weighted(pairs[source.name].dataset, source.weight, recipe.seed).select_columns(["query", "positive"])
+        part = part.add_column("query_prompt", [source.instruction] * len(part))
+        parts.append(part.add_column("document_prompt", [source.document_instruction] * len(part)))
+    return concatenate_datasets(parts)
+
+
+def check_rows(recipe: Recipe, stage: str, datasets: Mapping[str, Dataset]) -> None:
+    """Raise AnchorvecError for a data set that is smaller than one step: it would be skipped without a word."""
+    pairs_per_step = getattr(recipe, stage).pairs_per_step
+    for name, dataset in datasets.items():
+        if len(dataset) < pairs_per_step:
+            raise AnchorvecError(
+                f"{stage}.pairs_per_step: {pairs_per_step} is more than the {len(dataset)} rows of {name}; lower it"
+            )
+
+
+def check_instructions(recipe: Recipe, tokenizer: Any) -> None:
+    """Raise AnchorvecError for an instruction that leaves no room for a text."""
+    for i, source in enumerate(recipe.data.train):
+        for key in ("instruction", "document_instruction"):
+            tokens = len(tokenizer(getattr(source, key))["input_ids"])
+            if tokens >= recipe.model.max_tokens:
+                raise AnchorvecError(
+                    f"data.train.{i}.{key}: it leaves no room for a text within model.max_tokens = "
+                    f"{recipe.model.max_tokens}; shorten it, or raise the limit"
+                )
+
+
+def large_step(model: SentenceTransformer, dataset: Dataset, prompts: Mapping[str, str], recipe: Recipe) -> float:
+    """Tokens of a large step of Stage II on the data set: their mean and three standard deviations.
+
+    With padding, what the longest text makes of each column; all documents are padded to one length.
+    """
+    assert recipe.stage_two is not None
+    pairs = recipe.stage_two.pairs_per_step
+
+    def lengths(column: str, texts: Iterable[str]) -> list[int]:
+        return [len(ids) for ids in model.tokenizer([prompts[column] + t for t in texts], truncation=True)["input_ids"]]
+
+    if not reads_packed(model):
+        query, *documents = (max(lengths(column, _longest(dataset, column))) for column in dataset.column_names)
+        return float(pairs * (query + len(documents) * max(documents)))
+    sample = dataset.shuffle(seed=recipe.seed).select(range(min(LENGTH_SAMPLE, len(dataset))))
+    rows = zip(*(lengths(column, sample[column]) for column in sample.column_names), strict=True)
+    tokens = [float(sum(row)) for row in rows]
+    return pairs * statistics.mean(tokens) + 3 * math.sqrt(pairs) * statistics.pstdev(tokens)
+
+
+def _longest(dataset: Dataset, column: str) -> list[str]:
+    """The texts of the most bytes, found without reading the column into memory (T17)."""
+    longest: list[tuple[int, str]] = []
+    for table in dataset.with_format("arrow").iter(batch_size=10_000):
+        sizes = pyarrow.compute.binary_length(table[column])
+        top = pyarrow.compute.sort_indices(sizes, sort_keys=[("", "descending")])[:LENGTH_SAMPLE]
+        found = zip(sizes.take(top).to_pylist(), table[column].take(top).to_pylist(), strict=True)
+        longest = heapq.nlargest(LENGTH_SAMPLE, [*longest, *found])
+    return [text for _, text in longest]
+
+
+def prompts_by_dataset(recipe: Recipe, datasets: Mapping[str, Dataset]) -> dict[str, dict[str, str]]:
+    """For each data set of Stage II, the instruction of each of its columns."""
+    prompts = {}
+    for source in recipe.data.train:
+        for name in (source.name, f"{source.name}+negatives"):
+            if name in datasets:
+                prompts[name] = {
+                    column: source.instruction if column == "query" else source.document_instruction
+                    for column in datasets[name].column_names
+                }
+    return prompts
+
+
+def without_prompt_and_end(tokenizer: Any, prompts: Iterable[str]) -> Callable[[list[int]], list[int]]:
+    """The function that leaves of the ids of a text as it is read those of the text alone."""
+    before, after = template_ids(tokenizer)
+    heads = [before + tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in sorted(set(prompts))]
+
+    def shared(ids: list[int], head: list[int]) -> int:
+        return next((i for i, (a, b) in enumerate(zip(ids, head, strict=False)) if a != b), min(len(ids), len(head)))
+
+    def content(ids: list[int]) -> list[int]:
+        body = ids[: len(ids) - len(after)]
+        return body[max(shared(body, head) for head in heads) :]
+
+    return content

@@ -1,0 +1,73 @@
+"""Stage II's data and its loss, with words added or not."""
+
+import pytest
+import torch
+from datasets import Dataset
+from sentence_transformers import SentenceTransformer
+
+from anchorvec.contrastive import contrastive_datasets, contrastive_loss
+from anchorvec.embedder import build_embedder
+from anchorvec.words import WordDecoder
+from test_reconstruction import gradients
+
+
+@pytest.mark.parametrize("weight", [None, 0.7])
+def test_the_cached_loss_equals_the_plain_one(tmp_path, weight):
+    """Stage II's loss and gradient do not depend on the tokens of a micro-batch, with words added or not."""
+    model = SentenceTransformer(str(build_embedder("tiny", tmp_path / "base", max_tokens=32)), device="cpu").double()
+    texts = [["one", "two two", "three"], ["a", "bb bb", "ccc"], ["x", "y y", "z"]]
+    losses, found, words = [], [], {}
+    if weight is not None:
+        read = [model.tokenizer(column)["input_ids"] for column in texts]
+        decoder = WordDecoder(model[0].model.get_input_embeddings().weight, *read[:2])
+        words = {"words": decoder, "words_weight": weight}
+    for size in (None, 1, 70):
+        loss = contrastive_loss(model, temperature=0.1, micro_batch_tokens=size, **words)
+        value = loss([dict(model.tokenize(column)) for column in texts], None)
+        losses.append(value)
+        found.append(gradients(model, value))
+    for value, gradient in zip(losses[1:], found[1:], strict=True):
+        torch.testing.assert_close(value, losses[0])
+        for name, expected in found[0].items():
+            torch.testing.assert_close(gradient[name], expected, atol=1e-8, rtol=1e-6)
+
+
+def test_words_are_added_to_the_contrastive_loss(tmp_path):
+    """The weight times the mean, over both directions, of what each embedding says of the other text's words."""
+    model = SentenceTransformer(str(build_embedder("tiny", tmp_path / "base", max_tokens=32)), device="cpu").double()
+    texts = [["one", "two two", "three"], ["a", "bb bb", "ccc"]]
+    queries, documents = (model.tokenizer(column)["input_ids"] for column in texts)
+    decoder = WordDecoder(model[0].model.get_input_embeddings().weight, queries, documents)
+    e_Q, e_D = (model.encode(column, convert_to_tensor=True) for column in texts)
+    told = sum(decoder(e_Q, queries, documents, to="document")) / 3
+    told += sum(decoder(e_D, documents, queries, to="query")) / 3
+    features = [dict(model.tokenize(column)) for column in texts]
+    plain = contrastive_loss(model)([dict(column) for column in features], None)
+    both = contrastive_loss(model, words=decoder, words_weight=0.3)(features, None)
+    torch.testing.assert_close(both, plain + 0.3 * told / 2)
+
+
+def test_padded_texts_are_counted_by_the_length_limit(tmp_path):
+    """Where texts are padded, a micro-batch has as many as always fit, one at least."""
+    model = SentenceTransformer(str(build_embedder("tiny", tmp_path / "base", max_tokens=32)), device="cpu")
+    assert contrastive_loss(model, micro_batch_tokens=70).mini_batch_size == 2
+    assert contrastive_loss(model, micro_batch_tokens=1).mini_batch_size == 1
+
+
+def test_rows_with_and_without_negatives_become_two_datasets():
+    """A batch has the same columns in every row, so the data set is split where only some rows have negatives."""
+    rows = Dataset.from_dict({"query": ["q1", "q2"], "positive": ["p1", "p2"], "negatives": [["n1", "n2", "n3"], []]})
+    arranged = contrastive_datasets("set", rows, negatives=2)
+    assert arranged["set"].to_list() == [{"query": "q2", "positive": "p2"}]
+    assert arranged["set+negatives"].to_list() == [
+        {"query": "q1", "positive": "p1", "negative_1": "n1", "negative_2": "n2"}
+    ]
+    assert list(contrastive_datasets("set", rows, negatives=0)) == ["set"]
+
+
+def test_a_positive_of_the_same_query_is_no_negative():
+    """A text that another row has as positive of the same query is left out of the negatives (T16)."""
+    rows = Dataset.from_dict({"query": ["q", "q"], "positive": ["p1", "p2"], "negatives": [["p2", "n"], ["p1"]]})
+    arranged = contrastive_datasets("set", rows, negatives=1)
+    assert arranged["set+negatives"].to_list() == [{"query": "q", "positive": "p1", "negative_1": "n"}]
+    assert arranged["set"].to_list() == [{"query": "q", "positive": "p2"}]

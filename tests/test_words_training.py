@@ -1,0 +1,78 @@
+"""Word reconstruction in both stages, through the trainers."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
+
+from anchorvec.errors import AnchorvecError
+from anchorvec.planning import plan
+from anchorvec.recipe import load_recipe
+from anchorvec.training import train
+from anchorvec.words import WordDecoder
+from conftest import make_model, make_tokenizer
+
+QUICK = ["stage_one.steps=3", "stage_two.steps=3", "stage_one.warmup_steps=1", "stage_two.warmup_steps=1"]
+
+
+def test_words_in_place_of_texts(tmp_path):
+    """Stage I with words as its target learns, logs both directions with their gaps, and reads half the passes."""
+    words = [*QUICK, "stage_one.steps=12", "stage_one.target=words", "stage_one.log_every=1", "stage_two=null"]
+    train(load_recipe("debug", [f"output={tmp_path / 'run'}", *words]))
+    records = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert records[-1]["loss"] < records[0]["loss"]
+    assert records[-1]["exchange_query_to_document"] > 0
+    texts = plan(load_recipe("debug", QUICK))
+    told = plan(load_recipe("debug", [*QUICK, "stage_one.target=words"]))
+    assert told.tokens["stage_one"] < 0.8 * texts.tokens["stage_one"]
+    assert told.pairs[0].document_written == texts.pairs[0].document_written[:-1]  # the end token is no word
+    assert (texts.target, told.target) == ("text", "words")
+
+
+def test_an_untied_head_is_not_trained_by_words(tmp_path, save_base):
+    """Nothing is written, so the LM head stays what it was, weight decay or not; the token embeddings learn."""
+    base = save_base(make_model(tied=False), make_tokenizer())
+    options = [f"model.base={base}", "stage_one.target=words", "stage_one.weight_decay=0.1", "stage_two=null"]
+    train(load_recipe("debug", [f"output={tmp_path / 'run'}", *QUICK[::2], *options]))
+    before, after = (load_file(tmp_path / "run" / name / "model.safetensors") for name in ("base", "stage_one"))
+    assert torch.equal(after["lm_head.weight"], before["lm_head.weight"])
+    assert not torch.equal(after["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
+
+
+def test_prompts_and_ends_are_no_words(tmp_path, monkeypatch):
+    """Stage II tells the words of the texts alone, whatever instructions its data sets have."""
+    row = {"query": "what?", "positive": "this"}
+    for name in ("one", "two"):
+        rows = [json.dumps(row | {"query": f"{name} {i}", "positive": f"answer {i} to {name}"}) for i in range(20)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    sources = [
+        {"path": str(tmp_path / "one.jsonl"), "instruction": "find: "},
+        {"path": str(tmp_path / "two.jsonl"), "instruction": "what is ", "document_instruction": "text "},
+    ]
+    options = ["data.train=" + json.dumps(sources), "model.end={before: '<', after: '>'}", "stage_one=null"]
+    options += [*QUICK[1::2], "stage_two.pairs_per_step=4", "stage_two.words_weight=1", "stage_two.log_every=1"]
+    told = []
+    forward = WordDecoder.forward
+
+    def recorded(self, embeddings, read, words, *, to):
+        told.extend(zip(read, words, strict=True))
+        return forward(self, embeddings, read, words, to=to)
+
+    monkeypatch.setattr(WordDecoder, "forward", recorded)
+    run = tmp_path / "run"
+    train(load_recipe("debug", [f"output={run}", *options]))
+    tokenizer = SentenceTransformer(str(run / "base"), device="cpu").tokenizer
+    texts = {tokenizer.decode(ids).split()[0] for pair in told for ids in pair}
+    assert texts == {"one", "two", "answer"}
+    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert all(0 < record["words"] < record["loss"] for record in records)
+
+
+def test_words_need_two_pairs(tmp_path):
+    """Too few pairs to tell apart are refused by name."""
+    (tmp_path / "one.jsonl").write_text(json.dumps({"query": "a", "positive": "b"}))
+    options = [f"data.train=[{{path: {tmp_path / 'one.jsonl'}}}]", "stage_one.pairs_per_step=1", "stage_two=null"]
+    with pytest.raises(AnchorvecError, match=r"data\.train.*give more pairs"):
+        train(load_recipe("debug", [f"output={tmp_path / 'run'}", *QUICK[::2], *options, "stage_one.target=words"]))
