@@ -74,6 +74,8 @@ def test_a_local_data_set_folder_is_read_by_split(tmp_path: Path) -> None:
     assert read_pairs(folder, split="validation").dataset.to_list() == EXPECTED[:1]
     with pytest.raises(AnchorvecError, match=r"animals.*tset"):
         read_pairs(folder, split="tset")
+    with pytest.raises(AnchorvecError, match=r"train.jsonl has no splits"):
+        read_pairs(folder / "train.jsonl", split="validation")
     json_lines(folder / "train.jsonl", ROWS[:1])
     assert read_pairs(folder).dataset.to_list() == EXPECTED[:1]
 

@@ -15,6 +15,7 @@ from anchorvec.decoding import decode
 from anchorvec.errors import AnchorvecError
 from anchorvec.exporting import export
 from anchorvec.loading import load_model
+from anchorvec.planning import plan
 from anchorvec.recipe import load_recipe
 from anchorvec.reconstruction import Reconstruction
 from anchorvec.trainers import ReconstructionTrainer
@@ -222,6 +223,19 @@ def test_a_dataset_smaller_than_a_step_is_refused(tmp_path):
             train(recipe)
 
 
+def test_a_stage_two_without_enough_pairs_is_refused_before_stage_one(tmp_path):
+    """Rows with and without hard negatives have steps of their own; too few of either are found before any training."""
+    rows = [{"query": f"q{i}", "positive": f"p{i}", **({"negative": f"n{i}"} if i < 5 else {})} for i in range(40)]
+    path = write_rows(tmp_path / "few.jsonl", rows)
+    recipe = load_recipe("debug", [f"output={tmp_path / 'run'}", f"data.train=[{{path: {path}}}]", *QUICK])
+    for refused in (train, plan):
+        with pytest.raises(AnchorvecError, match=r"5 rows of few with hard negatives.*stage_two.negatives=0"):
+            refused(recipe)
+    assert not list((tmp_path / "run").iterdir())
+    recipe = load_recipe("debug", [f"data.train=[{{path: {path}}}]", *QUICK, "stage_two.pairs_per_step=5"])
+    assert plan(recipe).rows_with_negatives == {"few": 5}
+
+
 def test_repeated_texts_do_not_end_a_stage_unnoticed(tmp_path):
     """Where batches without duplicates run out before the planned steps, the run fails instead of stopping early."""
     rows = [{"query": f"q{i % 3}", "positive": f"p{i}"} for i in range(64)]
@@ -234,8 +248,11 @@ def test_repeated_texts_do_not_end_a_stage_unnoticed(tmp_path):
 def test_an_instruction_without_room_for_a_text_is_refused(tmp_path):
     """An instruction that fills the limit is an error that names its key."""
     long = f"data.train.0.instruction={'x' * 70}"
-    with pytest.raises(AnchorvecError, match=r"data.train.0.instruction: it leaves no room"):
-        train(load_recipe("debug", [f"output={tmp_path / 'run'}", long, *QUICK]))
+    for refused in (train, plan):
+        with pytest.raises(AnchorvecError, match=r"data.train.0.instruction: it leaves no room"):
+            refused(
+                load_recipe("debug", [f"output={tmp_path / refused.__name__}", long, "stage_one=null", *QUICK[1::2]])
+            )
 
 
 def test_the_seed_decides_new_lora_weights(tmp_path):

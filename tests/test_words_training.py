@@ -1,12 +1,15 @@
 """Word reconstruction in both stages, through the trainers."""
 
 import json
+from itertools import permutations
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
+from tokenizers.pre_tokenizers import ByteLevel
 
+from anchorvec.decoding import decode
 from anchorvec.errors import AnchorvecError
 from anchorvec.planning import plan
 from anchorvec.recipe import load_recipe
@@ -28,7 +31,8 @@ def test_words_in_place_of_texts(tmp_path):
     told = plan(load_recipe("debug", [*QUICK, "stage_one.target=words"]))
     assert told.tokens["stage_one"] < 0.8 * texts.tokens["stage_one"]
     assert told.pairs[0].document_written == texts.pairs[0].document_written[:-1]  # the end token is no word
-    assert (texts.target, told.target) == ("text", "words")
+    without = plan(load_recipe("debug", [*QUICK[1::2], "stage_one=null"]))
+    assert (texts.target, told.target, without.target) == ("text", "words", None)
 
 
 def test_an_untied_head_is_not_trained_by_words(tmp_path, save_base):
@@ -68,6 +72,49 @@ def test_prompts_and_ends_are_no_words(tmp_path, monkeypatch):
     assert texts == {"one", "two", "answer"}
     records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert all(0 < record["words"] < record["loss"] for record in records)
+
+
+def test_the_words_of_a_step_are_those_of_its_candidates(tmp_path, save_base, monkeypatch):
+    """A tokenizer joins the space after an instruction to the first word; each text is among the candidates still."""
+    words = ["alpha", "beta", "gamma", "delta", "omega"]
+    pairs = [{"query": f"{a} {b} {i}", "positive": f"{b} {i} {a}"} for i, (a, b) in enumerate(permutations(words, 2))]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.pre_tokenizer = ByteLevel(
+        add_prefix_space=False
+    )  # "find: alpha" is "find", ":", " alpha"
+    tokenizer = tokenizer.train_new_from_iterator(["find:"] * 9 + [f"{word} {word}" for word in words] * 9, 300)
+    assert tokenizer.tokenize("find: alpha")[-1] != tokenizer.tokenize("alpha")[0]
+    base = save_base(make_model(vocab_size=len(tokenizer)), tokenizer)
+    found = []
+    forward = WordDecoder.forward
+
+    def recorded(self, embeddings, read, told, *, to):
+        candidates = self.document_candidates if to == "document" else self.query_candidates
+        found.extend((self.word_vectors(told) @ candidates.T).amax(dim=1).tolist())
+        return forward(self, embeddings, read, told, to=to)
+
+    monkeypatch.setattr(WordDecoder, "forward", recorded)
+    data = json.dumps([{"path": str(tmp_path / "pairs.jsonl"), "instruction": "find: "}])
+    for name, on in [("one", "stage_one.target=words"), ("two", "stage_two.words_weight=1")]:
+        off = "stage_two=null" if name == "one" else "stage_one=null"
+        steps = [step for step in QUICK if not step.startswith(off.removesuffix("=null"))]
+        train(
+            load_recipe(
+                "debug", [f"output={tmp_path / name}", f"model.base={base}", f"data.train={data}", off, on, *steps]
+            )
+        )
+    assert len(found) > 50
+    assert min(found) > 1 - 1e-5
+
+
+def test_a_folder_that_tells_words_does_not_promise_to_write(tmp_path):
+    """Its card says so, and `decode` warns."""
+    words = [*QUICK[::2], "stage_one.target=words", "stage_two=null"]
+    train(load_recipe("debug", [f"output={tmp_path / 'run'}", *words]))
+    assert "not trained to write" in (tmp_path / "run" / "model" / "README.md").read_text()
+    with pytest.warns(UserWarning, match="says little of the text"):
+        decode(tmp_path / "run" / "stage_one", "text", max_tokens=2)
 
 
 def test_words_need_two_pairs(tmp_path):

@@ -44,7 +44,11 @@ def quickstart(
     minutes: Annotated[float, typer.Option(help="Wall time for everything, scoring included.")] = 20,
     seed: Annotated[int, typer.Option(help="Decides everything that is random.")] = 0,
     stage_one: Annotated[
-        bool, typer.Option("--stage-one/--no-stage-one", help="Reconstruct, in Stage I and beside Stage II.")
+        bool,
+        typer.Option(
+            "--stage-one/--no-stage-one",
+            help="Stage I, and its loss beside Stage II's; without: contrastive steps alone.",
+        ),
     ] = True,
     json_file: JsonFile = None,
 ) -> None:
@@ -128,7 +132,7 @@ def search(
     _write(json_file, {text: [asdict(hit) for hit in hits] for text, hits in found.items()})
 
 
-@app.command(epilog='Example: anchorvec decode first-embedder/stage_one "Join two tables on a key"')
+@app.command(epilog='Example: anchorvec decode runs/mine/stage_one "Join two tables on a key"')
 def decode(
     model: Annotated[Path, typer.Argument(help="A folder that can still write, such as a run's stage_one.")],
     text: Annotated[str, typer.Argument(help="The text whose embedding is read out.")],

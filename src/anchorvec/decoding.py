@@ -1,10 +1,12 @@
 """What an embedding says: the text that the model writes from the vector alone."""
 
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import yaml
 from rich.text import Text
 from transformers import AutoTokenizer, GenerationConfig
 
@@ -41,8 +43,15 @@ def decode(
     """The text that the model in `folder` writes from the embedding of `text`, read as a query or a document.
 
     The embedding is the only thing the decoder is given: it stands where the first token would (T4). Search is greedy,
-    or over `beams` beams. Raises AnchorvecError if the folder holds an embedder that can no longer write (T26).
+    or over `beams` beams. Raises AnchorvecError if the folder holds an embedder that can no longer write (T26); warns
+    of one that was trained to tell words instead.
     """
+    if _tells_words(Path(folder)):
+        warnings.warn(
+            f"{folder}: Stage I told words here (stage_one.target: words), it did not write; what is written now says "
+            "little of the text",
+            stacklevel=2,
+        )
     model: Any = load_causal_lm(folder).eval()
     model = model.to(default_device())
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
@@ -70,3 +79,10 @@ def decode(
             for token, probability in zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
         ],
     )
+
+
+def _tells_words(folder: Path) -> bool:
+    """Whether the recipe of the run that `folder` is in says so."""
+    file = folder.parent / "recipe.yaml"
+    recipe = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return (recipe.get("stage_one") or {}).get("target") == "words"

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
@@ -91,11 +92,7 @@ def model_card(stage: Path, model: SentenceTransformer, *, name: str, writes: bo
         max_tokens=model.max_seq_length,
         dimensions=model.get_embedding_dimension(),
         prompts=model.prompts,
-        ability=(
-            "This folder is also a causal LM: `anchorvec decode` writes texts back from their embeddings."
-            if writes
-            else "This folder holds no LM head: it can no longer write texts back from their embeddings."
-        ),
+        ability=_ability(stage, recipe, writes),
         scores=scores,
         intervals=lambda score: (
             "{:.3f} to {:.3f}".format(*score["ndcg_at_10_interval"]) if "ndcg_at_10_interval" in score else ""
@@ -105,6 +102,14 @@ def model_card(stage: Path, model: SentenceTransformer, *, name: str, writes: bo
         run=run_text.strip(),
     )
     return str(card)
+
+
+def _ability(stage: Path, recipe: dict[str, Any], writes: bool) -> str:
+    if not writes:
+        return "This folder holds no LM head: it can no longer write texts back from their embeddings."
+    if stage.name == "stage_one" and (recipe.get("stage_one") or {}).get("target", "text") == "text":
+        return "This folder is also a causal LM: `anchorvec decode` writes texts back from their embeddings."
+    return "This folder is also a causal LM, but it was not trained to write texts back from their embeddings."
 
 
 def _describe_score_set(score_set: dict[str, object] | None) -> str:

@@ -43,13 +43,14 @@ class Plan:
     precision: str
     rows: dict[str, int]
     rejected_rows: dict[str, int]
+    rows_with_negatives: dict[str, int]
     parameters: int
     trained_parameters: dict[str, int]
     disk: dict[str, int]
     tokens_per_pair: float
     tokens: dict[str, int]
     engine: dict[str, Engine]
-    target: Literal["text", "words"]
+    target: Literal["text", "words"] | None
     pairs: list[ShownPair]
 
     def to_dict(self) -> dict[str, Any]:
@@ -60,8 +61,12 @@ class Plan:
         table = Table(show_header=False, title="Plan")
         table.add_row("device", f"{self.device}, {self.precision}")
         for name, rows in self.rows.items():
-            left_out = self.rejected_rows[name]
-            table.add_row(f"pairs of {name}", f"{rows:,}" + (f" ({left_out:,} left out)" if left_out else ""))
+            shown = f"{rows:,}"
+            if left_out := self.rejected_rows[name]:
+                shown += f" ({left_out:,} left out)"
+            if negatives := self.rows_with_negatives[name]:
+                shown += f", {negatives:,} with hard negatives"
+            table.add_row(f"pairs of {name}", shown)
         table.add_row("parameters", f"{self.parameters:,}")
         for stage, count in self.trained_parameters.items():
             table.add_row(f"trained in {stage}", f"{count:,} ({count / self.parameters:.1%})")
@@ -102,9 +107,14 @@ def plan(recipe: Recipe | str | Path) -> Plan:
     sample = rows.shuffle(seed=recipe.seed).select(range(min(64, len(rows))))
     batch = tokenize(list(sample))["pairs"]
     read = sum(len(pair.query) + len(pair.document) for pair in batch) / len(batch)
-    alpha, writes = (stage_one.alpha, stage_one.target == "text") if stage_one else (0.5, True)
+    target = stage_one.target if stage_one else "words" if recipe.stage_two and recipe.stage_two.words_weight else None
+    alpha, writes = (stage_one.alpha, target == "text") if stage_one else (0.5, False)
     per_pair = statistics.mean(pair.tokens(alpha, writes=writes) for pair in batch)
 
+    wanted = recipe.stage_two.negatives if recipe.stage_two else 0
+    rows_with_negatives = {
+        name: sum(len(listed) >= wanted > 0 for listed in part.dataset["negatives"]) for name, part in pairs.items()
+    }
     parameters = sum(p.numel() for p in model.parameters())
     body = sum(p.numel() for p in model.base_model.parameters())
     trained, tokens, disk = {}, {}, {"base": base_bytes}
@@ -115,9 +125,7 @@ def plan(recipe: Recipe | str | Path) -> Plan:
     if recipe.stage_two:
         lora = recipe.stage_two.lora
         trained["stage_two"] = _lora_parameters(model.base_model, lora.r) if lora else body
-        with_negatives = statistics.mean(
-            len(listed) >= recipe.stage_two.negatives for part in pairs.values() for listed in part.dataset["negatives"]
-        )
+        with_negatives = sum(rows_with_negatives.values()) / sum(len(part.dataset) for part in pairs.values())
         # a negative is taken to be as long as a positive
         documents = statistics.mean(len(pair.document) for pair in batch)
         read += with_negatives * recipe.stage_two.negatives * documents
@@ -129,6 +137,7 @@ def plan(recipe: Recipe | str | Path) -> Plan:
         device=str(default_device()),
         precision=resolve_precision(recipe.model.precision),
         rows={name: len(part.dataset) for name, part in pairs.items()},
+        rows_with_negatives=rows_with_negatives,
         rejected_rows={name: sum(part.report.rejected.values()) for name, part in pairs.items()},
         parameters=parameters,
         trained_parameters=trained,
@@ -136,7 +145,7 @@ def plan(recipe: Recipe | str | Path) -> Plan:
         tokens_per_pair=per_pair,
         tokens=tokens,
         engine=dict(sorted(engine.items())),
-        target=stage_one.target if stage_one else "text",
+        target=target,
         pairs=[_decoded(pair, tokenizer) for pair in batch[:SHOWN_PAIRS]],
     )
 
@@ -167,17 +176,19 @@ def _show_engine(engine: Engine, stage: str) -> str:
     return ", ".join(ways)
 
 
-def _show_pair(pair: ShownPair, target: str) -> Text:
+def _show_pair(pair: ShownPair, target: str | None) -> Text:
     text = Text()
-    verb = "write" if target == "text" else "tell words of"
-    for title, tokens, style in [
-        ("read query", pair.query_read, "dim"),
-        ("read document", pair.document_read, "dim"),
-        (f"{verb} document", pair.document_written, "green"),
-        (f"{verb} query", pair.query_written, "green"),
-    ]:
+    verb = "tell words of" if target == "words" else "write"
+    lines = [("read query", pair.query_read, "dim"), ("read document", pair.document_read, "dim")]
+    if target is not None:
+        lines += [
+            (f"{verb} document", pair.document_written, "green"),
+            (f"{verb} query", pair.query_written, "green"),
+        ]
+    for title, tokens, style in lines:
         text.append(f"\n{title:{len(verb) + 11}}", style="bold")
         text.append("[e] " if style == "green" else "")
         text.append("|".join(token.replace("\n", "\\n") for token in tokens), style=style)
-    text.append("\n(green: targets; [e]: the embedding of the other side)")
+    if target is not None:
+        text.append("\n(green: targets; [e]: the embedding of the other side)")
     return text

@@ -88,9 +88,9 @@ def quickstart(
     BM25 and the model before training and after each stage are scored on docstrings of packages that no training
     pair comes from: 500 queries over 1,200 documents, a fifth of that if `minutes` is below 10. The steps of both
     stages are planned from the speed measured here and saved in the run's recipe. `overrides` replace values of that
-    recipe. Without `stage_one` nothing is reconstructed, in Stage II neither. The time counts from `started`, a
-    `time.time()` (default: now). Raises AnchorvecError if `output` is in
-    use, or if `minutes` are too few for one step of each stage.
+    recipe, but for its data, steps and score set, which are the quickstart's own. Without `stage_one` the contrastive
+    loss is alone: no Stage I, and no words in Stage II. The time counts from `started`, a `time.time()` (default: now).
+    Raises AnchorvecError if `output` is in use, or if `minutes` are too few for one step of each stage.
     """
     began = time.monotonic() - (time.time() - started if started else 0)
     deadline = began + 60 * minutes

@@ -20,6 +20,8 @@ from anchorvec.recipe import Recipe
 LENGTH_SAMPLE = 256
 """Rows from which the tokens of a step are estimated."""
 
+_NEGATIVES = "+negatives"
+
 
 def stage_two_datasets(recipe: Recipe, pairs: Mapping[str, Pairs]) -> dict[str, Dataset]:
     """All data sets, weighted, as columns of query, positive and hard negatives."""
@@ -41,14 +43,26 @@ def reconstruction_dataset(recipe: Recipe, pairs: Mapping[str, Pairs]) -> Datase
     return concatenate_datasets(parts)
 
 
-def check_rows(recipe: Recipe, stage: str, datasets: Mapping[str, Dataset]) -> None:
-    """Raise AnchorvecError for a data set that is smaller than one step: it would be skipped without a word."""
-    pairs_per_step = getattr(recipe, stage).pairs_per_step
+def check_rows(recipe: Recipe, pairs: Mapping[str, Pairs]) -> None:
+    """Raise AnchorvecError where a step of a stage needs more pairs than there are; it would be skipped silently."""
+    if recipe.stage_one is not None:
+        _check_rows("stage_one", recipe.stage_one.pairs_per_step, {"the data": reconstruction_dataset(recipe, pairs)})
+    if recipe.stage_two is not None:
+        _check_rows("stage_two", recipe.stage_two.pairs_per_step, stage_two_datasets(recipe, pairs))
+
+
+def _check_rows(stage: str, pairs_per_step: int, datasets: Mapping[str, Dataset]) -> None:
     for name, dataset in datasets.items():
-        if len(dataset) < pairs_per_step:
-            raise AnchorvecError(
-                f"{stage}.pairs_per_step: {pairs_per_step} is more than the {len(dataset)} rows of {name}; lower it"
-            )
+        if len(dataset) >= pairs_per_step:
+            continue
+        rows, help_ = f"rows of {name}", "lower it"
+        source = name.removesuffix(_NEGATIVES)
+        if source + _NEGATIVES in datasets:  # its rows are in two parts, each with steps of its own
+            rows = f"rows of {source} {'without' if name == source else 'with'} hard negatives"
+            help_ = "lower it, or set stage_two.negatives=0"
+        raise AnchorvecError(
+            f"{stage}.pairs_per_step: {pairs_per_step} is more than the {len(dataset)} {rows}; {help_}"
+        )
 
 
 def check_instructions(recipe: Recipe, tokenizer: Any) -> None:
@@ -98,7 +112,7 @@ def prompts_by_dataset(recipe: Recipe, datasets: Mapping[str, Dataset]) -> dict[
     """For each data set of Stage II, the instruction of each of its columns."""
     prompts = {}
     for source in recipe.data.train:
-        for name in (source.name, f"{source.name}+negatives"):
+        for name in (source.name, source.name + _NEGATIVES):
             if name in datasets:
                 prompts[name] = {
                     column: source.instruction if column == "query" else source.document_instruction
@@ -107,10 +121,15 @@ def prompts_by_dataset(recipe: Recipe, datasets: Mapping[str, Dataset]) -> dict[
     return prompts
 
 
-def without_prompt_and_end(tokenizer: Any, prompts: Iterable[str]) -> Callable[[list[int]], list[int]]:
-    """The function that leaves of the ids of a text as it is read those of the text alone."""
+def without_prompt_and_end(tokenizer: Any, recipe: Recipe) -> Callable[[list[int]], list[int]]:
+    """The function that leaves of the ids of a text as it is read those of the text alone.
+
+    A tokenizer may join the first word with the space before it, so these ids may differ from those of the text read
+    without a prompt.
+    """
+    prompts = {text for source in recipe.data.train for text in (source.instruction, source.document_instruction)}
     before, after = template_ids(tokenizer)
-    heads = [before + tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in sorted(set(prompts))]
+    heads = [before + tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in sorted(prompts)]
 
     def shared(ids: list[int], head: list[int]) -> int:
         return next((i for i, (a, b) in enumerate(zip(ids, head, strict=False)) if a != b), min(len(ids), len(head)))

@@ -3,7 +3,7 @@
 import json
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,8 @@ from anchorvec.packing import packed_features, unpad
 from anchorvec.precision import default_device, resolve_precision
 from anchorvec.progress import OnLog, StageProgress
 from anchorvec.recipe import Recipe, StageOne, StageTwo
-from anchorvec.reconstruction import HEAD_CHUNK_BYTES, PairTokenizer, Reconstruction
+from anchorvec.reconstruction import HEAD_CHUNK_BYTES, PairTokenizer, Reconstruction, TokenPair
 from anchorvec.stage_data import (
-    check_instructions,
-    check_rows,
     large_step,
     prompts_by_dataset,
     reconstruction_dataset,
@@ -69,9 +67,7 @@ def train_stage_one(
     assert stage is not None
     set_seed(recipe.seed)
     tokenizer = AutoTokenizer.from_pretrained(start)
-    check_instructions(recipe, tokenizer)
     dataset = reconstruction_dataset(recipe, pairs)
-    check_rows(recipe, "stage_one", {"the data": dataset})
     progress = _progress(recipe, "stage_one", deadline, on_log)
     collate = pair_tokenizer(stage, tokenizer)
     objective, engine = stage_one_objective(recipe, start, dataset, collate)
@@ -107,7 +103,6 @@ def train_stage_two(
     stage = recipe.stage_two
     assert stage is not None
     datasets = stage_two_datasets(recipe, pairs)
-    check_rows(recipe, "stage_two", datasets)
     model, engine, words = stage_two_model(recipe, start, datasets, reconstruction_dataset(recipe, pairs))
     _note(recipe, "stage_two", engine)
     progress = _progress(recipe, "stage_two", deadline, on_log)
@@ -126,10 +121,7 @@ def train_stage_two(
             micro_batch_tokens=engine.micro_batch_tokens if engine.cached_gradients else None,
             words=words,
             words_weight=stage.words_weight,
-            content=without_prompt_and_end(
-                model.tokenizer,
-                [text for source in recipe.data.train for text in (source.instruction, source.document_instruction)],
-            ),
+            content=without_prompt_and_end(model.tokenizer, recipe),
         ),
         callbacks=[progress],
     )
@@ -162,7 +154,9 @@ def stage_one_objective(
         model, alpha=stage.alpha, packed=packs_texts(recipe.model.attention, recipe.model.precision)
     )
     if stage.target == "words":
-        objective.words = _word_decoder(recipe, model, objective.encode, dataset, collate)
+        objective.words = _word_decoder(
+            recipe, model, objective.encode, _candidate_pairs(recipe, dataset, collate), lambda pair: pair.written()
+        )
         head, words = model.get_output_embeddings(), model.get_input_embeddings()
         if head.weight is not words.weight:
             head.requires_grad_(False)  # nothing is written
@@ -188,16 +182,24 @@ def stage_one_objective(
     return objective, engine
 
 
+def _candidate_pairs(recipe: Recipe, dataset: Dataset, collate: PairTokenizer) -> list[TokenPair]:
+    """The pairs whose texts are the candidates of word reconstruction."""
+    sample = dataset.shuffle(seed=recipe.seed).select(range(min(CANDIDATES, len(dataset))))
+    return [pair for rows in sample.iter(batch_size=256) for pair in collate(_as_rows(rows))["pairs"]]
+
+
 def _word_decoder(
     recipe: Recipe,
     model: Any,
     encode: Callable[[list[list[int]]], Tensor],
-    dataset: Dataset,
-    collate: PairTokenizer,
+    pairs: Sequence[TokenPair],
+    told: Callable[[TokenPair], list[list[int]]],
 ) -> WordDecoder:
-    """The decoder of words, with candidates drawn from the data; `encode` gives the embeddings before training."""
-    sample = dataset.shuffle(seed=recipe.seed).select(range(min(CANDIDATES, len(dataset))))
-    pairs = [pair for rows in sample.iter(batch_size=256) for pair in collate(_as_rows(rows))["pairs"]]
+    """The decoder of words whose candidates are the texts of `pairs`.
+
+    `encode` gives the embeddings before the stage; `told` the ids of document and query as the stage's steps tell them.
+    """
+    documents, queries = zip(*map(told, pairs), strict=True)
     training = model.training
     model.eval()  # without dropout
     bf16 = resolve_precision(recipe.model.precision) == "bf16"
@@ -208,8 +210,8 @@ def _word_decoder(
     try:
         return WordDecoder(
             model.get_input_embeddings().weight,
-            [pair.query_targets for pair in pairs],
-            [pair.document_targets for pair in pairs],
+            queries,
+            documents,
             origin=origin,
         )
     except ValueError as error:
@@ -260,7 +262,8 @@ def stage_two_model(
 
     words = None
     if stage.words_weight:
-        collate = PairTokenizer(model.tokenizer, end_token_target=False)
+        content = without_prompt_and_end(model.tokenizer, recipe)
+        candidates = _candidate_pairs(recipe, rows, PairTokenizer(model.tokenizer))
 
         def embed(texts: list[list[int]]) -> Tensor:
             ids = torch.tensor(texts, device=model.device)
@@ -268,7 +271,9 @@ def stage_two_model(
             embedding: Tensor = model(packed_features(features) if packed else features)["sentence_embedding"]
             return embedding
 
-        words = _word_decoder(recipe, model[0].model, embed, rows, collate)
+        words = _word_decoder(
+            recipe, model[0].model, embed, candidates, lambda pair: [content(pair.document), content(pair.query)]
+        )
 
     prompts = prompts_by_dataset(recipe, datasets)
     step_tokens = max(large_step(model, datasets[name], prompts[name], recipe) for name in datasets)

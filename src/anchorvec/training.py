@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from rich.console import Console, Group
+from transformers import AutoTokenizer
 
 from anchorvec.data import Pairs, read_pairs
 from anchorvec.embedder import build_embedder
@@ -24,6 +25,7 @@ from anchorvec.loading import load_encoder
 from anchorvec.precision import device_name, resolve_precision
 from anchorvec.progress import OnLog
 from anchorvec.recipe import Recipe, load_recipe, save_recipe
+from anchorvec.stage_data import check_instructions, check_rows
 from anchorvec.stages import train_stage_one, train_stage_two
 
 
@@ -85,7 +87,10 @@ def new_run_folder(recipe: Recipe) -> Path:
 
 
 def load_training_data(recipe: Recipe) -> dict[str, Pairs]:
-    """Every data set of the recipe by its name, before weights; what was left out of one is said on stderr."""
+    """Every data set of the recipe by its name, before weights; what was left out of one is said on stderr.
+
+    Raises AnchorvecError for data that cannot be read, or that have fewer pairs than a step of a stage.
+    """
     loaded = {}
     for source in recipe.data.train:
         loaded[source.name] = read_pairs(
@@ -94,6 +99,7 @@ def load_training_data(recipe: Recipe) -> dict[str, Pairs]:
         report = loaded[source.name].report
         if report.rejected or report.dropped_negatives:
             Console(stderr=True).print(report.summary(), highlight=False, markup=False)
+    check_rows(recipe, loaded)
     return loaded
 
 
@@ -115,9 +121,12 @@ def stored_prompts(recipe: Recipe) -> dict[str, str]:
 
 
 def build_base(recipe: Recipe, folder: Path) -> Path:
-    """The untrained embedder of the recipe's base model, written into `folder`."""
+    """The untrained embedder of the recipe's base model, written into `folder`.
+
+    Raises AnchorvecError for a base that cannot be used, and for an instruction that leaves no room for a text.
+    """
     settings = recipe.model
-    return build_embedder(
+    build_embedder(
         settings.base,
         folder,
         max_tokens=settings.max_tokens,
@@ -126,6 +135,8 @@ def build_base(recipe: Recipe, folder: Path) -> Path:
         revision=settings.revision,
         seed=recipe.seed,
     )
+    check_instructions(recipe, AutoTokenizer.from_pretrained(folder))
+    return folder
 
 
 def describe_run(recipe: Recipe, pairs: Mapping[str, Pairs]) -> dict[str, Any]:

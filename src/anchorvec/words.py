@@ -9,11 +9,11 @@ rare they are and whitened, at length 1.
     p(T|e)  = exp(cos(e - e_0, b(T)) / tau) / sum over candidates T' of exp(cos(e - e_0, b(T')) / tau)
 
 N is the number of pairs in a sample, n_w how many of their queries or of their documents have the word, whichever are
-more; E are the model's own token embeddings, mean and C their mean and covariance by frequency (variances below 1e-4 of
-the largest count as that). The candidates are the right text and those of the sample, the same at every step, but for
-texts with the same words, partners of a text with the words that were read (T16), and texts without a vector. They are
-not encoded, so thousands of them cost little, and no pair depends on another pair of its step. e_0 is the mean
-embedding before training, which tells no text.
+more, at least 1; E are the model's own token embeddings, mean and C their mean and covariance by frequency (variances
+below 1e-4 of the largest count as that). The candidates are the right text and those of the sample, the same at every
+step, but for texts with the same words, partners of a text with the words that were read (T16), and texts without a
+vector. They are not encoded, so thousands of them cost little, and no pair depends on another pair of its step. e_0 is
+the mean embedding before the stage, which tells no text.
 """
 
 from collections.abc import Sequence
@@ -65,6 +65,8 @@ class WordDecoder(nn.Module):
         fixed = _at_least_fp32(embeddings.detach())
         fixed = fixed.clone() if embeddings.requires_grad else fixed
         share = _count(fixed, [word for texts in (queries, documents) for text in texts for word in text])
+        if not share.any():
+            raise ValueError("the texts of the sample have no words")
         share /= share.sum()
         texts_with = [_count(fixed, [word for text in texts for word in set(text)]) for texts in (queries, documents)]
         used = share.nonzero()[:, 0]  # a vocabulary may be much larger

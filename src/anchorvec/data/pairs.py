@@ -91,7 +91,7 @@ def read_pairs(path: str | Path, *, strict: bool = False, split: str = "train", 
 
     Files are JSON Lines (.jsonl, .json), CSV or TSV with a header line (`negatives` is a JSON list there),
     each plain or .gz, and Parquet. A path that exists wins over a hub name; `split` and `subset` (also called
-    configuration) are for data sets alone.
+    configuration) are for data sets alone, and refused elsewhere.
     Texts are kept as they are. Rows that are empty, duplicate (same query and positive), no strings, without
     a column, unparsable or not UTF-8 are left out and counted, as are negatives equal to their row's
     query or positive.
@@ -162,9 +162,11 @@ def _read(source: str, split: str, subset: str | None) -> _Rows:
 
 def _rows(source: str, split: str, subset: str | None) -> _Rows:
     """Each row of a source with its line, or with its number from 1 where there are no lines."""
+    path = Path(source)
+    if (source.startswith(PREFIX) or path.is_file()) and (split != "train" or subset is not None):
+        raise AnchorvecError(f"{source} has no splits or subsets, data sets of the hub have them; leave them out")
     if source.startswith(PREFIX):
         return enumerate(builtin_rows(source), start=1)
-    path = Path(source)
     suffix = path.suffix.lower()
     text_suffix = Path(path.stem).suffix.lower() if suffix == ".gz" else suffix
     if path.is_dir():

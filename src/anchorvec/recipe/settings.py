@@ -84,7 +84,8 @@ class TrainData(_Section):
     """A file (JSON Lines, Parquet, CSV, TSV), a folder, or the name of a data set on the hub. A relative path
     counts from the current folder. `builtin:docstrings` and `builtin:debug` come with the package."""
     instruction: str = ""
-    """Put before each query exactly as written, and stored with the model."""
+    """Put before each query exactly as written, and stored with the model: as its default where all data sets have the
+    same, else as `NAME-query`, to be named when encoding."""
     document_instruction: str = ""
     """Put before each document. For symmetric tasks, such as duplicate questions, which have it on both
     sides."""
@@ -181,9 +182,9 @@ class StageOne(_Stage):
     alone. 0.2 is the paper's."""
     end_token_target: bool = True
     """Learn to write the end token too, so that the model knows where to stop. The paper's formula leaves it
-    out; it is no word."""
+    out. No effect with `target: words`."""
     max_target_tokens: PositiveInt | None = None
-    """Write only the first so many tokens of a text. null: all that the encoder reads."""
+    """Write (or tell the words of) only the first so many tokens of a text. null: all that the encoder reads."""
     micro_batch_tokens: PositiveInt | None = None
     """Tokens in one micro-batch; the result does not depend on it. null: what fits into the free memory, at most
     1,536 on a CPU and 16,384 on a GPU."""
@@ -219,7 +220,7 @@ class StageTwo(_Stage):
     """Weight of word reconstruction (Stage I's `target: words`, both directions alike) in the same step, beside the
     contrastive loss. 0: off, the paper's."""
     negatives: NonNegativeInt = 1
-    """Hard negatives used per query, where the data have them."""
+    """Hard negatives per query. A row with fewer is used without any; `anchorvec plan` counts those that have them."""
     micro_batch_tokens: PositiveInt | None = None
     """Tokens encoded at a time; the result does not depend on it, but for the random draws of LoRA's dropout. A step
     with more goes through cached gradients, which encode every text twice. null: the whole step if it fits into the
