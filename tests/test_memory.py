@@ -123,7 +123,7 @@ def setup(tmp_path):
         if not base.exists():
             build_base(recipe, base)
         rows = reconstruction_dataset(recipe, pairs)
-        tokenize = pair_tokenizer(recipe.stage_one, AutoTokenizer.from_pretrained(base))
+        tokenize = pair_tokenizer(recipe, AutoTokenizer.from_pretrained(base))
         _, one = stage_one_objective(recipe, base, rows, tokenize)
         _, two, _ = stage_two_model(recipe, base, stage_two_datasets(recipe, pairs), rows)
         return one, two

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from anchorvec.embedder import load_causal_lm
 from anchorvec.engine import Engine
 from anchorvec.precision import default_device, resolve_precision
-from anchorvec.recipe import Recipe, StageOne, dump_recipe, load_recipe
+from anchorvec.recipe import Recipe, dump_recipe, load_recipe
 from anchorvec.reconstruction import TokenPair
 from anchorvec.stage_data import reconstruction_dataset, stage_two_datasets
 from anchorvec.stages import pair_tokenizer, stage_one_objective, stage_two_model
@@ -96,7 +96,7 @@ def plan(recipe: Recipe | str | Path) -> Plan:
         engine = {}
         if recipe.stage_two:
             engine["stage_two"] = stage_two_model(recipe, base, stage_two_datasets(recipe, pairs), rows)[1]
-        tokenize = pair_tokenizer(recipe.stage_one or StageOne(), tokenizer)
+        tokenize = pair_tokenizer(recipe, tokenizer)
         if recipe.stage_one:
             objective, engine["stage_one"] = stage_one_objective(recipe, base, rows, tokenize)
             model = objective.model

@@ -239,6 +239,9 @@ class PairTokenizer:
     What is read is exactly what sentence-transformers will read when it encodes: prompt + text through the
     tokenizer, truncated to its `model_max_length`. What is written is the text alone (T5): no prompt, no BOS, and
     no more of it than was read; with `end_token_target` the end token closes it where all of it was read.
+
+    With `content`, the function from the ids that are read to those of the text in them, the targets are these instead:
+    for words, which are told as they were read, without an end token.
     """
 
     def __init__(
@@ -247,8 +250,10 @@ class PairTokenizer:
         *,
         end_token_target: bool = True,
         max_target_tokens: int | None = None,
+        content: Callable[[list[int]], list[int]] | None = None,
     ) -> None:
         self.tokenizer = tokenizer
+        self.content = content
         self.end_token_target = end_token_target
         self.max_target_tokens = max_target_tokens
 
@@ -265,10 +270,14 @@ class PairTokenizer:
 
     def read_and_write(self, texts: Sequence[str], prompts: Sequence[str]) -> tuple[list[list[int]], list[list[int]]]:
         """The ids by which each text is encoded, and the ids that are to be written for it."""
+        prompted = [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
+        limit = {"truncation": True, "max_length": self.tokenizer.model_max_length}
+        if self.content is not None:
+            ids = self.tokenizer(prompted, **limit)["input_ids"]
+            return ids, [self.content(text)[: self.max_target_tokens] for text in ids]
         read = self.tokenizer(
-            [prompt + text for prompt, text in zip(prompts, texts, strict=True)],
-            truncation=True,
-            max_length=self.tokenizer.model_max_length,
+            prompted,
+            **limit,
             return_offsets_mapping=True,
             return_special_tokens_mask=True,
         )

@@ -3,7 +3,7 @@
 import json
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from anchorvec.packing import packed_features, unpad
 from anchorvec.precision import default_device, resolve_precision
 from anchorvec.progress import OnLog, StageProgress
 from anchorvec.recipe import Recipe, StageOne, StageTwo
-from anchorvec.reconstruction import HEAD_CHUNK_BYTES, PairTokenizer, Reconstruction, TokenPair
+from anchorvec.reconstruction import HEAD_CHUNK_BYTES, PairTokenizer, Reconstruction
 from anchorvec.stage_data import (
     large_step,
     prompts_by_dataset,
@@ -42,7 +42,7 @@ from anchorvec.stage_data import (
 from anchorvec.trainers import ContrastiveTrainer, ReconstructionTrainer
 from anchorvec.words import CANDIDATES, WordDecoder
 
-ORIGIN_PAIRS = 32
+ORIGIN_PAIRS = 16
 """Pairs whose mean embedding before training is the origin of word reconstruction."""
 
 _PROBE_TOKENS = 64
@@ -69,7 +69,7 @@ def train_stage_one(
     tokenizer = AutoTokenizer.from_pretrained(start)
     dataset = reconstruction_dataset(recipe, pairs)
     progress = _progress(recipe, "stage_one", deadline, on_log)
-    collate = pair_tokenizer(stage, tokenizer)
+    collate = pair_tokenizer(recipe, tokenizer)
     objective, engine = stage_one_objective(recipe, start, dataset, collate)
     _note(recipe, "stage_one", engine)
     trainer = ReconstructionTrainer(
@@ -132,12 +132,14 @@ def train_stage_two(
     return folder
 
 
-def pair_tokenizer(stage: StageOne, tokenizer: Any) -> PairTokenizer:
-    """What Stage I reads and writes of a pair."""
+def pair_tokenizer(recipe: Recipe, tokenizer: Any) -> PairTokenizer:
+    """What Stage I reads and writes of a pair; without a Stage I, what it would by default."""
+    stage = recipe.stage_one or StageOne()
     return PairTokenizer(
         tokenizer,
-        end_token_target=stage.end_token_target and stage.target == "text",
+        end_token_target=stage.end_token_target,
         max_target_tokens=stage.max_target_tokens,
+        content=without_prompt_and_end(tokenizer, recipe) if stage.target == "words" else None,
     )
 
 
@@ -154,9 +156,7 @@ def stage_one_objective(
         model, alpha=stage.alpha, packed=packs_texts(recipe.model.attention, recipe.model.precision)
     )
     if stage.target == "words":
-        objective.words = _word_decoder(
-            recipe, model, objective.encode, _candidate_pairs(recipe, dataset, collate), lambda pair: pair.written()
-        )
+        objective.words = _word_decoder(recipe, model, objective.encode, dataset, collate)
         head, words = model.get_output_embeddings(), model.get_input_embeddings()
         if head.weight is not words.weight:
             head.requires_grad_(False)  # nothing is written
@@ -182,36 +182,27 @@ def stage_one_objective(
     return objective, engine
 
 
-def _candidate_pairs(recipe: Recipe, dataset: Dataset, collate: PairTokenizer) -> list[TokenPair]:
-    """The pairs whose texts are the candidates of word reconstruction."""
-    sample = dataset.shuffle(seed=recipe.seed).select(range(min(CANDIDATES, len(dataset))))
-    return [pair for rows in sample.iter(batch_size=256) for pair in collate(_as_rows(rows))["pairs"]]
-
-
 def _word_decoder(
     recipe: Recipe,
     model: Any,
     encode: Callable[[list[list[int]]], Tensor],
-    pairs: Sequence[TokenPair],
-    told: Callable[[TokenPair], list[list[int]]],
+    dataset: Dataset,
+    collate: PairTokenizer,
 ) -> WordDecoder:
-    """The decoder of words whose candidates are the texts of `pairs`.
-
-    `encode` gives the embeddings before the stage; `told` the ids of document and query as the stage's steps tell them.
-    """
-    documents, queries = zip(*map(told, pairs), strict=True)
+    """The decoder of words, with candidates drawn from the data; `encode` gives the embeddings before the stage."""
+    sample = dataset.shuffle(seed=recipe.seed).select(range(min(CANDIDATES, len(dataset))))
+    pairs = [pair for rows in sample.iter(batch_size=256) for pair in collate(_as_rows(rows))["pairs"]]
     training = model.training
     model.eval()  # without dropout
     bf16 = resolve_precision(recipe.model.precision) == "bf16"
     with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-        texts = [text for pair in pairs[:ORIGIN_PAIRS] for text in pair.read()]
-        origin = torch.stack([encode([text])[0] for text in texts]).mean(dim=0)
+        origin = encode([text for pair in pairs[:ORIGIN_PAIRS] for text in pair.read()]).mean(dim=0)
     model.train(training)
     try:
         return WordDecoder(
             model.get_input_embeddings().weight,
-            queries,
-            documents,
+            [pair.query_targets for pair in pairs],
+            [pair.document_targets for pair in pairs],
             origin=origin,
         )
     except ValueError as error:
@@ -262,18 +253,14 @@ def stage_two_model(
 
     words = None
     if stage.words_weight:
-        content = without_prompt_and_end(model.tokenizer, recipe)
-        candidates = _candidate_pairs(recipe, rows, PairTokenizer(model.tokenizer))
 
         def embed(texts: list[list[int]]) -> Tensor:
-            ids = torch.tensor(texts, device=model.device)
-            features = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            features = dict(model.tokenizer.pad({"input_ids": texts}, return_tensors="pt").to(model.device))
             embedding: Tensor = model(packed_features(features) if packed else features)["sentence_embedding"]
             return embedding
 
-        words = _word_decoder(
-            recipe, model[0].model, embed, candidates, lambda pair: [content(pair.document), content(pair.query)]
-        )
+        collate = PairTokenizer(model.tokenizer, content=without_prompt_and_end(model.tokenizer, recipe))
+        words = _word_decoder(recipe, model[0].model, embed, rows, collate)
 
     prompts = prompts_by_dataset(recipe, datasets)
     step_tokens = max(large_step(model, datasets[name], prompts[name], recipe) for name in datasets)
