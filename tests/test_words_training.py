@@ -33,6 +33,8 @@ def test_words_in_place_of_texts(tmp_path):
     assert told.pairs[0].document_written == texts.pairs[0].document_written[:-1]  # the end token is no word
     without = plan(load_recipe("debug", [*QUICK[1::2], "stage_one=null"]))
     assert (texts.target, told.target, without.target) == ("text", "words", None)
+    beside = plan(load_recipe("debug", [*QUICK[1::2], "stage_one=null", "stage_two.words_weight=1"]))
+    assert (beside.target, beside.pairs) == ("words", told.pairs)
 
 
 def test_an_untied_head_is_not_trained_by_words(tmp_path, save_base):
@@ -115,6 +117,8 @@ def test_a_folder_that_tells_words_does_not_promise_to_write(tmp_path):
     assert "not trained to write" in (tmp_path / "run" / "model" / "README.md").read_text()
     with pytest.warns(UserWarning, match="says little of the text"):
         decode(tmp_path / "run" / "stage_one", "text", max_tokens=2)
+    (tmp_path / "run" / "recipe.yaml").write_text("- another: [program's")
+    decode(tmp_path / "run" / "stage_one", "text", max_tokens=2)
 
 
 def test_words_need_two_pairs(tmp_path):

@@ -84,5 +84,8 @@ def decode(
 def _tells_words(folder: Path) -> bool:
     """Whether the recipe of the run that `folder` is in says so."""
     file = folder.parent / "recipe.yaml"
-    recipe = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return (recipe.get("stage_one") or {}).get("target") == "words"
+    try:
+        recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
+        return bool(recipe["stage_one"]["target"] == "words")
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):  # no run's recipe, or without a Stage I
+        return False

@@ -17,7 +17,7 @@ from anchorvec.engine import Engine
 from anchorvec.precision import default_device, resolve_precision
 from anchorvec.recipe import Recipe, dump_recipe, load_recipe
 from anchorvec.reconstruction import TokenPair
-from anchorvec.stage_data import reconstruction_dataset, stage_two_datasets
+from anchorvec.stage_data import reconstruction_dataset, reconstructs, stage_two_datasets
 from anchorvec.stages import pair_tokenizer, stage_one_objective, stage_two_model
 from anchorvec.training import build_base, load_training_data
 
@@ -107,7 +107,7 @@ def plan(recipe: Recipe | str | Path) -> Plan:
     sample = rows.shuffle(seed=recipe.seed).select(range(min(64, len(rows))))
     batch = tokenize(list(sample))["pairs"]
     read = sum(len(pair.query) + len(pair.document) for pair in batch) / len(batch)
-    target = stage_one.target if stage_one else "words" if recipe.stage_two and recipe.stage_two.words_weight else None
+    target = reconstructs(recipe)
     alpha, writes = (stage_one.alpha, target == "text") if stage_one else (0.5, False)
     per_pair = statistics.mean(pair.tokens(alpha, writes=writes) for pair in batch)
 

@@ -4,7 +4,7 @@ import heapq
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow.compute
 from datasets import Dataset, concatenate_datasets
@@ -41,6 +41,13 @@ def reconstruction_dataset(recipe: Recipe, pairs: Mapping[str, Pairs]) -> Datase
         part = part.add_column("query_prompt", [source.instruction] * len(part))
         parts.append(part.add_column("document_prompt", [source.document_instruction] * len(part)))
     return concatenate_datasets(parts)
+
+
+def reconstructs(recipe: Recipe) -> Literal["text", "words"] | None:
+    """What is reconstructed from an embedding, in Stage I or else beside Stage II's loss; None: nothing."""
+    if recipe.stage_one is not None:
+        return recipe.stage_one.target
+    return "words" if recipe.stage_two is not None and recipe.stage_two.words_weight else None
 
 
 def check_rows(recipe: Recipe, pairs: Mapping[str, Pairs]) -> None:

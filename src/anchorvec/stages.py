@@ -36,6 +36,7 @@ from anchorvec.stage_data import (
     large_step,
     prompts_by_dataset,
     reconstruction_dataset,
+    reconstructs,
     stage_two_datasets,
     without_prompt_and_end,
 )
@@ -133,13 +134,13 @@ def train_stage_two(
 
 
 def pair_tokenizer(recipe: Recipe, tokenizer: Any) -> PairTokenizer:
-    """What Stage I reads and writes of a pair; without a Stage I, what it would by default."""
+    """What Stage I reads and writes of a pair; without a Stage I, what it would by default, or Stage II's words."""
     stage = recipe.stage_one or StageOne()
     return PairTokenizer(
         tokenizer,
         end_token_target=stage.end_token_target,
         max_target_tokens=stage.max_target_tokens,
-        content=without_prompt_and_end(tokenizer, recipe) if stage.target == "words" else None,
+        content=without_prompt_and_end(tokenizer, recipe) if reconstructs(recipe) == "words" else None,
     )
 
 
