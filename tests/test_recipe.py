@@ -196,6 +196,13 @@ def test_warm_up_longer_than_the_run_names_both_keys() -> None:
     )
 
 
+def test_training_on_more_than_the_model_reads_is_refused() -> None:
+    """The limit for training is at most that of the model."""
+    assert mistake("data: {train: [{path: x}], max_tokens: 600}") == (
+        "my.yaml: data.max_tokens: 600 is more than the 512 of model.max_tokens; lower it, or raise that"
+    )
+
+
 def test_a_run_without_stages_is_refused() -> None:
     """Both stages null leaves nothing to do."""
     assert mistake(DATA + "stage_one: null\nstage_two: null") == (
@@ -459,6 +466,7 @@ recipes = st.builds(
     ),
     data=st.builds(
         DataSettings,
+        max_tokens=st.none() | st.just(8),
         train=st.lists(
             st.builds(TrainData, path=texts.filter(bool), instruction=texts, weight=numbers),
             min_size=1,

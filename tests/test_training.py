@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
-from transformers import TrainingArguments
+from transformers import AutoTokenizer, TrainingArguments
 
 from anchorvec.contrastive import contrastive_loss
 from anchorvec.decoding import decode
@@ -253,6 +253,31 @@ def test_an_instruction_without_room_for_a_text_is_refused(tmp_path):
             refused(
                 load_recipe("debug", [f"output={tmp_path / refused.__name__}", long, "stage_one=null", *QUICK[1::2]])
             )
+
+
+def test_training_reads_beginnings_and_the_model_more(tmp_path):
+    """`data.max_tokens` cuts the texts of both stages, not those that the trained model reads."""
+    tokens = {}
+    for name, options in (("whole", []), ("cut", ["data.max_tokens=16"])):
+        recipe = load_recipe("debug", [f"output={tmp_path / name}", *QUICK, *options])
+        train(recipe)
+        records = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        tokens[name] = {record["stage"]: record["tokens"] / record["step"] for record in records}
+        for folder in ("stage_one", "model"):
+            assert SentenceTransformer(str(tmp_path / name / folder)).max_seq_length == recipe.model.max_tokens
+        stage_two = AutoTokenizer.from_pretrained(tmp_path / name / "stage_two")
+        assert stage_two.model_max_length == recipe.model.max_tokens
+        assert all(len(pair.document_read) <= recipe.training_tokens for pair in plan(recipe).pairs)
+    pairs, passes = recipe.stage_one.pairs_per_step, {"stage_one": 4, "stage_two": 3}  # with a hard negative
+    for stage, most in passes.items():
+        assert tokens["cut"][stage] <= 16 * most * pairs < tokens["whole"][stage]
+
+
+def test_a_length_limit_without_room_for_a_text_is_refused(tmp_path):
+    """A limit for training that the end prompt fills is an error that names its key."""
+    end = "model.end={before: 'a text with many words: ', after: ' means in one word: '}"
+    with pytest.raises(AnchorvecError, match=r"data.max_tokens: 8 leaves no room for a text; the \d+ tokens around it"):
+        train(load_recipe("debug", [f"output={tmp_path / 'run'}", end, "data.max_tokens=8", *QUICK]))
 
 
 def test_the_seed_decides_new_lora_weights(tmp_path):

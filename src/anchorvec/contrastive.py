@@ -10,6 +10,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
+import pyarrow.compute
 import torch
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer
@@ -107,20 +109,29 @@ def contrastive_datasets(name: str, pairs: Dataset, *, negatives: int = 1) -> di
     where only some rows have `negatives` of them there are two: `name` and `name+negatives`; rows with fewer are
     used without. A negative that is a positive of the same query in another row is left out (T16).
     """
-    if negatives:
-        pairs = pairs.map(_without_own_positives(pairs))
-    has_negatives = [len(listed) >= negatives > 0 for listed in pairs["negatives"]]
-    with_rows = [i for i, has in enumerate(has_negatives) if has]
-    without_rows = [i for i, has in enumerate(has_negatives) if not has]
+    enough = _with_negatives(pairs, negatives) if negatives else []
+    with_rows = pairs.select(enough)
+    if enough:
+        with_rows = with_rows.map(_without_own_positives(pairs))
+        left = [i for i, listed in enumerate(with_rows["negatives"]) if len(listed) >= negatives]
+        with_rows, enough = with_rows.select(left), [enough[i] for i in left]
     arranged = {}
-    if without_rows:
-        arranged[name] = pairs.select(without_rows).select_columns(["query", "positive"])
-    if with_rows:
-        arranged[f"{name}+negatives" if without_rows else name] = pairs.select(with_rows).map(
+    if len(enough) < len(pairs):
+        without_rows = pairs.select(np.setdiff1d(np.arange(len(pairs)), enough)) if enough else pairs
+        arranged[name] = without_rows.select_columns(["query", "positive"])
+    if enough:
+        arranged[f"{name}+negatives" if name in arranged else name] = with_rows.map(
             lambda row: {f"negative_{n + 1}": row["negatives"][n] for n in range(negatives)},
             remove_columns=[column for column in pairs.column_names if column not in ("query", "positive")],
         )
     return arranged
+
+
+def _with_negatives(pairs: Dataset, negatives: int) -> list[int]:
+    """The rows that list so many negatives, found without reading these."""
+    parts = pairs.with_format("arrow").iter(batch_size=10_000)
+    counts = [pyarrow.compute.list_value_length(part["negatives"]).to_numpy() for part in parts]
+    return [int(i) for i in np.flatnonzero(np.concatenate(counts) >= negatives)]
 
 
 def _without_own_positives(dataset: Dataset) -> Callable[[dict[str, Any]], dict[str, list[str]]]:

@@ -25,9 +25,8 @@ from anchorvec.memory import release_freed_memory
 from anchorvec.precision import resolve_precision
 from anchorvec.progress import STAGE_TITLES
 from anchorvec.recipe import Recipe, StageOne, StageTwo, load_recipe, save_recipe
-from anchorvec.reconstruction import PairTokenizer
 from anchorvec.stage_data import reconstruction_dataset
-from anchorvec.stages import train_stage_one, train_stage_two
+from anchorvec.stages import pair_tokenizer, train_stage_one, train_stage_two
 from anchorvec.training import build_base, describe_run, new_run_folder
 
 STAGE_ONE_SHARE = 0.1
@@ -172,7 +171,8 @@ def measure_step(recipe: Recipe, name: str, start: Path, pairs: Mapping[str, Pai
     seconds_per_token = (second["seconds"] - first["seconds"]) / (second["tokens"] - first["tokens"])
 
     rows = reconstruction_dataset(recipe, pairs).shuffle(seed=recipe.seed)
-    sample = PairTokenizer(AutoTokenizer.from_pretrained(start))(list(rows.select(range(min(256, len(rows))))))["pairs"]
+    tokenize = pair_tokenizer(recipe, AutoTokenizer.from_pretrained(start))
+    sample = tokenize(list(rows.select(range(min(256, len(rows))))))["pairs"]
     alpha, writes = (stage.alpha, stage.target == "text") if isinstance(stage, StageOne) else (0.5, False)
     tokens = statistics.mean(pair.tokens(alpha, writes=writes) for pair in sample)
     return float(seconds_per_token * tokens * stage.pairs_per_step)

@@ -237,8 +237,9 @@ class PairTokenizer:
 
     A row has `query`, `positive`, and the instructions `query_prompt` and `document_prompt` (may be empty).
     What is read is exactly what sentence-transformers will read when it encodes: prompt + text through the
-    tokenizer, truncated to its `model_max_length`. What is written is the text alone (T5): no prompt, no BOS, and
-    no more of it than was read; with `end_token_target` the end token closes it where all of it was read.
+    tokenizer, truncated to `max_tokens`, by default its `model_max_length`. What is written is the text alone (T5):
+    no prompt, no BOS, and no more of it than was read; with `end_token_target` the end token closes it where all of it
+    was read.
 
     With `content`, the function from the ids that are read to those of the text in them, the targets are these instead:
     for words, which are told as they were read, without an end token.
@@ -250,12 +251,14 @@ class PairTokenizer:
         *,
         end_token_target: bool = True,
         max_target_tokens: int | None = None,
+        max_tokens: int | None = None,
         content: Callable[[list[int]], list[int]] | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.content = content
         self.end_token_target = end_token_target
         self.max_target_tokens = max_target_tokens
+        self.max_tokens = max_tokens or tokenizer.model_max_length
 
     def __call__(self, rows: Sequence[dict[str, str]]) -> dict[str, list[TokenPair]]:
         """`{"pairs": [...]}`, in the order of the rows."""
@@ -271,7 +274,7 @@ class PairTokenizer:
     def read_and_write(self, texts: Sequence[str], prompts: Sequence[str]) -> tuple[list[list[int]], list[list[int]]]:
         """The ids by which each text is encoded, and the ids that are to be written for it."""
         prompted = [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
-        limit = {"truncation": True, "max_length": self.tokenizer.model_max_length}
+        limit = {"truncation": True, "max_length": self.max_tokens}
         if self.content is not None:
             ids = self.tokenizer(prompted, **limit)["input_ids"]
             return ids, [self.content(text)[: self.max_target_tokens] for text in ids]

@@ -73,14 +73,19 @@ def _check_rows(stage: str, pairs_per_step: int, datasets: Mapping[str, Dataset]
 
 
 def check_instructions(recipe: Recipe, tokenizer: Any) -> None:
-    """Raise AnchorvecError for an instruction that leaves no room for a text."""
+    """Raise AnchorvecError for a length limit in training, or an instruction, that leaves no room for a text."""
+    limit = recipe.training_tokens
+    key = "model.max_tokens" if recipe.data.max_tokens is None else "data.max_tokens"
+    around = len(tokenizer("")["input_ids"])
+    if around >= limit:
+        raise AnchorvecError(f"{key}: {limit} leaves no room for a text; the {around} tokens around it count too")
     for i, source in enumerate(recipe.data.train):
-        for key in ("instruction", "document_instruction"):
-            tokens = len(tokenizer(getattr(source, key))["input_ids"])
-            if tokens >= recipe.model.max_tokens:
+        for name in ("instruction", "document_instruction"):
+            tokens = len(tokenizer(getattr(source, name))["input_ids"])
+            if tokens >= limit:
                 raise AnchorvecError(
-                    f"data.train.{i}.{key}: it leaves no room for a text within model.max_tokens = "
-                    f"{recipe.model.max_tokens}; shorten it, or raise the limit"
+                    f"data.train.{i}.{name}: it leaves no room for a text within {key} = {limit}; "
+                    "shorten it, or raise the limit"
                 )
 
 

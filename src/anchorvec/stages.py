@@ -127,6 +127,7 @@ def train_stage_two(
         callbacks=[progress],
     )
     _run(trainer, progress, "stage_two")
+    model.max_seq_length = recipe.model.max_tokens
     with new_folder(folder) as scratch:
         model.save_pretrained(str(scratch), create_model_card=False)
         save_tokenizer(model.tokenizer, scratch)
@@ -140,6 +141,7 @@ def pair_tokenizer(recipe: Recipe, tokenizer: Any) -> PairTokenizer:
         tokenizer,
         end_token_target=stage.end_token_target,
         max_target_tokens=stage.max_target_tokens,
+        max_tokens=recipe.training_tokens,
         content=without_prompt_and_end(tokenizer, recipe) if reconstructs(recipe) == "words" else None,
     )
 
@@ -166,8 +168,8 @@ def stage_one_objective(
     if stage.target == "words":
         scores = 2 * CANDIDATES * stage.pairs_per_step
     else:
-        scores = min(HEAD_CHUNK_BYTES // 4, vocabulary * recipe.model.max_tokens * stage.pairs_per_step)
-    part = [vocabulary - 1] * min(_PROBE_TOKENS, recipe.model.max_tokens // 3)
+        scores = min(HEAD_CHUNK_BYTES // 4, vocabulary * recipe.training_tokens * stage.pairs_per_step)
+    part = [vocabulary - 1] * min(_PROBE_TOKENS, recipe.training_tokens // 3)
     engine = choose_engine(
         model,
         lambda n: (objective.encode([part * n]), n * len(part)),
@@ -175,8 +177,8 @@ def stage_one_objective(
         precision=recipe.model.precision,
         gradient_checkpointing=stage.gradient_checkpointing,
         micro_batch_tokens=stage.micro_batch_tokens,
-        longest=recipe.model.max_tokens,
-        least_tokens=passes * recipe.model.max_tokens,
+        longest=recipe.training_tokens,
+        least_tokens=passes * recipe.training_tokens,
         # logits, their log-softmax and their gradients, in two number formats
         logits_bytes=4 * 4 * scores,
     )
@@ -219,7 +221,7 @@ def stage_two_model(
 ) -> tuple[SentenceTransformer, Engine, WordDecoder | None]:
     """The embedder in `start` with what Stage II trains in it, set up as the engine says; and the decoder of words.
 
-    `rows`: the same pairs as `datasets`, as Stage I reads them.
+    It reads texts up to the limit for training. `rows`: the same pairs as `datasets`, as Stage I reads them.
     """
     stage = recipe.stage_two
     assert stage is not None
@@ -234,6 +236,7 @@ def stage_two_model(
         },
         device=str(default_device()),
     ).train()
+    model.max_seq_length = recipe.training_tokens
     packed = packs_texts(recipe.model.attention, recipe.model.precision) and unpad(model)
     if stage.lora is not None:
         model.add_adapter(
@@ -245,7 +248,7 @@ def stage_two_model(
                 task_type="FEATURE_EXTRACTION",
             )
         )
-    part_tokens = min(_PROBE_TOKENS, recipe.model.max_tokens // 3)
+    part_tokens = min(_PROBE_TOKENS, recipe.training_tokens // 3)
 
     def encode(n: int) -> tuple[Tensor, int]:
         ids = torch.ones(1, n * part_tokens, dtype=torch.long, device=model.device)
@@ -273,8 +276,8 @@ def stage_two_model(
         precision=recipe.model.precision,
         gradient_checkpointing=stage.gradient_checkpointing,
         micro_batch_tokens=stage.micro_batch_tokens,
-        longest=recipe.model.max_tokens,
-        least_tokens=recipe.model.max_tokens,
+        longest=recipe.training_tokens,
+        least_tokens=recipe.training_tokens,
         step_tokens=step_tokens,
         logits_bytes=4 * 4 * 2 * CANDIDATES * stage.pairs_per_step if words else 0,
         # autocast makes a copy of a frozen weight in each forward pass, and there is one for each column
@@ -292,7 +295,7 @@ def _note(recipe: Recipe, stage: str, engine: Engine) -> None:
     if not engine.fits:
         warnings.warn(
             f"{stage} may run out of memory, {free_memory(default_device()) / 1e9:.1f} GB are free: lower "
-            f"model.max_tokens, and {stage}.micro_batch_tokens if it is set",
+            f"data.max_tokens, and {stage}.micro_batch_tokens if it is set",
             stacklevel=2,
         )
 

@@ -15,7 +15,7 @@ from transformers import Trainer
 from anchorvec.errors import AnchorvecError
 from anchorvec.reconstruction import TokenPair, exchange_partners, micro_batches, tokens_at_once
 
-_OUT_OF_MEMORY_HELP = "set {stage}.gradient_checkpointing=true, or lower {stage}.micro_batch_tokens or model.max_tokens"
+_OUT_OF_MEMORY_HELP = "set {stage}.gradient_checkpointing=true, or lower {stage}.micro_batch_tokens or data.max_tokens"
 
 
 class ReconstructionTrainer(Trainer):

@@ -110,6 +110,10 @@ class DataSettings(_Section):
 
     train: list[TrainData] = Field(min_length=1)
     """The data sets, at least one. A batch of Stage II is drawn from one of them; Stage I mixes them."""
+    max_tokens: int | None = Field(None, ge=8)
+    """Length limit of one text in training, counted as `model.max_tokens` is. A model that was trained on the
+    beginnings of texts reads longer ones too, and shorter ones mean more pairs in the same time. null:
+    `model.max_tokens`."""
     strict: bool = False
     """Fail at the first bad row, instead of leaving bad rows out and counting them."""
 
@@ -255,6 +259,21 @@ class Recipe(_Section):
     """Folder of the run. A relative path counts from the current folder."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Decides everything that is random: order of the pairs, samples, new weights, dropout."""
+
+    @property
+    def training_tokens(self) -> int:
+        """The length limit of one text in training, everything counted."""
+        return self.data.max_tokens or self.model.max_tokens
+
+    @model_validator(mode="after")
+    def _reads_what_it_trains_on(self) -> Self:
+        if self.training_tokens > self.model.max_tokens:
+            raise PydanticCustomError(
+                "trains_on_more",
+                "{training} is more than the {limit} of model.max_tokens; lower it, or raise that",
+                {"training": self.training_tokens, "limit": self.model.max_tokens, "keys": [("data", "max_tokens")]},
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_stage_is_on(self) -> Self:
