@@ -263,6 +263,8 @@ def test_training_reads_beginnings_and_the_model_more(tmp_path):
         train(recipe)
         records = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
         tokens[name] = {record["stage"]: record["tokens"] / record["step"] for record in records}
+        card = (tmp_path / name / "model" / "README.md").read_text()
+        assert ("In training, texts were cut to 16 tokens." in card) == (name == "cut")
         for folder in ("stage_one", "model"):
             assert SentenceTransformer(str(tmp_path / name / folder)).max_seq_length == recipe.model.max_tokens
         stage_two = AutoTokenizer.from_pretrained(tmp_path / name / "stage_two")

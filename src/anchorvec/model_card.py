@@ -17,6 +17,9 @@ _TEMPLATE = """\
 
 A text embedder made from `{{ base }}` with anchorvec: {{ stages }}. It maps a text of up to {{ max_tokens }} tokens to
 {{ dimensions }} numbers, read at the last token of the text, which the tokenizer itself adds. Similarity is the cosine.
+{%- if training_tokens %}
+In training, texts were cut to {{ training_tokens }} tokens.
+{%- endif %}
 
 ```python
 from sentence_transformers import SentenceTransformer
@@ -90,6 +93,7 @@ def model_card(stage: Path, model: SentenceTransformer, *, name: str, writes: bo
         base=base,
         stages=", then ".join(trained) or "not trained yet",
         max_tokens=model.max_seq_length,
+        training_tokens=(recipe.get("data") or {}).get("max_tokens") if trained else None,
         dimensions=model.get_embedding_dimension(),
         prompts=model.prompts,
         ability=_ability(stage, recipe, writes),
