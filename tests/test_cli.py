@@ -3,12 +3,13 @@
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 from types import SimpleNamespace
 
 import pytest
 
 import anchorvec
-from anchorvec.cli import main
+from anchorvec.cli import main, show_warning
 
 
 @pytest.fixture
@@ -67,6 +68,10 @@ def test_a_whole_session(anchorvec_command, tmp_path):
         (["evaluate", "./nowhere", "--data", "/nowhere"], "/nowhere"),
         (["search", "./nowhere", "/nowhere"], "/nowhere"),
         (["export", "/nowhere", "out"], "no model in this folder"),
+        (["quickstart", "--output", "/nowhere/run", "--minutes", "-5"], "minutes: -5.0 is no time"),
+        (["plan", "debug", "--json", "/"], "--json: / cannot be written"),
+        (["evaluate", "./nowhere", "--task", "SciFact", "--bm25"], "--bm25: it is scored on folders"),
+        (["train", "debug", "output=/dev/null/run"], "output: /dev/null/run cannot be made: Not a directory"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(anchorvec_command, words, message):
@@ -85,6 +90,29 @@ def test_each_command_is_a_function_with_help_and_an_example(anchorvec_command, 
     assert done.returncode == 0
     assert f"Example: anchorvec {command}" in " ".join(done.stdout.split())
     assert callable(getattr(anchorvec, command))
+
+
+def test_the_version_is_that_of_the_package(anchorvec_command):
+    """`--version` names it and ends."""
+    done = anchorvec_command("--version")
+    assert (done.returncode, done.stdout.strip()) == (0, f"anchorvec {version('anchorvec')}")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["search", "m", "c", "--top-k", "0"], ["decode", "m", "t", "--beams", "0"], ["evaluate", "--batch-size=0"]],
+)
+def test_a_number_below_one_is_refused(anchorvec_command, words):
+    """The options that count something say which numbers they take."""
+    done = anchorvec_command(*words)
+    assert done.returncode == 2
+    assert "greater than or equal to 1" in done.stderr
+
+
+def test_warnings_are_one_line(capsys):
+    """What a function warns of is shown without the line of code it comes from."""
+    show_warning(UserWarning("mind the gap"), UserWarning, "file.py", 3)
+    assert capsys.readouterr().err == "warning: mind the gap\n"
 
 
 def test_the_command_line_starts_without_torch():

@@ -1,14 +1,48 @@
 """Loading an embedder by its folder: adapters over what they were trained on."""
 
+import warnings
+
 import numpy as np
+import pytest
 import torch
 from peft import LoraConfig
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModelForCausalLM
 
 from anchorvec.embedder import build_embedder
-from anchorvec.loading import load_model
+from anchorvec.errors import AnchorvecError
+from anchorvec.loading import load_model, warn_of_named_prompts
 from conftest import make_model, make_tokenizer
+
+
+def test_what_cannot_be_loaded_is_one_error(tmp_path):
+    """A weights file that breaks off, whole or of an adapter, and the folder of a run, which holds several models."""
+    folder = build_embedder("tiny", tmp_path / "run" / "base", max_tokens=32)
+    with pytest.raises(AnchorvecError, match=r"this is a run; name .*/model"):
+        load_model(tmp_path / "run")
+    model = SentenceTransformer(str(folder), device="cpu")
+    model.add_adapter(LoraConfig(r=2, target_modules="all-linear", task_type="FEATURE_EXTRACTION"))
+    model.save_pretrained(str(tmp_path / "run" / "stage_two"), create_model_card=False)
+    for weights in (tmp_path / "run" / "stage_two" / "adapter_model.safetensors", folder / "model.safetensors"):
+        weights.write_bytes(weights.read_bytes()[:1000])
+        with pytest.raises(AnchorvecError, match="this cannot be loaded"):
+            load_model(weights.parent)
+
+
+def test_a_model_with_named_prompts_alone_asks_for_one(tmp_path):
+    """Queries of another name than the training data's have no instruction; that is said."""
+    prompts = {"one-query": "one ", "two-query": "two ", "three-query": ""}
+    folder = build_embedder("tiny", tmp_path / "base", max_tokens=32, prompts=prompts)
+    model = SentenceTransformer(str(folder), device="cpu")
+    with pytest.warns(UserWarning, match="one-query, two-query.*these queries have none"):
+        warn_of_named_prompts(model)
+    with pytest.warns(UserWarning, match=", four have none"):
+        warn_of_named_prompts(model, ["one", "four"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_named_prompts(model, ["one", "three"])
+        model.prompts["query"] = "find "
+        warn_of_named_prompts(model)
 
 
 def test_small_updates_survive_the_merge(save_base, tmp_path):

@@ -302,3 +302,31 @@ def test_a_weight_must_be_above_zero(weight: float) -> None:
     """A weight that draws nothing, or without end, is an error."""
     with pytest.raises(AnchorvecError, match="above 0"):
         weighted(datasets.Dataset.from_dict({"row": [1]}), weight, seed=0)
+
+
+def test_columns_without_a_meaning_are_named(tmp_path: Path) -> None:
+    """In every format; hard negatives under another name must not get lost in silence."""
+    rows = [{"query": "q", "positive": "p", "neg": "n", "negative_1": "m"}]
+    json_lines(tmp_path / "a.jsonl", rows)
+    (tmp_path / "a.csv").write_text("query,positive,neg,negative_1\nq,p,n,m\n")
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    (tmp_path / "folder").mkdir()
+    json_lines(tmp_path / "folder" / "train.jsonl", rows)
+    for name in ("a.jsonl", "a.csv", "a.parquet", "folder"):
+        report = read_pairs(tmp_path / name).report
+        assert report.ignored_columns == ["neg", "negative_1"]
+        assert "columns without a meaning here: neg, negative_1" in str(report)
+
+
+def test_a_table_with_a_broken_header_is_one_error(tmp_path: Path) -> None:
+    """Quotes inside a name are no reason for a traceback."""
+    (tmp_path / "a.csv").write_text('"a"b,positive\nq,p\n')
+    with pytest.raises(AnchorvecError, match=r"a.csv cannot be read"):
+        read_pairs(tmp_path / "a.csv")
+
+
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a recipe no shell replaces it."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    json_lines(tmp_path / "a.jsonl", ROWS)
+    assert read_pairs("~/a.jsonl").dataset.to_list() == EXPECTED

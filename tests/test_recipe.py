@@ -529,3 +529,10 @@ def test_the_recipe_layer_does_not_load_torch() -> None:
     code = "import sys, anchorvec.recipe as r; r.load_recipe('debug'); sys.exit('torch' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": str(Path(anchorvec.__file__).parents[1])}
     assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
+
+
+def test_a_tilde_in_the_output_is_the_home_folder(tmp_path, monkeypatch):
+    """A folder that is called `~` would be a trap for whoever removes it."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_recipe("debug", ["output=~/run"]).output == tmp_path / "run"
+    assert load_recipe("debug", ["output=~nobody-of-this-name/run"]).output == Path("~nobody-of-this-name/run")

@@ -45,6 +45,16 @@ def test_index_ranks_by_the_models_similarity_with_its_prompts(model: SentenceTr
     assert [hit.score for hit in hits] == pytest.approx([score for score, _ in ranked], abs=1e-5)
 
 
+def test_an_instruction_replaces_the_query_prompt(model: SentenceTransformer, index: Index) -> None:
+    """Documents keep theirs."""
+    instructed = Index(model, DOCUMENTS, instruction="ask ")
+    query = model.encode(["ask how to cook"], prompt="")
+    [expected] = model.similarity(query, model.encode_document(list(DOCUMENTS.values()))).tolist()
+    found = {hit.id: hit.score for hit in instructed.search("how to cook")}
+    assert found == pytest.approx(dict(zip(DOCUMENTS, expected, strict=True)), abs=1e-5)
+    assert found != pytest.approx({hit.id: hit.score for hit in index.search("how to cook")}, abs=1e-5)
+
+
 def test_index_gives_all_documents_if_there_are_fewer_than_asked(index: Index) -> None:
     """A small corpus is no error."""
     assert len(index.search("anything", top_k=10)) == len(index) == 4

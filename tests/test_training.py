@@ -2,6 +2,8 @@
 
 import copy
 import json
+import re
+import shutil
 
 import pytest
 import torch
@@ -71,9 +73,61 @@ def test_the_log_has_both_directions_and_the_exchange_gap(run):
 def test_a_used_output_folder_is_refused(run):
     """A second run into the same folder fails and changes nothing."""
     before = sorted(path.name for path in run.iterdir())
-    with pytest.raises(AnchorvecError, match="is in use"):
+    with pytest.raises(AnchorvecError, match="is in use; name a new folder"):
         train(load_recipe("debug", [f"output={run}"]))
     assert sorted(path.name for path in run.iterdir()) == before
+
+
+def test_an_unfinished_run_says_how_to_go_on(run, tmp_path):
+    """Its folder is not written into; a new run on its Stage I ends in the weights of an uninterrupted one."""
+    unfinished = tmp_path / "unfinished"
+    shutil.copytree(run, unfinished, ignore=shutil.ignore_patterns("model", "stage_two"))
+    recipe = run / "recipe.yaml"
+    go_on = [f"model.base={unfinished / 'stage_one'}", "stage_one=null"]
+    with pytest.raises(AnchorvecError, match=re.escape(" ".join(go_on))):
+        train(load_recipe(recipe, [f"output={unfinished}"]))
+    train(load_recipe(recipe, [f"output={tmp_path / 'rest'}", *go_on]))
+    expected = load_file(run / "stage_two" / "adapter_model.safetensors")
+    found = load_file(tmp_path / "rest" / "stage_two" / "adapter_model.safetensors")
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_export_of_an_unfinished_run_must_name_the_stage(run, tmp_path):
+    """What stands for the whole run is its last planned stage alone; the result says what it was made from."""
+    unfinished = tmp_path / "unfinished"
+    shutil.copytree(run, unfinished, ignore=shutil.ignore_patterns("model", "stage_two"))
+    with pytest.raises(AnchorvecError, match=r"stage_two of this run did not finish; name .*/stage_one"):
+        export(unfinished, tmp_path / "out")
+    shutil.rmtree(unfinished / "stage_one")
+    with pytest.raises(AnchorvecError, match=r"did not finish; name .*/base"):
+        export(unfinished, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert export(unfinished / "base", tmp_path / "out").stage == str(unfinished / "base")
+
+
+def test_several_devices_are_refused_before_any_work(tmp_path, monkeypatch):
+    """Neither a plan nor a run begins on them."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for refused in (plan, train):
+        with pytest.raises(AnchorvecError, match="several devices"):
+            refused(load_recipe("debug", [f"output={tmp_path / 'run'}"]))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("stage", ["stage_one", "stage_two"])
+def test_a_loss_that_is_no_number_ends_the_run(tmp_path, stage):
+    """A diverged stage is an error that names its key, at the next record of the log."""
+    options = [f"{stage}.learning_rate=1e30", f"{stage}.log_every=1", f"{stage}.warmup_steps=0"]
+    with pytest.raises(AnchorvecError, match=rf"{stage}: the loss .* lower {stage}.learning_rate"):
+        train(load_recipe("debug", [f"output={tmp_path / 'run'}", *QUICK, *options]))
+    assert not (tmp_path / "run" / stage).exists()
+
+
+def test_the_last_step_is_logged(tmp_path):
+    """The log ends with the last step, however seldom it is written."""
+    train(load_recipe("debug", [f"output={tmp_path / 'run'}", *QUICK, "stage_one.log_every=2", "stage_two=null"]))
+    records = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("off", ["stage_one", "stage_two"])
@@ -238,11 +292,22 @@ def test_a_stage_two_without_enough_pairs_is_refused_before_stage_one(tmp_path):
 
 def test_repeated_texts_do_not_end_a_stage_unnoticed(tmp_path):
     """Where batches without duplicates run out before the planned steps, the run fails instead of stopping early."""
-    rows = [{"query": f"q{i % 3}", "positive": f"p{i}"} for i in range(64)]
+    rows = [{"query": f"q{i * (i % 2)}", "positive": f"p{i * (1 - i % 2)}"} for i in range(64)]  # q0 or p0 in each
     path = write_rows(tmp_path / "same.jsonl", rows)
     few = ["stage_one=null", "stage_two.pairs_per_step=16", "stage_two.steps=2", "stage_two.warmup_steps=0"]
     with pytest.raises(AnchorvecError, match="repeat texts"):
         train(load_recipe("debug", [f"output={tmp_path / 'run'}", f"data.train=[{{path: {path}}}]", *few]))
+
+
+def test_too_few_different_texts_are_refused_before_training(tmp_path):
+    """Many rows over a handful of labels cannot fill a step of Stage II; that is found before Stage I."""
+    rows = [{"query": f"q{i}", "positive": f"label {i % 5}"} for i in range(64)]
+    path = write_rows(tmp_path / "labels.jsonl", rows)
+    recipe = load_recipe("debug", [f"output={tmp_path / 'run'}", f"data.train=[{{path: {path}}}]", *QUICK])
+    for refused in (train, plan):
+        with pytest.raises(AnchorvecError, match="16 is more than the 5 different texts in the column positive of lab"):
+            refused(recipe)
+    assert not list((tmp_path / "run").iterdir())
 
 
 def test_an_instruction_without_room_for_a_text_is_refused(tmp_path):
@@ -253,6 +318,7 @@ def test_an_instruction_without_room_for_a_text_is_refused(tmp_path):
             refused(
                 load_recipe("debug", [f"output={tmp_path / refused.__name__}", long, "stage_one=null", *QUICK[1::2]])
             )
+    assert not list((tmp_path / "train").iterdir())  # the mended recipe may use it
 
 
 def test_training_reads_beginnings_and_the_model_more(tmp_path):
@@ -320,6 +386,23 @@ def test_scores_are_taken_when_the_recipe_asks(tmp_path):
     with pytest.raises(AnchorvecError, match="nowhere"):
         train(load_recipe("debug", [f"output={tmp_path / 'other'}", "evaluation.data=[/nowhere]", *QUICK]))
     assert not list((tmp_path / "other").iterdir())
+
+
+def test_scores_that_cannot_be_taken_end_a_run_before_training(tmp_path, monkeypatch):
+    """The untrained model is scored first, so that a task that cannot be fetched costs no training."""
+    folder = tmp_path / "beir"
+    (folder / "qrels").mkdir(parents=True)
+    write_rows(folder / "corpus.jsonl", [{"_id": "d", "text": "text"}])
+    write_rows(folder / "queries.jsonl", [{"_id": "q", "text": "text"}])
+    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq\td\t1\n")
+
+    def no_network(*_, **__):
+        raise ConnectionError("no network\nmore")
+
+    monkeypatch.setattr("anchorvec.evaluation._mteb.run", no_network)
+    with pytest.raises(AnchorvecError, match=r"beir cannot be fetched or scored: no network$"):
+        train(load_recipe("debug", [f"output={tmp_path / 'run'}", f"evaluation.data=[{folder}]", *QUICK]))
+    assert not (tmp_path / "run" / "stage_one").exists()
 
 
 @pytest.mark.slow

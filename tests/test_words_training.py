@@ -1,6 +1,7 @@
 """Word reconstruction in both stages, through the trainers."""
 
 import json
+import warnings
 from itertools import permutations
 
 import pytest
@@ -48,10 +49,12 @@ def test_an_untied_head_is_not_trained_by_words(tmp_path, save_base):
 
 
 def test_prompts_and_ends_are_no_words(tmp_path, monkeypatch):
-    """Stage II tells the words of the texts alone, whatever instructions its data sets have."""
-    row = {"query": "what?", "positive": "this"}
+    """Stage II tells the words of the texts alone, whatever instructions its data sets have.
+
+    A text that only shares its first words with an instruction keeps them.
+    """
     for name in ("one", "two"):
-        rows = [json.dumps(row | {"query": f"{name} {i}", "positive": f"answer {i} to {name}"}) for i in range(20)]
+        rows = [json.dumps({"query": f"{name} {i}", "positive": f"find {i} in {name}"}) for i in range(20)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
     sources = [
         {"path": str(tmp_path / "one.jsonl"), "instruction": "find: "},
@@ -70,16 +73,22 @@ def test_prompts_and_ends_are_no_words(tmp_path, monkeypatch):
     run = tmp_path / "run"
     train(load_recipe("debug", [f"output={run}", *options]))
     tokenizer = SentenceTransformer(str(run / "base"), device="cpu").tokenizer
-    texts = {tokenizer.decode(ids).split()[0] for pair in told for ids in pair}
-    assert texts == {"one", "two", "answer"}
+    texts = {tokenizer.decode(ids) for pair in told for ids in pair}
+    assert texts <= {
+        text for i in range(20) for name in ("one", "two") for text in (f"{name} {i}", f"find {i} in {name}")
+    }
+    assert {text.split()[0] for text in texts} == {"one", "two", "find"}
     records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert all(0 < record["words"] < record["loss"] for record in records)
 
 
 def test_the_words_of_a_step_are_those_of_its_candidates(tmp_path, save_base, monkeypatch):
-    """A tokenizer joins the space after an instruction to the first word; each text is among the candidates still."""
+    """Each text, as it is cut in training, is among the candidates; a tokenizer joins an instruction's space to it."""
     words = ["alpha", "beta", "gamma", "delta", "omega"]
-    pairs = [{"query": f"{a} {b} {i}", "positive": f"{b} {i} {a}"} for i, (a, b) in enumerate(permutations(words, 2))]
+    pairs = [
+        {"query": f"{' '.join(order)} {i}", "positive": f"{order[1]} {i} {' '.join(order[2:])} {i}"}
+        for i, order in enumerate(permutations(words, 4))
+    ]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
     tokenizer = make_tokenizer()
     tokenizer.backend_tokenizer.pre_tokenizer = ByteLevel(
@@ -97,13 +106,16 @@ def test_the_words_of_a_step_are_those_of_its_candidates(tmp_path, save_base, mo
         return forward(self, embeddings, read, told, to=to)
 
     monkeypatch.setattr(WordDecoder, "forward", recorded)
+    limit = "data.max_tokens=8"
+    assert max(len(tokenizer("find: " + pair["query"])["input_ids"]) for pair in pairs) > 8
     data = json.dumps([{"path": str(tmp_path / "pairs.jsonl"), "instruction": "find: "}])
     for name, on in [("one", "stage_one.target=words"), ("two", "stage_two.words_weight=1")]:
         off = "stage_two=null" if name == "one" else "stage_one=null"
         steps = [step for step in QUICK if not step.startswith(off.removesuffix("=null"))]
         train(
             load_recipe(
-                "debug", [f"output={tmp_path / name}", f"model.base={base}", f"data.train={data}", off, on, *steps]
+                "debug",
+                [f"output={tmp_path / name}", f"model.base={base}", f"data.train={data}", limit, off, on, *steps],
             )
         )
     assert len(found) > 50
@@ -117,6 +129,9 @@ def test_a_folder_that_tells_words_does_not_promise_to_write(tmp_path):
     assert "not trained to write" in (tmp_path / "run" / "model" / "README.md").read_text()
     with pytest.warns(UserWarning, match="says little of the text"):
         decode(tmp_path / "run" / "stage_one", "text", max_tokens=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        decode(tmp_path / "run" / "base", "text", max_tokens=2)
     (tmp_path / "run" / "recipe.yaml").write_text("- another: [program's")
     decode(tmp_path / "run" / "stage_one", "text", max_tokens=2)
 

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,7 +13,6 @@ from rich.text import Text
 from anchorvec.errors import AnchorvecError
 
 app = typer.Typer(
-    help="Turn an open decoder LLM into a text embedder.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -24,7 +24,25 @@ RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace the recipe's.")
 ]
-JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result to FILE as JSON.")]
+
+
+def _writable(file: Path | None) -> Path | None:
+    """Refuse, before the work, a result file that could not be written after it."""
+    if file is not None:
+        path = file.absolute()
+        folder = next(parent for parent in (*path.parents, path) if parent.exists())
+        if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise AnchorvecError(f"--json: {file} cannot be written; name a file in a folder of your own")
+    return file
+
+
+JsonFile = Annotated[
+    Path | None,
+    typer.Option("--json", metavar="FILE", help="Write the result to FILE as JSON.", callback=_writable),
+]
+Instruction = Annotated[
+    str | None, typer.Option(help="Put before each query, in place of the prompt that is stored with the model.")
+]
 ModelFolder = Annotated[str, typer.Argument(metavar="MODEL", help="A folder with an embedder, or a hub id.")]
 
 
@@ -36,6 +54,21 @@ def main() -> None:
     except AnchorvecError as error:
         Console(stderr=True).print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
         sys.exit(2)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        console.print(f"anchorvec {metadata.version('anchorvec')}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Turn an open decoder LLM into a text embedder."""
 
 
 @app.command(epilog="Example: anchorvec quickstart --output first-embedder --minutes 20")
@@ -93,8 +126,9 @@ def evaluate(
     model: ModelFolder,
     data: Annotated[list[Path] | None, typer.Option(help="A folder in BEIR layout; may be repeated.")] = None,
     task: Annotated[list[str] | None, typer.Option(help="An MTEB task by name; may be repeated.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Texts encoded at a time.")] = 32,
+    batch_size: Annotated[int, typer.Option(help="Texts encoded at a time.", min=1)] = 32,
     bm25: Annotated[bool, typer.Option("--bm25", help="Score BM25 on the folders too.")] = False,
+    instruction: Instruction = None,
     json_file: JsonFile = None,
 ) -> None:
     """Score a model on BEIR folders and MTEB tasks."""
@@ -102,7 +136,16 @@ def evaluate(
     from anchorvec.evaluation import evaluate as run
 
     _quiet()
-    scores = run(model, data=data or [], tasks=task or [], batch_size=batch_size, show_progress_bar=True)
+    if bm25 and not data:
+        raise AnchorvecError("--bm25: it is scored on folders; name one with --data")
+    scores = run(
+        model,
+        data=data or [],
+        tasks=task or [],
+        batch_size=batch_size,
+        instruction=instruction,
+        show_progress_bar=True,
+    )
     if bm25:
         scores |= {f"{folder.name} (BM25)": bm25_scores(folder) for folder in data or []}
     console.print(scores_table(scores, title=model))
@@ -114,7 +157,8 @@ def search(
     model: ModelFolder,
     corpus: Annotated[Path, typer.Argument(help="A folder of texts, a JSON Lines file, or a text per line.")],
     query: Annotated[list[str] | None, typer.Option(help="Ask this; may be repeated. Without: a prompt.")] = None,
-    top_k: Annotated[int, typer.Option(help="Documents shown per query.")] = 5,
+    top_k: Annotated[int, typer.Option(help="Documents shown per query.", min=1)] = 5,
+    instruction: Instruction = None,
     json_file: JsonFile = None,
 ) -> None:
     """Ask a corpus in the terminal."""
@@ -124,7 +168,7 @@ def search(
     from anchorvec.searching import search as run
 
     _quiet()
-    found = run(model, corpus, query, top_k, show_progress_bar=True)
+    found = run(model, corpus, query, top_k, instruction=instruction, show_progress_bar=True)
     if query:
         for text, hits in found.items():
             console.print(Text(text, style="bold"))
@@ -139,8 +183,8 @@ def decode(
     side: Annotated[
         Literal["query", "document"], typer.Option("--as", help="Read TEXT as one or the other.")
     ] = "query",
-    max_tokens: Annotated[int, typer.Option(help="Write at most so many tokens.")] = 64,
-    beams: Annotated[int, typer.Option(help="Beams of the search; 1 is greedy.")] = 1,
+    max_tokens: Annotated[int, typer.Option(help="Write at most so many tokens.", min=1)] = 64,
+    beams: Annotated[int, typer.Option(help="Beams of the search; 1 is greedy.", min=1)] = 1,
     json_file: JsonFile = None,
 ) -> None:
     """Show what an embedding says: the text the model writes from the vector alone."""
@@ -176,6 +220,12 @@ def _quiet() -> None:
     disable_datasets_bar()
     logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    warnings.showwarning = show_warning
+
+
+def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """One line on stderr, without the line of code that it comes from."""
+    Console(stderr=True).print(Text.assemble(("warning: ", "bold yellow"), str(message)), soft_wrap=True)
 
 
 def _finish(result: Any, json_file: Path | None) -> None:

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
 from rich.text import Text
 from transformers import AutoTokenizer, GenerationConfig
 
 from anchorvec.embedder import load_causal_lm, stored_prompt
 from anchorvec.precision import default_device
+from anchorvec.recipe import run_recipe
 from anchorvec.reconstruction import Reconstruction
 
 
@@ -44,15 +44,15 @@ def decode(
 
     The embedding is the only thing the decoder is given: it stands where the first token would (T4). Search is greedy,
     or over `beams` beams. Raises AnchorvecError if the folder holds an embedder that can no longer write (T26); warns
-    of one that was trained to tell words instead.
+    of a run's stage_one that was trained to tell words instead.
     """
+    model: Any = load_causal_lm(folder).eval()
     if _tells_words(Path(folder)):
         warnings.warn(
             f"{folder}: Stage I told words here (stage_one.target: words), it did not write; what is written now says "
             "little of the text",
             stacklevel=2,
         )
-    model: Any = load_causal_lm(folder).eval()
     model = model.to(default_device())
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer(stored_prompt(folder, side) + text, truncation=True, max_length=tokenizer.model_max_length)
@@ -82,10 +82,7 @@ def decode(
 
 
 def _tells_words(folder: Path) -> bool:
-    """Whether the recipe of the run that `folder` is in says so."""
-    file = folder.parent / "recipe.yaml"
-    try:
-        recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
-        return bool(recipe["stage_one"]["target"] == "words")
-    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):  # no run's recipe, or without a Stage I
-        return False
+    """Whether `folder` is the Stage I of a run whose recipe says so."""
+    folder = folder.resolve()
+    stage_one = run_recipe(folder.parent).get("stage_one") if folder.name == "stage_one" else None
+    return isinstance(stage_one, dict) and stage_one.get("target") == "words"

@@ -113,7 +113,7 @@ def load_base(
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise AnchorvecError(
             f"model.base: {base} cannot be loaded as a causal LM from safetensors or GGUF weights; "
-            f"name a hub id, a local folder or a .gguf file ({_first_line(error)})"
+            f"name a hub id, a local folder or a .gguf file ({_beginning(error)})"
         ) from error
     if missing := sorted(report["missing_keys"]):  # they would be random, and nothing would say so
         raise AnchorvecError(
@@ -214,7 +214,7 @@ def load_causal_lm(folder: str | Path, *, attention: str = "auto") -> PreTrained
     """
     folder = Path(folder)
     if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
-        raise AnchorvecError(f"{folder}: no config.json; name a folder that anchorvec wrote")
+        raise AnchorvecError(f"{folder}: no config.json; name an embedder's folder, such as a run's stage_one")
     if not can_write(folder):
         raise AnchorvecError(
             f"{folder}: this folder can no longer write: it holds an embedder without the LM head; "
@@ -381,5 +381,6 @@ def _add_sentence_transformers_files(folder: Path, prompts: Mapping[str, str]) -
         shutil.copytree(Path(scratch) / "1_Pooling", folder / "1_Pooling")
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+def _beginning(error: Exception) -> str:
+    """The first two lines: where access to a model is restricted, the second one says what to do."""
+    return " ".join(line.strip() for line in str(error).strip().split("\n")[:2])

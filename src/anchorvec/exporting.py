@@ -13,9 +13,10 @@ from transformers import AutoModel, AutoTokenizer
 
 from anchorvec.embedder import can_write, load_causal_lm, save_tokenizer
 from anchorvec.errors import AnchorvecError
-from anchorvec.files import new_folder, write_text
-from anchorvec.loading import load_model
+from anchorvec.files import new_folder, user_path, write_text
+from anchorvec.loading import is_embedder, load_model
 from anchorvec.model_card import model_card
+from anchorvec.recipe import run_recipe
 
 LEAST_COSINE = 0.9999
 """What two fp32 programs must agree on for every text; one pad or prompt too many gives 0.99 or less."""
@@ -37,9 +38,13 @@ PROBES = [
 
 @dataclass(frozen=True)
 class Exported:
-    """An exported folder and how closely it agrees with the run: the smallest cosine over `texts` texts."""
+    """An exported folder and how closely it agrees with the run: the smallest cosine over `texts` texts.
+
+    `stage` is the folder it was made from.
+    """
 
     folder: str
+    stage: str
     texts: int
     sentence_transformers: float
     transformers: float
@@ -52,7 +57,7 @@ class Exported:
     def __rich__(self) -> str:
         writes = "it can still write (anchorvec decode)" if self.can_write else "it can no longer write"
         return (
-            f"{self.folder}: the same vectors as the run on {self.texts} texts, least cosine "
+            f"{self.folder}: the same vectors as {self.stage} on {self.texts} texts, least cosine "
             f"{self.sentence_transformers:.6f} in sentence-transformers, {self.transformers:.6f} in transformers; "
             f"{writes}"
         )
@@ -61,12 +66,12 @@ class Exported:
 def export(run: str | Path, out: str | Path, *, texts: Sequence[str] = ()) -> Exported:
     """Write the last model of `run` to `out`: LoRA merged, safetensors, tokenizer, prompts, model card.
 
-    `run` is a run folder or one of its embedder folders. Before `out` appears, three programs encode the probes and
-    `texts` in fp32: the run's own model, the new folder loaded afresh by sentence-transformers, and by plain
-    transformers with last-token pooling (T18, T24). Raises AnchorvecError if any cosine is below 0.9999, if `out`
+    `run` is the folder of a finished run, or one of its embedder folders. Before `out` appears, three programs encode
+    the probes and `texts` in fp32: the run's own model, the new folder loaded afresh by sentence-transformers, and by
+    plain transformers with last-token pooling (T18, T24). Raises AnchorvecError if any cosine is below 0.9999, if `out`
     is in use, or if there is nothing to export; nothing is ever deleted or written over.
     """
-    stage, out, probes = last_stage(Path(run)), Path(out), [*PROBES, *texts]
+    stage, out, probes = last_stage(user_path(run)), user_path(out), [*PROBES, *texts]
     with new_folder(out) as scratch:
         expected = _encode(load_model(stage, merge=False).float(), probes)
         model = load_model(stage).float()
@@ -88,15 +93,27 @@ def export(run: str | Path, out: str | Path, *, texts: Sequence[str] = ()) -> Ex
                     f"cosine {cosine:.6f}, less than {LEAST_COSINE}; nothing was written to {out}"
                 )
         writes = can_write(scratch)
-    return Exported(str(out), len(probes), sentence_transformers=loaded, transformers=plain, can_write=writes)
+    return Exported(
+        str(out), str(stage), len(probes), sentence_transformers=loaded, transformers=plain, can_write=writes
+    )
 
 
 def last_stage(run: Path) -> Path:
-    """The embedder folder of the last stage that `run` finished; `run` itself if it is one."""
-    for folder in (run, run / "stage_two", run / "stage_one", run / "base"):
-        if (folder / "modules.json").is_file():
-            return folder
-    raise AnchorvecError(f"{run}: no model in this folder; name a run folder with stage_one or stage_two in it")
+    """The embedder folder of the last stage of the finished run `run`; `run` itself if it is one.
+
+    Raises AnchorvecError if there is none: what an unfinished run has is to be asked for by its own folder.
+    """
+    found = [name for name in ("stage_two", "stage_one", "base") if is_embedder(run / name)]
+    if is_embedder(run):
+        return run
+    if not found:
+        raise AnchorvecError(f"{run}: no model in this folder; name a run folder with stage_one or stage_two in it")
+    planned = [name for name in ("stage_two", "stage_one") if run_recipe(run).get(name)]
+    if found[0] != (planned or found)[0] or found[0] == "base":
+        raise AnchorvecError(
+            f"{run}: {(planned or ['stage_one'])[0]} of this run did not finish; name {run / found[0]} to export that"
+        )
+    return run / found[0]
 
 
 def encode_with_transformers(folder: str | Path, texts: Sequence[str]) -> Tensor:

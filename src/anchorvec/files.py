@@ -4,19 +4,32 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from anchorvec.errors import AnchorvecError
 
 
+def user_path(path: str | Path) -> Path:
+    """`path` with a leading `~` as the home folder, which a shell does not always replace."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # of a user that does not exist
+        return Path(path)
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` in UTF-8, replacing what was there in one move."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write `text` to `path` in UTF-8, replacing what was there in one move. Raises AnchorvecError if it cannot."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    scratch.write_text(text, encoding="utf-8")
-    scratch.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch.write_text(text, encoding="utf-8")
+        scratch.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            scratch.unlink(missing_ok=True)
+        raise AnchorvecError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -30,7 +43,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
     Raises AnchorvecError at once if `folder` is in use: nothing is ever written over.
     """
-    folder = folder.absolute()
+    folder = user_path(folder).absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise AnchorvecError(f"{folder} is in use; name a new folder")
     scratch = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")

@@ -1,12 +1,16 @@
 """Loads an embedder that is named by a folder or a hub id."""
 
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
 
 from anchorvec.errors import AnchorvecError
+from anchorvec.files import user_path
 from anchorvec.packing import packing_pays, unpad
 
 
@@ -20,23 +24,25 @@ def load_model(model: SentenceTransformer | str | Path, *, merge: bool = True) -
     if isinstance(model, SentenceTransformer):
         return model
     name = str(model)
-    folder = Path(name).expanduser()
+    folder = user_path(name)
     is_local = folder.exists() or isinstance(model, Path) or name.startswith((".", "/", "~"))
     if is_local and not folder.is_dir():
         raise AnchorvecError(f"{name}: there is no such folder; name a model's folder or its id on the hub")
-    if (folder / "adapter_config.json").is_file():
-        loaded = load_model(_start_of(folder)).float()  # small updates would be lost in half precision (T9)
-        adapted = PeftModel.from_pretrained(loaded[0].model, str(folder))
-        loaded[0].model = adapted.merge_and_unload() if merge else adapted
-        return loaded.eval()
+    if is_local and is_embedder(folder / "base"):
+        raise AnchorvecError(f"{name}: this is a run; name one of the folders in it, such as {folder / 'model'}")
     try:
+        if (folder / "adapter_config.json").is_file():
+            loaded = load_model(_start_of(folder)).float()  # small updates would be lost in half precision (T9)
+            adapted = PeftModel.from_pretrained(loaded[0].model, str(folder))
+            loaded[0].model = adapted.merge_and_unload() if merge else adapted
+            return loaded.eval()
         return SentenceTransformer(
             str(folder) if is_local else name,
             trust_remote_code=False,
             local_files_only=is_local,
             model_kwargs={"use_safetensors": True},
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
         raise AnchorvecError(f"{name}: this cannot be loaded as a sentence-transformers model ({reason})") from error
 
@@ -56,9 +62,26 @@ def load_encoder(model: SentenceTransformer | str | Path, dtype: torch.dtype | N
     return loaded
 
 
+def warn_of_named_prompts(model: SentenceTransformer, names: Sequence[str] = ()) -> None:
+    """Warn if `model` was trained with query instructions, has none by default, and none for one of `names`."""
+    known = sorted(key for key, prompt in model.prompts.items() if key.endswith("-query") and prompt)
+    missing = [name for name in names if f"{name}-query" not in model.prompts] or ([] if names else ["these queries"])
+    if known and missing and not model.prompts.get("query"):
+        warnings.warn(
+            f"this model's training queries had instructions ({', '.join(known)}), {', '.join(missing)} have none; "
+            "give one as --instruction (in Python: instruction=)",
+            stacklevel=3,
+        )
+
+
+def is_embedder(folder: Path) -> bool:
+    """Whether the folder holds an embedder, whole or as an adapter."""
+    return (folder / "modules.json").is_file()
+
+
 def _start_of(stage: Path) -> Path:
     """The embedder folder beside an adapter that its training started from."""
     for start in (stage.parent / "stage_one", stage.parent / "base"):
-        if (start / "modules.json").is_file():
+        if is_embedder(start):
             return start
     raise AnchorvecError(f"{stage}: a LoRA adapter whose start, stage_one or base, is not beside it any more")

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from anchorvec.embedder import load_causal_lm
 from anchorvec.engine import Engine
-from anchorvec.precision import default_device, resolve_precision
+from anchorvec.precision import check_one_device, default_device, resolve_precision
 from anchorvec.recipe import Recipe, dump_recipe, load_recipe
 from anchorvec.reconstruction import TokenPair
 from anchorvec.stage_data import reconstruction_dataset, reconstructs, stage_two_datasets
@@ -43,6 +43,7 @@ class Plan:
     precision: str
     rows: dict[str, int]
     rejected_rows: dict[str, int]
+    ignored_columns: dict[str, list[str]]
     rows_with_negatives: dict[str, int]
     parameters: int
     trained_parameters: dict[str, int]
@@ -51,6 +52,7 @@ class Plan:
     tokens: dict[str, int]
     engine: dict[str, Engine]
     target: Literal["text", "words"] | None
+    words_weight: float
     pairs: list[ShownPair]
 
     def to_dict(self) -> dict[str, Any]:
@@ -64,14 +66,18 @@ class Plan:
             shown = f"{rows:,}"
             if left_out := self.rejected_rows[name]:
                 shown += f" ({left_out:,} left out)"
-            if negatives := self.rows_with_negatives[name]:
-                shown += f", {negatives:,} with hard negatives"
+            if name in self.rows_with_negatives:
+                shown += f", {self.rows_with_negatives[name]:,} with hard negatives"
+            if columns := self.ignored_columns[name]:
+                shown += f"; not used: {', '.join(columns)}"
             table.add_row(f"pairs of {name}", shown)
         table.add_row("parameters", f"{self.parameters:,}")
         for stage, count in self.trained_parameters.items():
             table.add_row(f"trained in {stage}", f"{count:,} ({count / self.parameters:.1%})")
         for stage, count in self.tokens.items():
             table.add_row(f"tokens in {stage}", f"about {count:,}")
+        if self.target == "text" and self.words_weight:
+            table.add_row("stage_two tells words", f"beside its contrastive loss, weight {self.words_weight:g}")
         for stage, engine in self.engine.items():
             table.add_row(f"{stage} runs", _show_engine(engine, stage))
         table.add_row(
@@ -84,10 +90,12 @@ class Plan:
 def plan(recipe: Recipe | str | Path) -> Plan:
     """Resolve `recipe`, load its data and base model, decode one batch, and count; nothing is trained or kept.
 
-    The base model is loaded, so a plan needs the memory of one copy. Raises AnchorvecError for a recipe or data that
-    cannot be used.
+    The base model is loaded, so a plan needs the memory of one copy, and disk for one in the system's temporary
+    folder (TMPDIR) while it works. `rows_with_negatives` is empty where Stage II wants none. Raises AnchorvecError for
+    a recipe or data that cannot be used.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    check_one_device()
     pairs = load_training_data(recipe)
     rows = reconstruction_dataset(recipe, pairs)
     with tempfile.TemporaryDirectory() as scratch:
@@ -95,7 +103,7 @@ def plan(recipe: Recipe | str | Path) -> Plan:
         tokenizer = AutoTokenizer.from_pretrained(base)
         engine = {}
         if recipe.stage_two:
-            engine["stage_two"] = stage_two_model(recipe, base, stage_two_datasets(recipe, pairs), rows)[1]
+            engine["stage_two"] = stage_two_model(recipe, base, stage_two_datasets(recipe, pairs), pairs)[1]
         tokenize = pair_tokenizer(recipe, tokenizer)
         if recipe.stage_one:
             objective, engine["stage_one"] = stage_one_objective(recipe, base, rows, tokenize)
@@ -113,7 +121,9 @@ def plan(recipe: Recipe | str | Path) -> Plan:
 
     wanted = recipe.stage_two.negatives if recipe.stage_two else 0
     rows_with_negatives = {
-        name: sum(len(listed) >= wanted > 0 for listed in part.dataset["negatives"]) for name, part in pairs.items()
+        name: sum(len(listed) >= wanted for listed in part.dataset["negatives"])
+        for name, part in pairs.items()
+        if wanted
     }
     parameters = sum(p.numel() for p in model.parameters())
     body = sum(p.numel() for p in model.base_model.parameters())
@@ -138,6 +148,7 @@ def plan(recipe: Recipe | str | Path) -> Plan:
         precision=resolve_precision(recipe.model.precision),
         rows={name: len(part.dataset) for name, part in pairs.items()},
         rows_with_negatives=rows_with_negatives,
+        ignored_columns={name: part.report.ignored_columns for name, part in pairs.items()},
         rejected_rows={name: sum(part.report.rejected.values()) for name, part in pairs.items()},
         parameters=parameters,
         trained_parameters=trained,
@@ -146,6 +157,7 @@ def plan(recipe: Recipe | str | Path) -> Plan:
         tokens=tokens,
         engine=dict(sorted(engine.items())),
         target=target,
+        words_weight=recipe.stage_two.words_weight if recipe.stage_two else 0.0,
         pairs=[_decoded(pair, tokenizer) for pair in batch[:SHOWN_PAIRS]],
     )
 

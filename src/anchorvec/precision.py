@@ -1,5 +1,6 @@
 """The device, and which number format it multiplies fastest."""
 
+import os
 import platform
 import re
 import time
@@ -8,6 +9,8 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+
+from anchorvec.errors import AnchorvecError
 
 Precision = Literal["bf16", "fp32"]
 
@@ -24,6 +27,12 @@ def resolve_precision(setting: Literal["auto", "bf16", "fp32"]) -> Precision:
 def default_device() -> torch.device:
     """The accelerator if there is one, else the CPU."""
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def check_one_device() -> None:
+    """Raise AnchorvecError where training would run on several devices, which it cannot yet."""
+    if torch.cuda.device_count() > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise AnchorvecError("several devices are not supported yet; show one, with CUDA_VISIBLE_DEVICES=0")
 
 
 def device_name() -> str:

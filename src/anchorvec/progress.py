@@ -1,6 +1,7 @@
 """What a stage tells while it runs: a bar on the terminal and a record per logged step in a file."""
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from anchorvec.errors import AnchorvecError
 
 STAGE_TITLES = {"stage_one": "Stage I", "stage_two": "Stage II"}
 
@@ -54,11 +57,12 @@ class StageProgress(TrainerCallback):
         self.bar.start()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Move the bar; stop the stage when its time is over."""
+        """Move the bar; stop the stage when its time is over; have the last step logged."""
         self.bar.update(self.task, completed=state.global_step)
         if self.deadline is not None and time.monotonic() > self.deadline:
             self.stopped_early = state.global_step < state.max_steps
             control.should_training_stop = True
+        if control.should_training_stop or state.global_step >= state.max_steps:
             control.should_log = True
 
     def on_log(
@@ -69,9 +73,14 @@ class StageProgress(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Write one record and show its loss."""
+        """Write one record and show its loss; raise AnchorvecError if training has diverged."""
         if not state.is_world_process_zero or logs is None or "loss" not in logs:
             return
+        if not all(math.isfinite(logs[key]) for key in ("loss", "grad_norm") if key in logs):
+            raise AnchorvecError(
+                f"{self.stage}: the loss or its gradient is no finite number any more at step {state.global_step}; "
+                f"lower {self.stage}.learning_rate"
+            )
         seconds = time.monotonic() - self.started
         record = {
             "stage": self.stage,

@@ -1,6 +1,7 @@
 """The whole job on this machine, in a given time: an ordinary decoder LLM becomes a tested embedder."""
 
 import json
+import math
 import statistics
 import sys
 import tempfile
@@ -17,7 +18,7 @@ from transformers import AutoTokenizer
 
 from anchorvec.data import DocstringData, Pairs, docstrings, read_pairs
 from anchorvec.errors import AnchorvecError
-from anchorvec.evaluation import TaskScores, bm25_scores, evaluate, scores_table
+from anchorvec.evaluation import TaskScores, bm25_scores, evaluate, require_extra, scores_table
 from anchorvec.exporting import Exported, export
 from anchorvec.files import write_json, write_text
 from anchorvec.loading import load_encoder
@@ -35,7 +36,8 @@ STAGE_ONE_SHARE = 0.1
 _EXPORT_SECONDS = 30.0
 
 _PLANNED_SHARE = 0.92
-"""Of a stage's time: later steps are slower than those that were measured, and a schedule should reach its end."""
+"""Of a stage's time: a machine may become slower than it was when it was measured, and a schedule should reach its
+end (T13)."""
 
 _FULL_SCORE_SET = 500, 1200  # queries, documents
 _SMALL_SCORE_SET = 100, 240
@@ -49,13 +51,17 @@ TITLES = {
 
 @dataclass(frozen=True)
 class QuickstartResult:
-    """What `quickstart` made: the run's folder, the exported model, and the scores of each step on the way."""
+    """What `quickstart` made: the run's folder, the exported model, and the scores of each step on the way.
+
+    `steps` are those that were trained, fewer than `planned_steps` where the time was over before.
+    """
 
     output: str
     model: str
     corpus: str
     minutes: float
     steps: dict[str, int]
+    planned_steps: dict[str, int]
     scores: dict[str, TaskScores]
     score_set: dict[str, Any]
     export: Exported
@@ -87,19 +93,19 @@ def quickstart(
     BM25 and the model before training and after each stage are scored on docstrings of packages that no training
     pair comes from: 500 queries over 1,200 documents, a fifth of that if `minutes` is below 10. The steps of both
     stages are planned from the speed measured here and saved in the run's recipe. `overrides` replace values of that
-    recipe, but for its data, steps and score set, which are the quickstart's own. Without `stage_one` the contrastive
-    loss is alone: no Stage I, and no words in Stage II. The time counts from `started`, a `time.time()` (default: now).
-    Raises AnchorvecError if `output` is in use, or if `minutes` are too few for one step of each stage.
+    recipe, but for its data, steps, warm-up and score set, which are the quickstart's own. Without `stage_one` the
+    contrastive loss is alone: no Stage I, and no words in Stage II. The time counts from `started`, a `time.time()`
+    (default: now). Raises AnchorvecError if `output` is in use, on several devices, or if `minutes` are too few for one
+    step of each stage.
     """
+    if not 0 < minutes < math.inf:
+        raise AnchorvecError(f"minutes: {minutes} is no time to train in; give, for example, 20")
     began = time.monotonic() - (time.time() - started if started else 0)
     deadline = began + 60 * minutes
     say = Console(stderr=True).print
     recipe = load_recipe("quickstart", [f"output={json.dumps(str(output))}", f"seed={seed}", *overrides])
-    if not stage_one:
-        if recipe.stage_two is None:
-            raise AnchorvecError("both stages are off, so there is nothing to train; leave one on")
-        contrastive_alone = recipe.stage_two.model_copy(update={"words_weight": 0.0})
-        recipe = recipe.model_copy(update={"stage_one": None, "stage_two": contrastive_alone})
+    recipe = recipe if stage_one else contrastive_alone(recipe)
+    require_extra()
     folder = new_run_folder(recipe)
 
     say("reading the docstrings of the installed packages")
@@ -125,13 +131,20 @@ def quickstart(
 
     # Each later scoring takes as long as the first one of a model did. Stage II gets what Stage I leaves.
     names = [name for name in ("stage_one", "stage_two") if getattr(recipe, name) is not None]
-    seconds_per_step = {name: measure_step(recipe, name, stage, pairs) for name in names}
+    speeds = {name: measure_step(recipe, name, stage, pairs) for name in names}
+    left = deadline - len(names) * scores["untrained"].seconds - _EXPORT_SECONDS - time.monotonic()
+    if left < (least := sum(sum(speed) for speed in speeds.values())):
+        raise AnchorvecError(
+            f"the time is too short: {max(0.0, left):.0f} s are left for training, one step of each stage takes "
+            f"{least:.0f} s; give more --minutes"
+        )
     for i, name in enumerate(names):
         scorings_ahead = len(names) - i
         ends = deadline - scorings_ahead * scores["untrained"].seconds - _EXPORT_SECONDS
         if name == "stage_one" and "stage_two" in names:
             ends -= (1 - STAGE_ONE_SHARE) * (ends - time.monotonic())
-        recipe = plan_steps(recipe, name, seconds_per_step[name], ends - time.monotonic())
+        set_up, step = speeds[name]
+        recipe = plan_steps(recipe, name, step, ends - time.monotonic() - set_up)
         save_recipe(recipe, folder / "recipe.yaml")
         settings: StageOne | StageTwo = getattr(recipe, name)
         say(f"{STAGE_TITLES[name]}: {settings.steps} steps of {settings.pairs_per_step} pairs")
@@ -147,6 +160,7 @@ def quickstart(
         corpus=str(corpus),
         minutes=(time.monotonic() - began) / 60,
         steps=steps_run(folder / "log.jsonl"),
+        planned_steps={name: getattr(recipe, name).steps for name in names},
         scores=scores,
         score_set=data.description,
         export=exported,
@@ -155,27 +169,41 @@ def quickstart(
     return result
 
 
-def measure_step(recipe: Recipe, name: str, start: Path, pairs: Mapping[str, Pairs]) -> float:
-    """Seconds that an average step of the stage takes here, measured on the second of two steps.
+def contrastive_alone(recipe: Recipe) -> Recipe:
+    """`recipe` without Stage I and without words in Stage II.
 
-    The first one also pays for memory and caches. Smaller steps would not do: they are faster by the token.
+    Raises AnchorvecError if Stage II is off too.
+    """
+    if recipe.stage_two is None:
+        raise AnchorvecError("both stages are off, so there is nothing to train; leave one on")
+    stage_two = recipe.stage_two.model_copy(update={"words_weight": 0.0})
+    return recipe.model_copy(update={"stage_one": None, "stage_two": stage_two})
+
+
+def measure_step(recipe: Recipe, name: str, start: Path, pairs: Mapping[str, Pairs]) -> tuple[float, float]:
+    """Seconds that setting up and saving the stage take here, and those of an average step.
+
+    The step is measured on the last two of three; the first one also pays for memory and caches. Smaller steps would
+    not do: they are faster by the token.
     """
     stage: StageOne | StageTwo = getattr(recipe, name)
-    changes = {"steps": 2, "warmup_steps": 0, "log_every": 1}
+    changes = {"steps": 3, "warmup_steps": 0, "log_every": 1}
     records: list[Mapping[str, Any]] = []
+    began = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         probe = recipe.model_copy(update={name: stage.model_copy(update=changes), "output": Path(scratch)})
         train_stage = train_stage_one if name == "stage_one" else train_stage_two
         train_stage(probe, start, Path(scratch) / name, pairs, on_log=records.append)
-    first, second = records
-    seconds_per_token = (second["seconds"] - first["seconds"]) / (second["tokens"] - first["tokens"])
+    first, last = records[0], records[-1]
+    set_up = time.monotonic() - began - last["seconds"]
+    seconds_per_token = (last["seconds"] - first["seconds"]) / (last["tokens"] - first["tokens"])
 
     rows = reconstruction_dataset(recipe, pairs).shuffle(seed=recipe.seed)
     tokenize = pair_tokenizer(recipe, AutoTokenizer.from_pretrained(start))
     sample = tokenize(list(rows.select(range(min(256, len(rows))))))["pairs"]
     alpha, writes = (stage.alpha, stage.target == "text") if isinstance(stage, StageOne) else (0.5, False)
     tokens = statistics.mean(pair.tokens(alpha, writes=writes) for pair in sample)
-    return float(seconds_per_token * tokens * stage.pairs_per_step)
+    return set_up, float(seconds_per_token * tokens * stage.pairs_per_step)
 
 
 def plan_steps(recipe: Recipe, name: str, seconds_per_step: float, seconds: float) -> Recipe:
@@ -186,8 +214,8 @@ def plan_steps(recipe: Recipe, name: str, seconds_per_step: float, seconds: floa
     steps = int(_PLANNED_SHARE * seconds / seconds_per_step)
     if steps < 1 and name == "stage_two":
         raise AnchorvecError(
-            f"the time is too short: {seconds:.0f} s are left for {name}, a step takes {seconds_per_step:.0f} s; "
-            "give more --minutes"
+            f"the time is too short: {max(0.0, seconds):.0f} s are left for {name}, a step takes "
+            f"{seconds_per_step:.0f} s; give more --minutes"
         )
     steps = max(1, steps)
     planned = getattr(recipe, name).model_copy(update={"steps": steps, "warmup_steps": steps // 20})

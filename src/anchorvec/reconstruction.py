@@ -60,7 +60,7 @@ class TokenPair:
 
 @dataclass(frozen=True)
 class ReconstructionOutput:
-    """The loss of a micro-batch, and its two parts as sums over targets (detached): tokens, or texts with words.
+    """The loss of a micro-batch, and its two parts as sums over targets (detached): tokens, or texts.
 
     `exchanged_*` are the same sums with the embeddings of other pairs, or None.
     """

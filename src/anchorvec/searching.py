@@ -11,6 +11,7 @@ from rich.text import Text
 
 from anchorvec.errors import AnchorvecError
 from anchorvec.evaluation.beir import document_text, plain_or_gzipped, read_json_lines, read_lines
+from anchorvec.files import user_path
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -32,7 +33,8 @@ class Index:
     """A corpus, encoded once, that can be asked many times.
 
     `documents` maps ids to texts. Documents are encoded with the model's `document` prompt, queries with its
-    `query` prompt, and compared by the model's own similarity. All vectors stay on the model's device.
+    `query` prompt or, in its place, with `instruction`, and compared by the model's own similarity. All vectors stay
+    on the model's device.
     """
 
     def __init__(
@@ -40,12 +42,14 @@ class Index:
         model: "SentenceTransformer",
         documents: Mapping[str, str],
         *,
+        instruction: str | None = None,
         batch_size: int = 32,
         show_progress_bar: bool = False,
     ) -> None:
         if not documents:
             raise AnchorvecError("the corpus is empty; there is nothing to search")
         self.model = model
+        self.instruction = instruction
         self._documents = list(documents.items())
         self._embeddings = model.encode_document(
             list(documents.values()),
@@ -62,7 +66,7 @@ class Index:
         """The `top_k` documents nearest to `query`, the nearest first."""
         from sentence_transformers.util import semantic_search
 
-        embedding = self.model.encode_query([query], convert_to_tensor=True)  # (1, dim)
+        embedding = self.model.encode_query([query], prompt=self.instruction, convert_to_tensor=True)  # (1, dim)
         [found] = semantic_search(embedding, self._embeddings, top_k=top_k, score_function=self.model.similarity)
         return [Hit(float(hit["score"]), *self._documents[int(hit["corpus_id"])]) for hit in found]
 
@@ -73,18 +77,25 @@ def search(
     queries: Sequence[str] | None = None,
     top_k: int = 5,
     *,
+    instruction: str | None = None,
     batch_size: int = 32,
     show_progress_bar: bool = False,
 ) -> dict[str, list[Hit]]:
     """Each query with its `top_k` nearest documents of the corpus, the nearest first.
 
-    Without `queries` they are asked for in the terminal. `model` is a SentenceTransformer, its folder, or its
+    Without `queries` they are asked for in the terminal. `instruction` replaces the model's stored query prompt.
+    `model` is a SentenceTransformer, its folder, or its
     hub id; `corpus_path` is what `read_corpus` reads.
     """
-    from anchorvec.loading import load_encoder
+    from anchorvec.loading import load_encoder, warn_of_named_prompts
 
     documents = read_corpus(corpus_path)
-    index = Index(load_encoder(model), documents, batch_size=batch_size, show_progress_bar=show_progress_bar)
+    encoder = load_encoder(model)
+    if instruction is None:
+        warn_of_named_prompts(encoder)
+    index = Index(
+        encoder, documents, instruction=instruction, batch_size=batch_size, show_progress_bar=show_progress_bar
+    )
     if queries is None:
         return prompt_loop(index, top_k)
     return {query: index.search(query, top_k) for query in queries}
@@ -102,7 +113,7 @@ def read_corpus(path: str | Path) -> dict[str, str]:
 
     Raises AnchorvecError if there is no such corpus, no document in it, or a row that cannot be used.
     """
-    path = Path(path)
+    path = user_path(path)
     if path.is_dir():
         if any((path / name).is_file() for name in ("corpus.jsonl", "corpus.jsonl.gz")):
             return read_corpus(plain_or_gzipped(path / "corpus.jsonl"))
@@ -165,6 +176,8 @@ def _read_text_files(folder: Path) -> dict[str, str]:
             text = path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
             raise AnchorvecError(f"{path}: this is not UTF-8; save the file as UTF-8") from error
+        except OSError as error:
+            raise AnchorvecError(f"{path}: cannot be read: {error.strerror}") from error
         if text.strip():
             documents[path.relative_to(folder).as_posix()] = text
     return documents

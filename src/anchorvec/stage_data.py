@@ -51,11 +51,17 @@ def reconstructs(recipe: Recipe) -> Literal["text", "words"] | None:
 
 
 def check_rows(recipe: Recipe, pairs: Mapping[str, Pairs]) -> None:
-    """Raise AnchorvecError where a step of a stage needs more pairs than there are; it would be skipped silently."""
+    """Raise AnchorvecError where a step of a stage needs more pairs than there are; it would be skipped silently.
+
+    For Stage II these must be of different texts.
+    """
     if recipe.stage_one is not None:
         _check_rows("stage_one", recipe.stage_one.pairs_per_step, {"the data": reconstruction_dataset(recipe, pairs)})
     if recipe.stage_two is not None:
-        _check_rows("stage_two", recipe.stage_two.pairs_per_step, stage_two_datasets(recipe, pairs))
+        datasets = stage_two_datasets(recipe, pairs)
+        _check_rows("stage_two", recipe.stage_two.pairs_per_step, datasets)
+        for name, dataset in datasets.items():
+            _check_texts(name.removesuffix(_NEGATIVES), dataset, recipe.stage_two.pairs_per_step)
 
 
 def _check_rows(stage: str, pairs_per_step: int, datasets: Mapping[str, Dataset]) -> None:
@@ -70,6 +76,20 @@ def _check_rows(stage: str, pairs_per_step: int, datasets: Mapping[str, Dataset]
         raise AnchorvecError(
             f"{stage}.pairs_per_step: {pairs_per_step} is more than the {len(dataset)} {rows}; {help_}"
         )
+
+
+def _check_texts(name: str, dataset: Dataset, pairs_per_step: int) -> None:
+    for column in ("query", "positive"):
+        different: set[str] = set()
+        for rows in dataset.select_columns(column).iter(batch_size=1_000):
+            different.update(rows[column])
+            if len(different) >= pairs_per_step:
+                break
+        else:
+            raise AnchorvecError(
+                f"stage_two.pairs_per_step: {pairs_per_step} is more than the {len(different)} different texts in the "
+                f"column {column} of {name}; a step has none twice; lower it"
+            )
 
 
 def check_instructions(recipe: Recipe, tokenizer: Any) -> None:
@@ -137,17 +157,21 @@ def without_prompt_and_end(tokenizer: Any, recipe: Recipe) -> Callable[[list[int
     """The function that leaves of the ids of a text as it is read those of the text alone.
 
     A tokenizer may join the first word with the space before it, so these ids may differ from those of the text read
-    without a prompt.
+    without a prompt. A text that has no instruction, but begins with the words of one, loses these.
     """
     prompts = {text for source in recipe.data.train for text in (source.instruction, source.document_instruction)}
     before, after = template_ids(tokenizer)
     heads = [before + tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in sorted(prompts)]
 
-    def shared(ids: list[int], head: list[int]) -> int:
-        return next((i for i, (a, b) in enumerate(zip(ids, head, strict=False)) if a != b), min(len(ids), len(head)))
+    def shared(body: list[int], head: list[int]) -> int:
+        """How many ids of `head` are at the beginning of a text that has its words there; else 0."""
+        n = next((i for i, (a, b) in enumerate(zip(body, head, strict=False)) if a != b), min(len(body), len(head)))
+        rest = "".join(tokenizer.convert_ids_to_tokens(head[n:]))
+        joined = "".join(tokenizer.convert_ids_to_tokens(body[n : n + len(rest)]))
+        return n if joined.startswith(rest) else 0
 
     def content(ids: list[int]) -> list[int]:
         body = ids[: len(ids) - len(after)]
-        return body[max(shared(body, head) for head in heads) :]
+        return body[max(len(before), *(shared(body, head) for head in heads)) :]
 
     return content

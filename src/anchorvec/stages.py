@@ -1,7 +1,6 @@
 """The two stages: from an embedder folder to a trained one."""
 
 import json
-import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -28,7 +27,7 @@ from anchorvec.errors import AnchorvecError
 from anchorvec.files import new_folder, write_json
 from anchorvec.memory import free_memory, keep_freed_memory, release_freed_memory
 from anchorvec.packing import packed_features, unpad
-from anchorvec.precision import default_device, resolve_precision
+from anchorvec.precision import check_one_device, default_device, resolve_precision
 from anchorvec.progress import OnLog, StageProgress
 from anchorvec.recipe import Recipe, StageOne, StageTwo
 from anchorvec.reconstruction import HEAD_CHUNK_BYTES, PairTokenizer, Reconstruction
@@ -104,7 +103,7 @@ def train_stage_two(
     stage = recipe.stage_two
     assert stage is not None
     datasets = stage_two_datasets(recipe, pairs)
-    model, engine, words = stage_two_model(recipe, start, datasets, reconstruction_dataset(recipe, pairs))
+    model, engine, words = stage_two_model(recipe, start, datasets, pairs)
     _note(recipe, "stage_two", engine)
     progress = _progress(recipe, "stage_two", deadline, on_log)
     trainer = ContrastiveTrainer(
@@ -209,7 +208,9 @@ def _word_decoder(
             origin=origin,
         )
     except ValueError as error:
-        raise AnchorvecError(f"data.train: words can not be told apart, because {error}; give more pairs") from error
+        raise AnchorvecError(
+            f"data.train: words can not be told apart, because {error}; give more pairs, of texts that differ"
+        ) from error
 
 
 def _as_rows(columns: Any) -> list[dict[str, str]]:
@@ -217,11 +218,11 @@ def _as_rows(columns: Any) -> list[dict[str, str]]:
 
 
 def stage_two_model(
-    recipe: Recipe, start: Path, datasets: Mapping[str, Dataset], rows: Dataset
+    recipe: Recipe, start: Path, datasets: Mapping[str, Dataset], pairs: Mapping[str, Pairs]
 ) -> tuple[SentenceTransformer, Engine, WordDecoder | None]:
     """The embedder in `start` with what Stage II trains in it, set up as the engine says; and the decoder of words.
 
-    It reads texts up to the limit for training. `rows`: the same pairs as `datasets`, as Stage I reads them.
+    It reads texts up to the limit for training. `datasets` are `pairs` as Stage II reads them.
     """
     stage = recipe.stage_two
     assert stage is not None
@@ -263,7 +264,12 @@ def stage_two_model(
             embedding: Tensor = model(packed_features(features) if packed else features)["sentence_embedding"]
             return embedding
 
-        collate = PairTokenizer(model.tokenizer, content=without_prompt_and_end(model.tokenizer, recipe))
+        collate = PairTokenizer(
+            model.tokenizer,
+            max_tokens=recipe.training_tokens,
+            content=without_prompt_and_end(model.tokenizer, recipe),
+        )
+        rows = reconstruction_dataset(recipe, pairs)
         words = _word_decoder(recipe, model[0].model, embed, rows, collate)
 
     prompts = prompts_by_dataset(recipe, datasets)
@@ -302,11 +308,9 @@ def _note(recipe: Recipe, stage: str, engine: Engine) -> None:
 
 def _arguments(recipe: Recipe, stage: StageOne | StageTwo, folder: Path) -> dict[str, Any]:
     """Trainer settings that both stages share."""
-    device = default_device()
-    if torch.cuda.device_count() > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise AnchorvecError("several devices are not supported yet; show one, with CUDA_VISIBLE_DEVICES=0")
+    check_one_device()
     return {
-        "output_dir": str(folder),
+        "output_dir": str(folder.parent),  # nothing is written there: a stage that fails leaves no folder
         "max_steps": stage.steps,
         "per_device_train_batch_size": stage.pairs_per_step,
         "learning_rate": stage.learning_rate,
@@ -315,9 +319,10 @@ def _arguments(recipe: Recipe, stage: StageOne | StageTwo, folder: Path) -> dict
         "weight_decay": stage.weight_decay,
         "max_grad_norm": stage.max_grad_norm,
         "bf16": resolve_precision(recipe.model.precision) == "bf16",
-        "use_cpu": device.type == "cpu",
+        "use_cpu": default_device().type == "cpu",
         "logging_steps": stage.log_every,
         "logging_first_step": True,
+        "logging_nan_inf_filter": False,  # StageProgress stops there
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,

@@ -5,6 +5,7 @@ A run folder holds `recipe.yaml` (resolved), `run.json` (versions, device, data)
 """
 
 import platform
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -22,7 +23,7 @@ from anchorvec.evaluation import TaskScores, check_test_data, evaluate, scores_t
 from anchorvec.exporting import Exported, export
 from anchorvec.files import write_json
 from anchorvec.loading import load_encoder
-from anchorvec.precision import device_name, resolve_precision
+from anchorvec.precision import check_one_device, device_name, resolve_precision
 from anchorvec.progress import OnLog
 from anchorvec.recipe import Recipe, load_recipe, save_recipe
 from anchorvec.stage_data import check_instructions, check_rows
@@ -57,33 +58,51 @@ def train(recipe: Recipe | str | Path, *, on_log: OnLog | None = None) -> TrainR
     settings = recipe.evaluation
     check_test_data(data=settings.data, tasks=settings.tasks)
     pairs = load_training_data(recipe)
-    stages = {"untrained": build_base(recipe, output / "base")}
+    stage = build_base(recipe, output / "base")
     save_recipe(recipe, output / "recipe.yaml")
     write_json(output / "run.json", describe_run(recipe, pairs))
-    if recipe.stage_one is not None:
-        stages["stage_one"] = train_stage_one(recipe, stages["untrained"], output / "stage_one", pairs, on_log=on_log)
-    if recipe.stage_two is not None:
-        start = stages.get("stage_one", stages["untrained"])
-        stages["stage_two"] = train_stage_two(recipe, start, output / "stage_two", pairs, on_log=on_log)
+
     scores: dict[str, dict[str, TaskScores]] = {}
-    if settings.data or settings.tasks:
-        for name, stage in stages.items():
+
+    def score(name: str) -> None:
+        if settings.data or settings.tasks:
             model = load_encoder(stage, torch.float32)
             scores[name] = evaluate(
                 model, data=settings.data, tasks=settings.tasks, batch_size=settings.batch_size, show_progress_bar=True
             )
             write_json(output / "scores.json", _plain(scores))
+
+    score("untrained")  # before training, so that a task that cannot be fetched costs nothing
+    if recipe.stage_one is not None:
+        stage = train_stage_one(recipe, stage, output / "stage_one", pairs, on_log=on_log)
+        score("stage_one")
+    if recipe.stage_two is not None:
+        stage = train_stage_two(recipe, stage, output / "stage_two", pairs, on_log=on_log)
+        score("stage_two")
     return TrainResult(str(output), export(output, output / "model"), scores)
 
 
 def new_run_folder(recipe: Recipe) -> Path:
-    """Create `recipe.output` and return it; raise AnchorvecError rather than write into a used folder."""
-    if recipe.output is None:
+    """Create `recipe.output` and return it.
+
+    Raises AnchorvecError rather than write into a used folder, and where a run could not train: on several devices.
+    """
+    check_one_device()
+    output = recipe.output
+    if output is None:
         raise AnchorvecError("output: the recipe names no folder for the run; add output=FOLDER")
-    if recipe.output.exists() and (not recipe.output.is_dir() or any(recipe.output.iterdir())):
-        raise AnchorvecError(f"output: {recipe.output} is in use; name a new folder")
-    recipe.output.mkdir(parents=True, exist_ok=True)
-    return recipe.output
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        help_ = "name a new folder"
+        if (output / "base").is_dir() and not (output / "model").is_dir():
+            help_ = "it holds a run that did not finish; delete it, or name a new folder"
+            if (output / "stage_one").is_dir():
+                help_ += f" and go on from its Stage I with model.base={output / 'stage_one'} stage_one=null"
+        raise AnchorvecError(f"output: {output} is in use; {help_}")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise AnchorvecError(f"output: {output} cannot be made: {error.strerror}") from error
+    return output
 
 
 def load_training_data(recipe: Recipe) -> dict[str, Pairs]:
@@ -97,7 +116,7 @@ def load_training_data(recipe: Recipe) -> dict[str, Pairs]:
             source.path, strict=recipe.data.strict, split=source.split, subset=source.subset
         )
         report = loaded[source.name].report
-        if report.rejected or report.dropped_negatives:
+        if report.rejected or report.dropped_negatives or report.ignored_columns:
             Console(stderr=True).print(report.summary(), highlight=False, markup=False)
     check_rows(recipe, loaded)
     return loaded
@@ -135,7 +154,11 @@ def build_base(recipe: Recipe, folder: Path) -> Path:
         revision=settings.revision,
         seed=recipe.seed,
     )
-    check_instructions(recipe, AutoTokenizer.from_pretrained(folder))
+    try:
+        check_instructions(recipe, AutoTokenizer.from_pretrained(folder))
+    except AnchorvecError:
+        shutil.rmtree(folder)  # so that the mended recipe may use the run's folder
+        raise
     return folder
 
 

@@ -11,9 +11,9 @@ rare they are and whitened, at length 1.
 N is the number of pairs in a sample, n_w how many of their queries or of their documents have the word, whichever are
 more, at least 1; E are the model's own token embeddings, mean and C their mean and covariance by frequency (variances
 below 1e-4 of the largest count as that). The candidates are the right text and those of the sample, the same at every
-step, but for texts with the same words, partners of a text with the words that were read (T16), and texts without a
-vector. They are not encoded, so thousands of them cost little, and no pair depends on another pair of its step. e_0 is
-the mean embedding before the stage, which tells no text.
+step, but for texts with the same words, texts with the words that were read and partners of those (T16), and texts
+without a vector; a text that the sample has twice counts twice. They are not encoded, so thousands of them cost little,
+and no pair depends on another pair of its step. e_0 is the mean embedding before the stage, which tells no text.
 """
 
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ class WordDecoder(nn.Module):
 
     `queries` and `documents`: the token ids of the sample's texts, without prompts and ends. The token embeddings are
     copied if they are trained: the candidates stay what they are. `origin`: (dim,), e_0; None is 0. Raises ValueError
-    for a sample without two pairs, or without two words.
+    for a sample without two pairs, or whose texts do not differ.
     """
 
     embeddings: Tensor
@@ -84,6 +84,8 @@ class WordDecoder(nn.Module):
         self.register_buffer("whitening", ((directions / variances.sqrt()) @ directions.T).to(mean), persistent=False)
         self.register_buffer("query_candidates", self.word_vectors(queries), persistent=False)
         self.register_buffer("document_candidates", self.word_vectors(documents), persistent=False)
+        if not self.query_candidates.any() or not self.document_candidates.any():
+            raise ValueError("the words of the sample's queries, or of its documents, are those of all texts")
 
     def word_vectors(self, texts: Sequence[Sequence[int]]) -> Tensor:
         """The vector b of each text: (texts, dim), of length 1; 0 for a text without a word that weighs anything."""
@@ -117,8 +119,8 @@ class WordDecoder(nn.Module):
             candidates, partners = partners, candidates
         right, own = self.word_vectors(told), self.word_vectors(read)
         with torch.autocast(embeddings.device.type, enabled=False):
-            no_candidate = (right @ candidates.T > _SAME_WORDS) | (own @ partners.T > _SAME_WORDS)
-            no_candidate |= ~candidates.any(dim=1)
+            no_candidate = (right @ candidates.T > _SAME_WORDS) | (own @ candidates.T > _SAME_WORDS)
+            no_candidate |= (own @ partners.T > _SAME_WORDS) | ~candidates.any(dim=1)
             e = F.normalize(_at_least_fp32(embeddings) - self.origin, dim=1)
             wrong = (e @ candidates.T).masked_fill(no_candidate, -torch.inf)
             scores = torch.cat([(e * right).sum(dim=1, keepdim=True), wrong], dim=1) / self.temperature

@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 
 from anchorvec.data.builtin import PREFIX, builtin_rows
 from anchorvec.errors import AnchorvecError
+from anchorvec.files import user_path
 
 EXAMPLES_PER_KIND = 3
 _REQUIRED = ("query", "positive")
@@ -46,6 +47,7 @@ class ReadReport:
     rejected: dict[str, int]  # rows left out, by kind
     examples: list[str]  # "file:line: what", the first ones of each kind
     dropped_negatives: int  # empty, repeated, or equal to their row's query or positive; the rows are kept
+    ignored_columns: list[str]  # sorted names of columns that have no meaning here
 
     def summary(self) -> str:
         """One paragraph: how many pairs there are, what was left out, and the first places."""
@@ -58,6 +60,8 @@ class ReadReport:
                 f"; negatives dropped: {self.dropped_negatives:,} "
                 "(empty, repeated, or their row's own query or positive)"
             )
+        if self.ignored_columns:
+            text += f"; columns without a meaning here: {', '.join(self.ignored_columns)}"
         if self.examples:
             text += "; for example " + "; ".join(self.examples)
         return text + "."
@@ -101,15 +105,16 @@ def read_pairs(path: str | Path, *, strict: bool = False, split: str = "train", 
 
     Raises AnchorvecError when no row is usable, and with `strict` at the first row that is not.
     """
-    source = str(path)
+    source = str(user_path(path)) if str(path).startswith("~") else str(path)
     seen: set[int] = set()  # hashes: texts would be the whole file in memory
     rejected: Counter[str] = Counter()
     examples: list[str] = []
     dropped_negatives = 0
+    columns: set[str] = set()
 
     def usable() -> Iterator[_Pair]:
         nonlocal dropped_negatives
-        for line, row in _read(source, split, subset):
+        for line, row in _read(source, split, subset, columns):
             try:
                 query, positive, negatives, dropped = _checked(row)
                 key = hash((query, positive))
@@ -131,7 +136,8 @@ def read_pairs(path: str | Path, *, strict: bool = False, split: str = "train", 
     if not seen:
         found = f"{rejected.total():,} left out, the first: {examples[0]}" if examples else "it is empty"
         raise AnchorvecError(f"{source} has no usable row: {found}")
-    report = ReadReport(source, len(seen), dict(rejected), examples, dropped_negatives)
+    ignored = sorted(columns.difference(_COLUMNS))
+    report = ReadReport(source, len(seen), dict(rejected), examples, dropped_negatives, ignored)
     return Pairs(datasets.Dataset.from_file(str(file)), report)
 
 
@@ -152,15 +158,18 @@ def weighted(dataset: datasets.Dataset, weight: float, seed: int) -> datasets.Da
     return dataset.select(np.concatenate([np.tile(np.arange(rows), times), np.sort(sample)]))
 
 
-def _read(source: str, split: str, subset: str | None) -> _Rows:
-    """The rows of a source; a file that breaks off or cannot be opened is an AnchorvecError."""
+def _read(source: str, split: str, subset: str | None, columns: set[str]) -> _Rows:
+    """The rows of a source, whose columns are added to `columns`.
+
+    A file that breaks off or cannot be opened is an AnchorvecError.
+    """
     try:
-        yield from _rows(source, split, subset)
-    except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
+        yield from _rows(source, split, subset, columns)
+    except (OSError, EOFError, zlib.error, csv.Error, pa.ArrowException) as error:
         raise AnchorvecError(f"{source} cannot be read: {error}") from error
 
 
-def _rows(source: str, split: str, subset: str | None) -> _Rows:
+def _rows(source: str, split: str, subset: str | None, columns: set[str]) -> _Rows:
     """Each row of a source with its line, or with its number from 1 where there are no lines."""
     path = Path(source)
     if (source.startswith(PREFIX) or path.is_file()) and (split != "train" or subset is not None):
@@ -170,18 +179,18 @@ def _rows(source: str, split: str, subset: str | None) -> _Rows:
     suffix = path.suffix.lower()
     text_suffix = Path(path.stem).suffix.lower() if suffix == ".gz" else suffix
     if path.is_dir():
-        return _dataset(source, split, subset)
+        return _dataset(source, split, subset, columns)
     if not path.exists():
         is_file_name = text_suffix in (*_JSON_SUFFIXES, *_DELIMITERS, ".parquet")
         if is_file_name or not _HUB_NAME.fullmatch(source):
             raise AnchorvecError(f"{source} does not exist; name a file, a folder or a data set on the hub")
-        return _dataset(source, split, subset)
+        return _dataset(source, split, subset, columns)
     if suffix == ".parquet":
-        return _parquet(path)
+        return _parquet(path, columns)
     if text_suffix in _JSON_SUFFIXES:
-        return _json_lines(path)
+        return _json_lines(path, columns)
     if text_suffix in _DELIMITERS:
-        return _table(path, _DELIMITERS[text_suffix])
+        return _table(path, _DELIMITERS[text_suffix], columns)
     raise AnchorvecError(
         f"{source} has an unknown extension; known are .jsonl, .json (one object a line), .csv and .tsv, "
         "each also with .gz, and .parquet"
@@ -195,10 +204,13 @@ def _open(path: Path, newline: str) -> TextIO:
     return file
 
 
-def _json_lines(path: Path) -> _Rows:
+def _json_lines(path: Path, columns: set[str]) -> _Rows:
     with _open(path, newline="\n") as file:
         for line, text in enumerate(file, start=1):
-            yield line, _json_row(text)
+            row = _json_row(text)
+            if not isinstance(row, _RejectedRow):
+                columns.update(row)
+            yield line, row
 
 
 def _json_row(text: str) -> _Row:
@@ -215,13 +227,14 @@ def _json_row(text: str) -> _Row:
     return row
 
 
-def _table(path: Path, delimiter: str) -> _Rows:
+def _table(path: Path, delimiter: str, columns: set[str]) -> _Rows:
     limit = csv.field_size_limit(2**31 - 1)  # the default refuses texts above 128 KiB
     try:
         with _open(path, newline="") as file:
             reader = csv.reader(file, delimiter=delimiter, strict=True)
             header = next(reader, [])
             _require_columns(path, header)
+            columns.update(header)
             while True:
                 line = reader.line_num + 1  # where the row begins: a quoted text may run over several lines
                 try:
@@ -253,10 +266,11 @@ def _table_row(header: Sequence[str], fields: Sequence[str]) -> _Row:
     return row
 
 
-def _parquet(path: Path) -> _Rows:
+def _parquet(path: Path, columns: set[str]) -> _Rows:
     with pq.ParquetFile(path) as file:
         names = file.schema_arrow.names
         _require_columns(path, names)
+        columns.update(names)
         used = [column for column in _COLUMNS if column in names]
         line = 0
         for batch in file.iter_batches(batch_size=_ROWS_PER_BATCH, columns=used):
@@ -268,7 +282,7 @@ def _parquet(path: Path) -> _Rows:
                     yield line, _RejectedRow("not UTF-8", "bytes that are not UTF-8")
 
 
-def _dataset(name: str, split: str, subset: str | None) -> _Rows:
+def _dataset(name: str, split: str, subset: str | None, columns: set[str]) -> _Rows:
     try:
         dataset = datasets.load_dataset(name, subset, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
@@ -276,6 +290,7 @@ def _dataset(name: str, split: str, subset: str | None) -> _Rows:
         hint = "; it goes into the key `subset`" if "available configs" in found else ""
         raise AnchorvecError(f"{name} is no file here, and no data set to load: {found}{hint}") from error
     _require_columns(name, dataset.column_names)
+    columns.update(dataset.column_names)
     used = [column for column in _COLUMNS if column in dataset.column_names]
     yield from enumerate(dataset.select_columns(used), start=1)
 

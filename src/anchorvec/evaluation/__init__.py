@@ -2,7 +2,7 @@
 
 from anchorvec.evaluation.beir import BeirData, load_beir
 from anchorvec.evaluation.bootstrap import Interval, bootstrap_interval, paired_bootstrap
-from anchorvec.evaluation.evaluate import bm25_scores, check_test_data, evaluate
+from anchorvec.evaluation.evaluate import bm25_scores, check_test_data, evaluate, require_extra
 from anchorvec.evaluation.scores import TaskScores, scores_table
 
 __all__ = [
@@ -15,5 +15,6 @@ __all__ = [
     "evaluate",
     "load_beir",
     "paired_bootstrap",
+    "require_extra",
     "scores_table",
 ]

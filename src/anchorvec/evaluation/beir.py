@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from anchorvec.errors import AnchorvecError
+from anchorvec.files import user_path
 
 QRELS_HEADER = ["query-id", "corpus-id", "score"]
 
@@ -35,7 +36,7 @@ def load_beir(folder: str | Path) -> BeirData:
     Raises AnchorvecError with `file:line` for a row that cannot be used, a repeated id, or a judgement of a
     query or document that does not exist.
     """
-    folder = Path(folder)
+    folder = user_path(folder)
     if not folder.is_dir():
         raise AnchorvecError(f"{folder}: there is no such folder; name one in BEIR layout")
 

@@ -49,16 +49,22 @@ def evaluate(
     results: dict[str, TaskScores] = {}
     with _side_effects_undone():
         from anchorvec.evaluation import _mteb
-        from anchorvec.loading import load_encoder
+        from anchorvec.loading import load_encoder, warn_of_named_prompts
 
         # Names are looked up before anything is loaded or run, so that a misspelt one fails at once.
         all_tasks = [_mteb.BeirTask(part) for part in collections] + [_mteb.named_task(name) for name in tasks]
         model = load_encoder(model)
+        if instruction is None:
+            warn_of_named_prompts(model, names)
         device, dtype = str(model.device), str(next(model.parameters()).dtype).removeprefix("torch.")
         encoder = _mteb.encoder(model, instruction)
         for name, task in zip(names, all_tasks, strict=True):
             start = time.perf_counter()
-            outcome = _mteb.run(encoder, task, batch_size=batch_size, show_progress_bar=show_progress_bar)
+            try:
+                outcome = _mteb.run(encoder, task, batch_size=batch_size, show_progress_bar=show_progress_bar)
+            except OSError as error:  # no network, no disk
+                reason = str(error).strip().split("\n")[0]
+                raise AnchorvecError(f"{name} cannot be fetched or scored: {reason}") from error
             seconds = time.perf_counter() - start
             results |= _scores(name, outcome, device=device, dtype=dtype, seconds=seconds, seed=seed)
     return results
@@ -68,7 +74,7 @@ def check_test_data(*, data: Sequence[str | Path | BeirData] = (), tasks: Sequen
     """The collections of `data`; raises AnchorvecError for what `evaluate` could not use, tasks included."""
     if not data and not tasks:
         return []
-    _require_extra()
+    require_extra()
     collections = [part if isinstance(part, BeirData) else load_beir(part) for part in data]
     names = [collection.name for collection in collections] + list(tasks)
     for name in names:
@@ -90,7 +96,7 @@ def bm25_scores(data: str | Path | BeirData, *, seed: int = 0) -> TaskScores:
     The library bm25s in its default setting: Lucene's variant, k1 = 1.5, b = 0.75; lower-cased words of two
     and more letters, without bm25s's English stop words, not stemmed; title and text as one field.
     """
-    _require_extra()
+    require_extra()
     collection = data if isinstance(data, BeirData) else load_beir(data)
     with _side_effects_undone():
         from anchorvec.evaluation import _mteb
@@ -124,7 +130,8 @@ def _scores(name: str, outcome: Any, *, device: str, dtype: str, seconds: float,
     }
 
 
-def _require_extra() -> None:
+def require_extra() -> None:
+    """Raise AnchorvecError if the packages for scoring are not installed."""
     for package in ("mteb", "bm25s"):
         if importlib.util.find_spec(package) is None:
             raise AnchorvecError(f"scoring needs the package {package}: pip install 'anchorvec[evaluate]'")

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
@@ -55,6 +56,15 @@ def dump_recipe(recipe: Recipe) -> str:
 def save_recipe(recipe: Recipe, path: str | Path) -> None:
     """Write `dump_recipe` to a file, atomically; its folder is made if need be."""
     write_text(Path(path), dump_recipe(recipe))
+
+
+def run_recipe(run: Path) -> dict[str, Any]:
+    """What the `recipe.yaml` of a run folder says, unchecked; empty if there is none, or another program's."""
+    try:
+        found = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _read_with_parents(name_or_path: str | Path) -> list[_Layer]:

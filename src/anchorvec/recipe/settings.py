@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Discriminator,
@@ -18,6 +19,8 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core import PydanticCustomError
+
+from anchorvec.files import user_path
 
 END_FORM_TAGS = TOKEN, PROMPT = "<token>", "<prompt>"
 """How pydantic tells the forms of `model.end` apart; no user sees them."""
@@ -82,7 +85,8 @@ class TrainData(_Section):
 
     path: str = Field(min_length=1)
     """A file (JSON Lines, Parquet, CSV, TSV), a folder, or the name of a data set on the hub. A relative path
-    counts from the current folder. `builtin:docstrings` and `builtin:debug` come with the package."""
+    counts from the current folder. `builtin:docstrings` are those of the installed packages; what the quickstart
+    scores on, pandas and networkx, must be installed and is left out. `builtin:debug` is a toy corpus."""
     instruction: str = ""
     """Put before each query exactly as written, and stored with the model: as its default where all data sets have the
     same, else as `NAME-query`, to be named when encoding."""
@@ -255,7 +259,7 @@ class Recipe(_Section):
     """Stage II, contrastive learning. null: switched off."""
     evaluation: EvaluationSettings = EvaluationSettings()
     """What the models of the run are scored on."""
-    output: Annotated[Path, Field(strict=False)] | None = None
+    output: Annotated[Path, Field(strict=False), AfterValidator(user_path)] | None = None
     """Folder of the run. A relative path counts from the current folder."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Decides everything that is random: order of the pairs, samples, new weights, dropout."""
