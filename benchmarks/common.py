@@ -10,6 +10,7 @@ import re
 import resource
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from anchorvec.errors import AnchorvecError
 from anchorvec.precision import default_device, device_name, resolve_precision
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -151,7 +153,7 @@ def _report(sender: Any, function: Callable[..., dict[str, Any]], args: Sequence
         result = function(*args)
         sender.send({"peak_memory": peak_memory()} | result)
     except Exception as error:
-        sender.send({"failed": repr(error)})
+        sender.send({"failed": str(error) if isinstance(error, AnchorvecError) else traceback.format_exc()})
 
 
 def matmul_seconds(model: nn.Module, tokens: float, targets: float, repeats: int = 4) -> float:

@@ -1,13 +1,15 @@
 """The quickstart with reconstruction against contrastive learning alone, at equal wall time, seed by seed.
 
     python benchmarks/two_arms.py RESULTS --minutes 20 --seeds 0 1 2
-    python benchmarks/two_arms.py RESULTS --minutes 20 --seeds 0 1 2 --data FOLDER...    and on data in BEIR layout
+    python benchmarks/two_arms.py RESULTS --minutes 20 --seeds 0 1 2 --data FOLDER... --sts FILE...    on other data too
 
-Each run is a process of its own and leaves its folder in RESULTS. Finished runs are not repeated, so that a series may
-be interrupted; delete the folder of an unfinished one. Nothing else should run on the machine.
+Each run is a process of its own and leaves its folder in RESULTS, with its figures in `two_arms.json`. Runs that have
+this file are not repeated, so that a series may be interrupted; delete the folder of an unfinished one. Nothing else
+should run on the machine. Both runs of a seed must have the same machine and the same data; seeds may differ in them.
 """
 
 import argparse
+import gzip
 import json
 import math
 import statistics
@@ -15,13 +17,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from scipy.stats import spearmanr
 from scipy.stats import t as student
 
-from anchorvec.evaluation import evaluate
-from anchorvec.evaluation.bootstrap import Interval, paired_bootstrap
+from anchorvec.evaluation import check_test_data, evaluate
+from anchorvec.evaluation.bootstrap import Interval, bootstrap_interval, paired_bootstrap
 from anchorvec.files import write_json
 from anchorvec.loading import load_encoder
 from anchorvec.quickstarting import quickstart
@@ -30,37 +34,74 @@ from common import in_process, survived
 ARMS = {"contrastive": False, "reconstruction": True}
 """Whether an arm has Stage I, and words in Stage II."""
 
+HELD_OUT = "held-out packages"
+
 Scores = Mapping[str, float]
 """Query id -> nDCG@10."""
 
 
-def run(folder: Path, minutes: float, seed: int, stage_one: bool, data: Sequence[str]) -> dict[str, Any]:
-    """What one arm made of one seed: its `machine`, `minutes`, `steps`, `ndcg_at_10` by stage, `scores` by data set."""
+def run(folder: Path, minutes: float, seed: int, stage_one: bool, data: Sequence[str], sts: Sequence[str]) -> Any:
+    """The figures of one arm and one seed, from its `two_arms.json`; what is missing there is made first.
+
+    `conditions` are machine, versions and data; `ndcg_at_10` is that of each stage on the held-out packages; `scores`
+    has nDCG@10 by data set and query; `spearman` is by file.
+    """
     file = folder / "two_arms.json"
     if not file.exists():
         result = quickstart(folder, minutes=minutes, seed=seed, stage_one=stage_one)
         about = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        write_json(
-            file,
-            {
-                "planned_minutes": minutes,
-                "machine": f"{about['device']}, {about['threads']} threads, {about['precision']}",
-                "minutes": result.minutes,
-                "steps": result.steps,
-                "ndcg_at_10": {name: scores.metrics["ndcg_at_10"].mean for name, scores in result.scores.items()},
-                "scores": {"held-out packages": result.scores["stage_two"].per_query},
-            },
-        )
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    if found["planned_minutes"] != minutes:
-        raise ValueError(f"{folder} is a run of {found['planned_minutes']} minutes; name another folder for RESULTS")
-    if new := [name for name in data if name not in found["scores"]]:
+        conditions = {key: about[key] for key in ("device", "threads", "precision", "versions")}
+        conditions |= {key: about["score_set"][key] for key in ("train_pairs", "fingerprint")}
+        found = {
+            "planned_minutes": minutes,
+            "conditions": conditions,
+            "minutes": result.minutes,
+            "steps": result.steps,
+            "ndcg_at_10": {name: scores.metrics["ndcg_at_10"].mean for name, scores in result.scores.items()},
+            "scores": {HELD_OUT: result.scores["stage_two"].per_query},
+            "spearman": {},
+        }
+        write_json(file, found)
+    found = read(file, minutes)
+    new_data = [path for path in data if name_of(path) not in found["scores"]]
+    new_sts = [path for path in sts if name_of(path) not in found["spearman"]]
+    if new_data or new_sts:
         model = load_encoder(folder / "model", torch.float32)
-        for name in new:
-            [scores] = evaluate(model, data=[name], show_progress_bar=True).values()
-            found["scores"][name] = scores.per_query
+        for path in new_data:
+            [scores] = evaluate(model, data=[path], show_progress_bar=True).values()
+            found["scores"][name_of(path)] = scores.per_query
+            write_json(file, found)
+        for path in new_sts:
+            found["spearman"][name_of(path)] = spearman(model, path)
             write_json(file, found)
     return found
+
+
+def read(file: Path, minutes: float) -> dict[str, Any]:
+    """The figures of a finished run. Raises ValueError if it was given another time."""
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    if found["planned_minutes"] != minutes:
+        raise ValueError(f"{file.parent} is a run of {found['planned_minutes']} minutes; name another folder")
+    return found
+
+
+def name_of(path: str) -> str:
+    """What the figures call a folder or a file of test data."""
+    return Path(path).resolve().name
+
+
+def spearman(model: Any, path: str) -> float:
+    """Rank correlation of cosine similarity and `score` over `sentence1` and `sentence2` of a JSON Lines file.
+
+    Where rows name their split, those of `test` count.
+    """
+    opened = gzip.open if path.endswith(".gz") else open
+    with opened(path, "rt", encoding="utf-8") as lines:
+        rows = [row for row in map(json.loads, lines) if row.get("split", "test") == "test"]
+    first, second = (
+        model.encode([row[side] for row in rows], normalize_embeddings=True) for side in ("sentence1", "sentence2")
+    )
+    return float(spearmanr((first * second).sum(axis=1), [float(row["score"]) for row in rows]).statistic)
 
 
 def over_seeds(differences: Sequence[float]) -> Interval:
@@ -73,41 +114,91 @@ def over_seeds(differences: Sequence[float]) -> Interval:
     return Interval(mean, mean - half, mean + half)
 
 
+def over_queries(arms: Mapping[int, Mapping[str, Scores]]) -> Interval:
+    """The mean difference over the queries of all seeds; a query of several seeds counts once, with its mean."""
+    differences: dict[str, list[float]] = {}
+    for scores in arms.values():
+        for query, value in scores["reconstruction"].items():
+            differences.setdefault(query, []).append(value - scores["contrastive"][query])
+    return bootstrap_interval([float(np.mean(of_query)) for of_query in differences.values()])
+
+
 def compare(arms: Mapping[int, Mapping[str, Scores]]) -> dict[str, Any]:
-    """For one data set: each seed's paired difference over queries, their mean over queries and over seeds."""
+    """For one data set: each seed's paired difference over queries, their mean over queries and over seeds.
+
+    Raises ValueError if the arms of a seed have different queries.
+    """
     for seed, scores in arms.items():
         if scores["contrastive"].keys() != scores["reconstruction"].keys():
             raise ValueError(f"the arms of seed {seed} were scored on different queries; run both again")
-    pooled = [
-        {f"{seed}/{query}": value for seed, scores in arms.items() for query, value in scores[arm].items()}
-        for arm in ARMS
-    ]
     seeds = {seed: paired_bootstrap(scores["contrastive"], scores["reconstruction"]) for seed, scores in arms.items()}
     return {
         "seeds": seeds,
-        "over_queries": paired_bootstrap(*pooled),
+        "over_queries": over_queries(arms),
         "over_seeds": over_seeds([interval.mean for interval in seeds.values()]),
     }
 
 
-def main() -> None:
+def check_conditions(runs: Mapping[int, Mapping[str, Any]]) -> None:
+    """Raise ValueError for a seed whose two runs differ in machine, versions or data."""
+    for seed, of_seed in runs.items():
+        contrastive, reconstruction = (of_seed[arm]["conditions"] for arm in ARMS)
+        for key, value in contrastive.items():
+            if reconstruction[key] != value:
+                raise ValueError(
+                    f"the arms of seed {seed} differ in {key}: {value} and {reconstruction[key]}; run both again"
+                )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run what is missing of the series and show it."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("results", type=Path, metavar="RESULTS")
     options.add_argument("--minutes", type=float, default=20)
     options.add_argument("--seeds", type=int, nargs="+", default=[0])
-    options.add_argument("--data", nargs="+", default=[], metavar="FOLDER")
-    chosen = options.parse_args()
+    options.add_argument("--data", nargs="+", default=[], metavar="FOLDER", help="test collections in BEIR layout")
+    options.add_argument("--sts", nargs="+", default=[], metavar="FILE", help="JSON Lines: sentence1, sentence2, score")
+    chosen = options.parse_args(arguments)
     console = Console()
+    check_test_data(data=chosen.data)  # before hours of training
+    for file in chosen.results.glob("*/two_arms.json"):
+        read(file, chosen.minutes)
     runs: dict[int, dict[str, Any]] = {seed: {} for seed in dict.fromkeys(chosen.seeds)}
     for seed, of_seed in runs.items():
-        for arm, stage_one in ARMS.items():
+        for arm in list(ARMS) if seed % 2 == 0 else list(ARMS)[::-1]:  # a machine's drift should fall on both
             folder = chosen.results / f"{arm}-{seed}"
-            of_seed[arm] = in_process(run, folder, chosen.minutes, seed, stage_one, chosen.data)
+            of_seed[arm] = in_process(run, folder, chosen.minutes, seed, ARMS[arm], chosen.data, chosen.sts)
             survived(of_seed[arm])
-            console.print(f"{folder}: {of_seed[arm]['steps']}, {of_seed[arm]['minutes']:.1f} minutes", highlight=False)
-    console.print("; ".join(sorted({of_arm["machine"] for of_seed in runs.values() for of_arm in of_seed.values()})))
-    for name in ["held-out packages", *chosen.data]:
+    check_conditions(runs)
+    show(runs, console)
+
+
+def shared(runs: Mapping[int, Mapping[str, Any]], key: str) -> list[str]:
+    """The names of the test data that all runs have figures of."""
+    return [
+        name
+        for name in next(iter(runs.values()))["contrastive"][key]
+        if all(name in found[key] for of_seed in runs.values() for found in of_seed.values())
+    ]
+
+
+def show(runs: Mapping[int, Mapping[str, Any]], console: Console) -> None:
+    """Tables of the runs, and of their comparison on each data set that all were scored on."""
+    table = Table("seed", "arm", "steps", "minutes", "nDCG@10 by stage", "machine")
+    for seed, of_seed in runs.items():
+        for arm in ARMS:
+            found = of_seed[arm]
+            conditions = found["conditions"]
+            table.add_row(
+                str(seed),
+                arm,
+                " + ".join(map(str, found["steps"].values())),
+                f"{found['minutes']:.1f}",
+                ", ".join(f"{name} {value:.3f}" for name, value in found["ndcg_at_10"].items()),
+                f"{conditions['device']}, {conditions['threads']} threads, {conditions['precision']}",
+            )
+    console.print(table)
+    for name in shared(runs, "scores"):
         scores = {seed: {arm: of_seed[arm]["scores"][name] for arm in ARMS} for seed, of_seed in runs.items()}
         found = compare(scores)
         table = Table("seed", *ARMS, "difference", title=f"{name}, nDCG@10")
@@ -116,6 +207,15 @@ def main() -> None:
             table.add_row(str(seed), *means, str(difference))
         table.add_row("all, over queries", "", "", str(found["over_queries"]))
         table.add_row("all, over seeds", "", "", str(found["over_seeds"]))
+        console.print(table)
+    for name in shared(runs, "spearman"):
+        table = Table("seed", *ARMS, "difference", title=f"{name}, Spearman")
+        differences = []
+        for seed, of_seed in runs.items():
+            contrastive, reconstruction = (of_seed[arm]["spearman"][name] for arm in ARMS)
+            differences.append(reconstruction - contrastive)
+            table.add_row(str(seed), f"{contrastive:.3f}", f"{reconstruction:.3f}", f"{differences[-1]:+.3f}")
+        table.add_row("all, over seeds", "", "", str(over_seeds(differences)))
         console.print(table)
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -31,22 +32,95 @@ def test_a_benchmark_writes_its_figures(name, options, figures, tmp_path):
     assert all(found[figure] > 0 for figure in figures)
 
 
-def test_arms_are_compared_query_by_query_and_seed_by_seed(monkeypatch):
-    """The difference has the sign of reconstruction's gain; over seeds it is Student's t, over queries a bootstrap."""
+@pytest.fixture
+def two_arms(monkeypatch):
+    """The benchmark as a module; its runs stay in this process."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    two_arms = importlib.import_module("two_arms")
-    gains = {0: 0.1, 1: 0.2, 2: 0.3}
-    arms = {
-        seed: {"contrastive": {"a": 0.1, "b": 0.5}, "reconstruction": {"a": 0.1 + gain, "b": 0.5 + gain}}
+    module = importlib.import_module("two_arms")
+    monkeypatch.setattr(module, "in_process", lambda function, *arguments: function(*arguments))
+    return module
+
+
+def arms(gains):
+    """By seed and arm the scores of two queries, where reconstruction gains so much on both."""
+    return {
+        seed: {
+            "contrastive": {f"a{seed}": 0.1, f"b{seed}": 0.5},
+            "reconstruction": {f"a{seed}": 0.1 + gain, f"b{seed}": 0.5 + gain},
+        }
         for seed, gain in gains.items()
     }
-    found = two_arms.compare(arms)
+
+
+def test_arms_are_compared_query_by_query_and_seed_by_seed(two_arms):
+    """The difference has the sign of reconstruction's gain; over seeds it is Student's t, over queries a bootstrap."""
+    gains = {0: 0.1, 1: 0.2, 2: 0.3}
+    scores = arms(gains)
+    found = two_arms.compare(scores)
     assert [found["seeds"][seed].mean for seed in gains] == pytest.approx([0.1, 0.2, 0.3])
     assert found["over_queries"].mean == pytest.approx(0.2)
-    assert found["over_queries"].low > 0.1 - 1e-9
+    assert 0.1 < found["over_queries"].low < 0.2 < found["over_queries"].high < 0.3
     over_seeds = found["over_seeds"]  # 4.3027 is t's 97.5% point with 2 degrees of freedom, 0.1 the deviation
     assert (over_seeds.mean, over_seeds.low) == pytest.approx((0.2, 0.2 - 4.302653 * 0.1 / 3**0.5))
     assert over_seeds.high - over_seeds.mean == pytest.approx(over_seeds.mean - over_seeds.low)
-    del arms[1]["contrastive"]["b"]
+    del scores[1]["contrastive"]["b1"]
     with pytest.raises(ValueError, match="seed 1 were scored on different queries"):
-        two_arms.compare(arms)
+        two_arms.compare(scores)
+
+
+def test_a_query_of_several_seeds_is_one_query(two_arms):
+    """Scored for each of three seeds, the same two queries give the interval of two, not of six."""
+    one = {"contrastive": {"a": 0.0, "b": 0.0}, "reconstruction": {"a": 0.0, "b": 1.0}}
+    assert two_arms.over_queries({0: one, 1: one, 2: one}) == two_arms.over_queries({0: one})
+
+
+def write_finished(results, scores, **changes):
+    """The files of finished runs of 20 minutes with these scores, `changes` in the conditions of reconstruction."""
+    for seed, of_seed in scores.items():
+        for arm, per_query in of_seed.items():
+            found = {
+                "planned_minutes": 20.0,
+                "conditions": {"device": "a CPU", "threads": 2, "precision": "fp32"},
+                "minutes": 19.9,
+                "steps": {"stage_two": 60},
+                "ndcg_at_10": {"stage_two": 0.6},
+                "scores": {"held-out packages": per_query},
+                "spearman": {"sts": 0.5 if arm == "contrastive" else 0.7},
+            }
+            found["conditions"] |= changes if arm == "reconstruction" else {}
+            file = results / f"{arm}-{seed}" / "two_arms.json"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(found))
+
+
+def test_finished_runs_are_not_repeated(two_arms, tmp_path, capsys):
+    """From the files of finished runs alone come the tables; a series of another time is not taken for this one."""
+    write_finished(tmp_path, arms({0: 0.1, 1: 0.2}))
+    two_arms.main([str(tmp_path), "--seeds", "0", "1"])
+    shown = capsys.readouterr().out
+    assert "0.150 [0.100, 0.200]" in shown  # over queries
+    assert "0.200 [0.200, 0.200]" in shown  # over seeds: Spearman's differences
+    with pytest.raises(ValueError, match=r"is a run of 20.0 minutes; name another folder"):
+        two_arms.main([str(tmp_path), "--seeds", "0", "--minutes", "60"])
+
+
+def test_arms_from_different_machines_are_not_compared(two_arms, tmp_path):
+    """A seed whose second run went on another device would compare machines."""
+    write_finished(tmp_path, arms({0: 0.1}), precision="bf16")
+    with pytest.raises(ValueError, match="the arms of seed 0 differ in precision: fp32 and bf16"):
+        two_arms.main([str(tmp_path)])
+
+
+def test_sentence_pairs_are_scored_by_rank_correlation(two_arms, tmp_path):
+    """Cosine similarity against the score, on the rows of the test split."""
+
+    class OneWord:
+        def encode(self, texts, normalize_embeddings):
+            angles = np.array([float(text) for text in texts])
+            return np.stack([np.cos(angles), np.sin(angles)], axis=1)
+
+    rows = [{"sentence1": "0", "sentence2": str(i / 10), "score": (5 - i) ** 3, "split": "test"} for i in range(5)]
+    rows.append({"sentence1": "0", "sentence2": "0", "score": -100, "split": "train"})
+    path = tmp_path / "sts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert two_arms.spearman(OneWord(), str(path)) == pytest.approx(1.0)

@@ -1,34 +1,85 @@
 """How the quickstart divides its time; the whole of it runs in the gate, with the real model."""
 
+import math
+import time
+from types import SimpleNamespace
+
 import pytest
+from torch import nn
+from transformers import TrainingArguments
 
 from anchorvec.errors import AnchorvecError
-from anchorvec.quickstarting import contrastive_alone, measure_step, plan_steps, quickstart, steps_run
+from anchorvec.quickstarting import contrastive_alone, quickstart, steps_run, with_steps
 from anchorvec.recipe import load_recipe
+from anchorvec.stages import train_stage_one, train_stage_two
+from anchorvec.trainers import ReconstructionTrainer
 from anchorvec.training import build_base, load_training_data
 
 
-def test_steps_fill_the_seconds_that_are_left():
-    """As many steps as fit into 92% of the time; Stage I gets one at least, Stage II too little time is an error."""
-    recipe = load_recipe("quickstart")
-    assert plan_steps(recipe, "stage_two", 10.0, 440.0).stage_two.steps == 40
-    assert plan_steps(recipe, "stage_two", 10.0, 440.0).stage_two.warmup_steps == 2
-    assert plan_steps(recipe, "stage_one", 10.0, 5.0).stage_one.steps == 1
-    with pytest.raises(AnchorvecError, match="give more --minutes"):
-        plan_steps(recipe, "stage_two", 10.0, 5.0)
+@pytest.mark.parametrize("stage", ["stage_one", "stage_two"])
+def test_a_stage_lasts_until_its_deadline(tmp_path, stage):
+    """It makes as many steps as fit, and its learning rate reaches 0 with the last of them, by the clock (T13)."""
+    recipe = load_recipe("debug", [f"output={tmp_path / 'run'}", f"{stage}.steps=2", f"{stage}.warmup_steps=0"])
+    start = build_base(recipe, tmp_path / "base")
+    pairs = load_training_data(recipe)
+    records = []
+    began = time.monotonic()
+    options = {"deadline": began + 6, "on_log": records.append}
+    if stage == "stage_one":
+        train_stage_one(recipe, start, tmp_path / "run" / stage, pairs, **options)
+    else:
+        train_stage_two(recipe, start, tmp_path / "run" / stage, pairs, **options)
+    assert records[-1]["step"] > 2  # more than the recipe's
+    assert steps_run(tmp_path / "run" / "log.jsonl") == {stage: records[-1]["step"]}
+    rates = [record["learning_rate"] for record in records]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[-1] < 0.3 * getattr(recipe, stage).learning_rate
 
 
-def test_a_step_is_measured_by_running_some(tmp_path):
-    """Both stages are timed on the real path, in scratch folders, and leave the start as it was."""
+@pytest.mark.parametrize(
+    ("schedule", "at_70_percent"),
+    [("linear", 0.3 / 0.9), ("cosine", (1 + math.cos(math.pi * 2 / 3)) / 2), ("constant", 1.0)],
+)
+def test_the_learning_rate_follows_the_clock(monkeypatch, tmp_path, schedule, at_70_percent):
+    """With a deadline the share of the time stands for the share of the steps, warm-up included; else steps count."""
+    clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr("anchorvec.trainers.time", clock)
+    name = "constant_with_warmup" if schedule == "constant" else schedule
+    arguments = TrainingArguments(
+        tmp_path, max_steps=1000, warmup_steps=100, learning_rate=2.0, lr_scheduler_type=name, use_cpu=True
+    )
+    rates = []
+    for deadline in (180.0, None):
+        clock.now = 100.0
+        trainer = ReconstructionTrainer(nn.Linear(1, 1), arguments, micro_batch_tokens=1)
+        trainer.deadline = deadline
+        trainer.create_optimizer()
+        scheduler = trainer.create_scheduler(1000)
+        trainer.optimizer.step()
+        for clock.now in (104.0, 108.0, 156.0, 200.0):  # 5%, 10%, 70% of the time; after it
+            scheduler.step()
+            rates.append(scheduler.get_last_lr()[0])
+    assert rates[:2] == pytest.approx([1.0, 2.0])
+    assert rates[2] == pytest.approx(2 * at_70_percent)
+    assert rates[3] == pytest.approx(2.0 if schedule == "constant" else 0.0, abs=1e-9)
+    assert rates[4:] == pytest.approx([0.02, 0.04, 0.06, 0.08])
+
+
+def test_a_stage_whose_time_is_over_makes_one_step(tmp_path):
+    """A folder is there to go on from, however long the set-up took."""
     recipe = load_recipe("debug", [f"output={tmp_path / 'run'}"])
     start = build_base(recipe, tmp_path / "base")
-    before = sorted(path.name for path in tmp_path.iterdir())
-    pairs = load_training_data(recipe)
-    for stage in ("stage_one", "stage_two"):
-        set_up, step = measure_step(recipe, stage, start, pairs)
-        assert 0 < set_up < 60
-        assert 0 < step < 60
-    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    folder = train_stage_one(recipe, start, tmp_path / "run" / "stage_one", load_training_data(recipe), deadline=0.0)
+    assert (folder / "model.safetensors").is_file()
+    assert steps_run(tmp_path / "run" / "log.jsonl") == {"stage_one": 1}
+
+
+def test_the_saved_recipe_has_the_steps_that_were_made():
+    """The warm-up keeps its share of them."""
+    recipe = load_recipe("quickstart", ["stage_two.steps=40", "stage_two.warmup_steps=2"])
+    made = with_steps(recipe, "stage_two", 500)
+    assert (made.stage_two.steps, made.stage_two.warmup_steps) == (500, 25)
+    assert made.stage_one == recipe.stage_one
 
 
 def test_the_contrastive_arm_has_no_words():
@@ -54,8 +105,8 @@ def test_no_time_is_refused_at_once(tmp_path, minutes):
 
 @pytest.mark.slow
 def test_too_little_time_is_an_error_before_training(tmp_path):
-    """Too few minutes for a step of each stage are found once a step has been measured."""
-    with pytest.raises(AnchorvecError, match="the time is too short: 0 s are left for training"):
+    """Found once a scoring has been timed; the error says how many minutes would do."""
+    with pytest.raises(AnchorvecError, match=r"the time is too short: 0 s are left .*; give \d+ minutes or more"):
         quickstart(tmp_path / "run", minutes=0.01, overrides=["model.base=tiny"])
     assert not (tmp_path / "run" / "stage_one").exists()
 
@@ -77,4 +128,5 @@ def test_the_whole_quickstart_on_the_tiny_model(tmp_path):
     assert result.score_set["score_queries"] == 100
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
     assert result.minutes <= 3.3
-    assert all(0 < result.steps[stage] <= planned for stage, planned in result.planned_steps.items())
+    recipe = load_recipe(str(tmp_path / "run" / "recipe.yaml"))
+    assert result.steps == {"stage_one": recipe.stage_one.steps, "stage_two": recipe.stage_two.steps}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from anchorvec.errors import AnchorvecError
@@ -21,8 +21,8 @@ OnLog = Callable[[Mapping[str, Any]], None]
 class StageProgress(TrainerCallback):
     """Shows loss, tokens per second and time left; appends every record to a JSON Lines file.
 
-    `deadline` is a `time.monotonic()` after which the stage stops at the end of its step. As a context manager it
-    gives the terminal back, however the stage ends.
+    `deadline` is a `time.monotonic()` before which the stage stops: where another step, as long as those so far, would
+    end after it, but not before the first. As a context manager it gives the terminal back, however the stage ends.
     """
 
     def __init__(
@@ -32,12 +32,11 @@ class StageProgress(TrainerCallback):
         self.log_file = log_file
         self.deadline = deadline
         self._listener = on_log
-        self.stopped_early = False
+        self.out_of_time = False
         self.bar = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[status]}"),
+            TextColumn("{task.fields[steps]} {task.fields[status]}"),
             TimeRemainingColumn(),
             console=Console(stderr=True),
         )
@@ -53,15 +52,21 @@ class StageProgress(TrainerCallback):
     ) -> None:
         """Start the bar."""
         self.started = time.monotonic()
-        self.task = self.bar.add_task(STAGE_TITLES[self.stage], total=state.max_steps, status="")
+        total = state.max_steps if self.deadline is None else max(1e-9, self.deadline - self.started)
+        self.task = self.bar.add_task(STAGE_TITLES[self.stage], total=total, steps="", status="")
         self.bar.start()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Move the bar; stop the stage when its time is over; have the last step logged."""
-        self.bar.update(self.task, completed=state.global_step)
-        if self.deadline is not None and time.monotonic() > self.deadline:
-            self.stopped_early = state.global_step < state.max_steps
-            control.should_training_stop = True
+        step = state.global_step
+        if self.deadline is None:
+            self.bar.update(self.task, completed=step, steps=f"{step}/{state.max_steps}")
+        else:
+            now = time.monotonic()
+            self.bar.update(self.task, completed=now - self.started, steps=f"step {step}")
+            if now + (now - self.started) / step > self.deadline:
+                self.out_of_time = True
+                control.should_training_stop = True
         if control.should_training_stop or state.global_step >= state.max_steps:
             control.should_log = True
 

@@ -2,11 +2,9 @@
 
 import json
 import math
-import statistics
 import sys
-import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoTokenizer
 
 from anchorvec.data import DocstringData, Pairs, docstrings, read_pairs
 from anchorvec.errors import AnchorvecError
@@ -26,8 +23,7 @@ from anchorvec.memory import release_freed_memory
 from anchorvec.precision import resolve_precision
 from anchorvec.progress import STAGE_TITLES
 from anchorvec.recipe import Recipe, StageOne, StageTwo, load_recipe, save_recipe
-from anchorvec.stage_data import reconstruction_dataset
-from anchorvec.stages import pair_tokenizer, train_stage_one, train_stage_two
+from anchorvec.stages import train_stage_one, train_stage_two
 from anchorvec.training import build_base, describe_run, new_run_folder
 
 STAGE_ONE_SHARE = 0.1
@@ -35,12 +31,13 @@ STAGE_ONE_SHARE = 0.1
 
 _EXPORT_SECONDS = 30.0
 
-_PLANNED_SHARE = 0.92
-"""Of a stage's time: a machine may become slower than it was when it was measured, and a schedule should reach its
-end (T13)."""
+_LEAST_SECONDS = 60.0
+"""For training, set-up of the stages included."""
 
 _FULL_SCORE_SET = 500, 1200  # queries, documents
 _SMALL_SCORE_SET = 100, 240
+_FULL_SCORE_SET_MINUTES = 15
+"""From here on; on two slow cores the full set takes ten minutes of scoring."""
 
 TITLES = {
     "bm25": "BM25",
@@ -51,17 +48,13 @@ TITLES = {
 
 @dataclass(frozen=True)
 class QuickstartResult:
-    """What `quickstart` made: the run's folder, the exported model, and the scores of each step on the way.
-
-    `steps` are those that were trained, fewer than `planned_steps` where the time was over before.
-    """
+    """What `quickstart` made: the run's folder, the exported model, the steps of each stage, the scores on the way."""
 
     output: str
     model: str
     corpus: str
     minutes: float
     steps: dict[str, int]
-    planned_steps: dict[str, int]
     scores: dict[str, TaskScores]
     score_set: dict[str, Any]
     export: Exported
@@ -91,12 +84,12 @@ def quickstart(
     """Train the recipe `quickstart` within `minutes` of wall time, scoring included, and export the result.
 
     BM25 and the model before training and after each stage are scored on docstrings of packages that no training
-    pair comes from: 500 queries over 1,200 documents, a fifth of that if `minutes` is below 10. The steps of both
-    stages are planned from the speed measured here and saved in the run's recipe. `overrides` replace values of that
-    recipe, but for its data, steps, warm-up and score set, which are the quickstart's own. Without `stage_one` the
-    contrastive loss is alone: no Stage I, and no words in Stage II. The time counts from `started`, a `time.time()`
-    (default: now). Raises AnchorvecError if `output` is in use, on several devices, or if `minutes` are too few for one
-    step of each stage.
+    pair comes from: 500 queries over 1,200 documents, a fifth of that if `minutes` is below 15. What scoring leaves of
+    the time is for training, a tenth of it for Stage I; a stage makes as many steps as fit, and its learning rate
+    follows the clock. The run's recipe is saved with the steps that were made. `overrides` replace values of that
+    recipe, but for its data, steps and score set, which are the quickstart's own. Without `stage_one` the contrastive
+    loss is alone: no Stage I, and no words in Stage II. The time counts from `started`, a `time.time()` (default: now).
+    Raises AnchorvecError if `output` is in use, on several devices, or if scoring leaves less than a minute.
     """
     if not 0 < minutes < math.inf:
         raise AnchorvecError(f"minutes: {minutes} is no time to train in; give, for example, 20")
@@ -109,11 +102,12 @@ def quickstart(
     folder = new_run_folder(recipe)
 
     say("reading the docstrings of the installed packages")
-    n_queries, n_documents = _FULL_SCORE_SET if minutes >= 10 else _SMALL_SCORE_SET
+    n_queries, n_documents = _FULL_SCORE_SET if minutes >= _FULL_SCORE_SET_MINUTES else _SMALL_SCORE_SET
     data = docstrings.quickstart_data(seed=seed, n_queries=n_queries, n_documents=n_documents)
     corpus = folder / "score_set"
     docstrings.write_beir(data, corpus)
     recipe, pairs = _training_pairs(recipe, data, folder / "pairs.jsonl")
+    save_recipe(recipe, folder / "recipe.yaml")
     write_json(folder / "run.json", describe_run(recipe, pairs) | {"score_set": data.description})
     stage = build_base(recipe, folder / "base")
 
@@ -129,27 +123,24 @@ def quickstart(
     score("bm25")
     score("untrained")
 
-    # Each later scoring takes as long as the first one of a model did. Stage II gets what Stage I leaves.
+    # Each later scoring takes as long as the first one of a model did.
     names = [name for name in ("stage_one", "stage_two") if getattr(recipe, name) is not None]
-    speeds = {name: measure_step(recipe, name, stage, pairs) for name in names}
-    left = deadline - len(names) * scores["untrained"].seconds - _EXPORT_SECONDS - time.monotonic()
-    if left < (least := sum(sum(speed) for speed in speeds.values())):
+    scoring = scores["untrained"].seconds
+    left = deadline - len(names) * scoring - _EXPORT_SECONDS - time.monotonic()
+    if left < _LEAST_SECONDS:
         raise AnchorvecError(
-            f"the time is too short: {max(0.0, left):.0f} s are left for training, one step of each stage takes "
-            f"{least:.0f} s; give more --minutes"
+            f"the time is too short: {max(0.0, left):.0f} s are left for training, since a scoring takes "
+            f"{scoring:.0f} s here; give {math.ceil(minutes + (_LEAST_SECONDS - left) / 60)} minutes or more"
         )
     for i, name in enumerate(names):
-        scorings_ahead = len(names) - i
-        ends = deadline - scorings_ahead * scores["untrained"].seconds - _EXPORT_SECONDS
+        ends = deadline - (len(names) - i) * scoring - _EXPORT_SECONDS
         if name == "stage_one" and "stage_two" in names:
             ends -= (1 - STAGE_ONE_SHARE) * (ends - time.monotonic())
-        set_up, step = speeds[name]
-        recipe = plan_steps(recipe, name, step, ends - time.monotonic() - set_up)
-        save_recipe(recipe, folder / "recipe.yaml")
-        settings: StageOne | StageTwo = getattr(recipe, name)
-        say(f"{STAGE_TITLES[name]}: {settings.steps} steps of {settings.pairs_per_step} pairs")
+        say(f"{STAGE_TITLES[name]}: {(ends - time.monotonic()) / 60:.1f} minutes")
         train_stage = train_stage_one if name == "stage_one" else train_stage_two
-        stage = train_stage(recipe, stage, folder / name, pairs, deadline=max(ends, time.monotonic() + 1))
+        stage = train_stage(recipe, stage, folder / name, pairs, deadline=ends)
+        recipe = with_steps(recipe, name, steps_run(folder / "log.jsonl")[name])
+        save_recipe(recipe, folder / "recipe.yaml")
         score(name)
 
     say("exporting, and comparing the export with the run")
@@ -160,7 +151,6 @@ def quickstart(
         corpus=str(corpus),
         minutes=(time.monotonic() - began) / 60,
         steps=steps_run(folder / "log.jsonl"),
-        planned_steps={name: getattr(recipe, name).steps for name in names},
         scores=scores,
         score_set=data.description,
         export=exported,
@@ -180,50 +170,15 @@ def contrastive_alone(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"stage_one": None, "stage_two": stage_two})
 
 
-def measure_step(recipe: Recipe, name: str, start: Path, pairs: Mapping[str, Pairs]) -> tuple[float, float]:
-    """Seconds that setting up and saving the stage take here, and those of an average step.
-
-    The step is measured on the last two of three; the first one also pays for memory and caches. Smaller steps would
-    not do: they are faster by the token.
-    """
+def with_steps(recipe: Recipe, name: str, steps: int) -> Recipe:
+    """`recipe` with so many steps of the stage; its warm-up keeps its share of them."""
     stage: StageOne | StageTwo = getattr(recipe, name)
-    changes = {"steps": 3, "warmup_steps": 0, "log_every": 1}
-    records: list[Mapping[str, Any]] = []
-    began = time.monotonic()
-    with tempfile.TemporaryDirectory() as scratch:
-        probe = recipe.model_copy(update={name: stage.model_copy(update=changes), "output": Path(scratch)})
-        train_stage = train_stage_one if name == "stage_one" else train_stage_two
-        train_stage(probe, start, Path(scratch) / name, pairs, on_log=records.append)
-    first, last = records[0], records[-1]
-    set_up = time.monotonic() - began - last["seconds"]
-    seconds_per_token = (last["seconds"] - first["seconds"]) / (last["tokens"] - first["tokens"])
-
-    rows = reconstruction_dataset(recipe, pairs).shuffle(seed=recipe.seed)
-    tokenize = pair_tokenizer(recipe, AutoTokenizer.from_pretrained(start))
-    sample = tokenize(list(rows.select(range(min(256, len(rows))))))["pairs"]
-    alpha, writes = (stage.alpha, stage.target == "text") if isinstance(stage, StageOne) else (0.5, False)
-    tokens = statistics.mean(pair.tokens(alpha, writes=writes) for pair in sample)
-    return set_up, float(seconds_per_token * tokens * stage.pairs_per_step)
-
-
-def plan_steps(recipe: Recipe, name: str, seconds_per_step: float, seconds: float) -> Recipe:
-    """`recipe` with as many steps of the stage as surely fit into `seconds`.
-
-    Stage I always gets one. Raises AnchorvecError if not one step of Stage II fits.
-    """
-    steps = int(_PLANNED_SHARE * seconds / seconds_per_step)
-    if steps < 1 and name == "stage_two":
-        raise AnchorvecError(
-            f"the time is too short: {max(0.0, seconds):.0f} s are left for {name}, a step takes "
-            f"{seconds_per_step:.0f} s; give more --minutes"
-        )
-    steps = max(1, steps)
-    planned = getattr(recipe, name).model_copy(update={"steps": steps, "warmup_steps": steps // 20})
-    return recipe.model_copy(update={name: planned})
+    changed = {"steps": steps, "warmup_steps": round(steps * stage.warmup_steps / stage.steps)}
+    return recipe.model_copy(update={name: stage.model_copy(update=changed)})
 
 
 def steps_run(log: Path) -> dict[str, int]:
-    """The last step of each stage in a run's log; below the planned number if the time was over before."""
+    """The last step of each stage in a run's log."""
     records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     return {record["stage"]: record["step"] for record in records}
 

@@ -17,7 +17,7 @@ from sentence_transformers.sentence_transformer.training_args import (
     SentenceTransformerTrainingArguments,
 )
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PrinterCallback, Trainer, TrainingArguments, set_seed
+from transformers import AutoTokenizer, PrinterCallback, TrainingArguments, set_seed
 
 from anchorvec.contrastive import contrastive_loss
 from anchorvec.data import Pairs
@@ -39,11 +39,14 @@ from anchorvec.stage_data import (
     stage_two_datasets,
     without_prompt_and_end,
 )
-from anchorvec.trainers import ContrastiveTrainer, ReconstructionTrainer
+from anchorvec.trainers import ContrastiveTrainer, ReconstructionTrainer, TimedTrainer
 from anchorvec.words import CANDIDATES, WordDecoder
 
 ORIGIN_PAIRS = 16
 """Pairs whose mean embedding before training is the origin of word reconstruction."""
+
+_NO_LIMIT = 10_000_000
+"""Steps of a stage that ends at a time, where the trainer wants a number."""
 
 _PROBE_TOKENS = 64
 """Tokens of each part of the texts from which the memory of a token is estimated, if the limit is not lower."""
@@ -60,8 +63,8 @@ def train_stage_one(
 ) -> Path:
     """Train the embedder in `start` by reconstruction and write it to `folder`: a causal LM still (T12).
 
-    All parameters train, with fp32 master weights (T9). `deadline` is a `time.monotonic()` at which training
-    ends early.
+    All parameters train, with fp32 master weights (T9). With a `deadline`, a `time.monotonic()`, the stage lasts until
+    then, however many steps that are: the recipe's `steps` say only which share of the time its warm-up has.
     """
     stage = recipe.stage_one
     assert stage is not None
@@ -74,14 +77,14 @@ def train_stage_one(
     _note(recipe, "stage_one", engine)
     trainer = ReconstructionTrainer(
         model=objective,
-        args=TrainingArguments(**_arguments(recipe, stage, folder)),
+        args=TrainingArguments(**_arguments(recipe, stage, folder, deadline)),
         train_dataset=dataset,
         data_collator=collate,
         callbacks=[progress],
         micro_batch_tokens=engine.micro_batch_tokens,
         exchange_every=stage.log_every,
     )
-    _run(trainer, progress, "stage_one")
+    _run(trainer, progress)
     with new_folder(folder) as scratch:
         save_causal_lm(objective.model, start, scratch)
     return folder
@@ -99,6 +102,7 @@ def train_stage_two(
     """Train the embedder in `start` contrastively and write it to `folder`.
 
     With LoRA the folder holds the adapter alone, to be merged over `start` by `export`; without, a whole model.
+    `deadline` as in `train_stage_one`.
     """
     stage = recipe.stage_two
     assert stage is not None
@@ -109,7 +113,7 @@ def train_stage_two(
     trainer = ContrastiveTrainer(
         model=model,
         args=SentenceTransformerTrainingArguments(
-            **_arguments(recipe, stage, folder),
+            **_arguments(recipe, stage, folder, deadline),
             batch_sampler=BatchSamplers.NO_DUPLICATES,  # T16
             multi_dataset_batch_sampler=MultiDatasetBatchSamplers.PROPORTIONAL,  # one data set a batch
             prompts=prompts_by_dataset(recipe, datasets),
@@ -125,7 +129,7 @@ def train_stage_two(
         ),
         callbacks=[progress],
     )
-    _run(trainer, progress, "stage_two")
+    _run(trainer, progress)
     model.max_seq_length = recipe.model.max_tokens
     with new_folder(folder) as scratch:
         model.save_pretrained(str(scratch), create_model_card=False)
@@ -306,15 +310,16 @@ def _note(recipe: Recipe, stage: str, engine: Engine) -> None:
         )
 
 
-def _arguments(recipe: Recipe, stage: StageOne | StageTwo, folder: Path) -> dict[str, Any]:
+def _arguments(recipe: Recipe, stage: StageOne | StageTwo, folder: Path, deadline: float | None) -> dict[str, Any]:
     """Trainer settings that both stages share."""
     check_one_device()
+    endless = 1 if deadline is None else max(1, _NO_LIMIT // stage.steps)
     return {
         "output_dir": str(folder.parent),  # nothing is written there: a stage that fails leaves no folder
-        "max_steps": stage.steps,
+        "max_steps": endless * stage.steps,
         "per_device_train_batch_size": stage.pairs_per_step,
         "learning_rate": stage.learning_rate,
-        "warmup_steps": stage.warmup_steps,
+        "warmup_steps": endless * stage.warmup_steps,
         "lr_scheduler_type": "constant_with_warmup" if stage.schedule == "constant" else stage.schedule,
         "weight_decay": stage.weight_decay,
         "max_grad_norm": stage.max_grad_norm,
@@ -337,15 +342,16 @@ def _progress(recipe: Recipe, stage: str, deadline: float | None, on_log: OnLog 
     return StageProgress(stage, recipe.output / "log.jsonl", deadline=deadline, on_log=on_log)
 
 
-def _run(trainer: Trainer, progress: StageProgress, stage: str) -> None:
-    """Train to the last planned step (T13), or to the deadline."""
+def _run(trainer: TimedTrainer, progress: StageProgress) -> None:
+    """Train to the last step, or to the deadline; either way to the end of the schedule (T13)."""
     trainer.remove_callback(PrinterCallback)
+    trainer.deadline = progress.deadline
     keep_freed_memory()
     with progress:
         trainer.train()
     done, planned = trainer.state.global_step, trainer.args.max_steps
-    if done < planned and not progress.stopped_early:
+    if done < planned and not progress.out_of_time:
         raise AnchorvecError(
-            f"{stage}.pairs_per_step: training ended after {done} of {planned} steps, because the data repeat texts "
-            "too often for so many different pairs in a step; lower it, or remove repeated texts"
+            f"{progress.stage}.pairs_per_step: training ended too early, after {done} steps, because the data repeat "
+            "texts too often for so many different pairs in a step; lower it, or remove repeated texts"
         )

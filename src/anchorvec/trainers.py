@@ -1,6 +1,7 @@
 """The trainers of the two stages: transformers' and sentence-transformers' own, with what a stage adds."""
 
 import statistics
+import time
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -18,7 +19,35 @@ from anchorvec.reconstruction import TokenPair, exchange_partners, micro_batches
 _OUT_OF_MEMORY_HELP = "set {stage}.gradient_checkpointing=true, or lower {stage}.micro_batch_tokens or data.max_tokens"
 
 
-class ReconstructionTrainer(Trainer):
+class TimedTrainer(Trainer):
+    """A trainer whose learning rate follows the clock where `deadline` is set, a `time.monotonic()`.
+
+    Its share of the way from the warm-up to 0 is then the share of the time that has passed, so that a stage of which
+    nobody can say how many steps fit into its time comes to the end of its schedule (T13). For one process: the clocks
+    of several would differ.
+    """
+
+    deadline: float | None = None
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """The schedule of the training arguments, over steps or over time; the time starts here."""
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if self.deadline is not None:
+            assert isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR)
+            [of_step, *_] = scheduler.lr_lambdas
+            start, seconds = time.monotonic(), max(1e-9, self.deadline - time.monotonic())
+
+            def of_time(_: int) -> float:
+                share = min(1.0, (time.monotonic() - start) / seconds)
+                return float(of_step(round(num_training_steps * share)))
+
+            scheduler.lr_lambdas = [of_time] * len(scheduler.lr_lambdas)
+        return scheduler
+
+
+class ReconstructionTrainer(TimedTrainer):
     """A trainer whose batch is the pairs of one optimizer step, cut into micro-batches inside the step.
 
     Target tokens are counted over all devices before the first micro-batch, so the gradient is that of the whole
@@ -125,7 +154,7 @@ class ReconstructionTrainer(Trainer):
         super().log(logs, start_time)
 
 
-class ContrastiveTrainer(SentenceTransformerTrainer):
+class ContrastiveTrainer(TimedTrainer, SentenceTransformerTrainer):
     """sentence-transformers' trainer; it also counts the tokens that it reads."""
 
     tokens_seen = 0
