@@ -9,7 +9,6 @@ should run on the machine. Both runs of a seed must have the same machine and th
 """
 
 import argparse
-import gzip
 import json
 import math
 import statistics
@@ -17,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -25,6 +23,7 @@ from scipy.stats import spearmanr
 from scipy.stats import t as student
 
 from anchorvec.evaluation import check_test_data, evaluate
+from anchorvec.evaluation.beir import read_json_lines
 from anchorvec.evaluation.bootstrap import Interval, bootstrap_interval, paired_bootstrap
 from anchorvec.files import write_json
 from anchorvec.loading import load_encoder
@@ -93,11 +92,9 @@ def name_of(path: str) -> str:
 def spearman(model: Any, path: str) -> float:
     """Rank correlation of cosine similarity and `score` over `sentence1` and `sentence2` of a JSON Lines file.
 
-    Where rows name their split, those of `test` count.
+    The file may be gzipped. Where rows name their split, those of `test` count.
     """
-    opened = gzip.open if path.endswith(".gz") else open
-    with opened(path, "rt", encoding="utf-8") as lines:
-        rows = [row for row in map(json.loads, lines) if row.get("split", "test") == "test"]
+    rows = [row for _, row in read_json_lines(Path(path)) if row.get("split", "test") == "test"]
     first, second = (
         model.encode([row[side] for row in rows], normalize_embeddings=True) for side in ("sentence1", "sentence2")
     )
@@ -120,7 +117,7 @@ def over_queries(arms: Mapping[int, Mapping[str, Scores]]) -> Interval:
     for scores in arms.values():
         for query, value in scores["reconstruction"].items():
             differences.setdefault(query, []).append(value - scores["contrastive"][query])
-    return bootstrap_interval([float(np.mean(of_query)) for of_query in differences.values()])
+    return bootstrap_interval([statistics.mean(of_query) for of_query in differences.values()])
 
 
 def compare(arms: Mapping[int, Mapping[str, Scores]]) -> dict[str, Any]:

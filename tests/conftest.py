@@ -1,5 +1,6 @@
 """Tiny real models and tokenizers: random weights, every family that the product names."""
 
+import json
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -56,6 +57,12 @@ def make_tokenizer(kind: str = "plain") -> PreTrainedTokenizerFast:
     if kind == "left":
         tokenizer.padding_side = "left"
     return tokenizer
+
+
+def write_rows(path, rows):
+    """Write `rows` as JSON Lines and return the path."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 @pytest.fixture

@@ -1,0 +1,113 @@
+"""What training reads of its data, and which data it refuses before any work."""
+
+import json
+
+import pytest
+from sentence_transformers import SentenceTransformer
+from transformers import AutoTokenizer
+
+from anchorvec.errors import AnchorvecError
+from anchorvec.planning import plan
+from anchorvec.recipe import load_recipe
+from anchorvec.training import train
+from conftest import write_rows
+from test_training import QUICK
+
+
+def test_several_datasets_with_weights_instructions_and_negatives(tmp_path):
+    """Both stages train on a mix; every instruction is stored under the name of its data set."""
+    one = write_rows(tmp_path / "one.jsonl", [{"query": f"q{i}", "positive": f"p{i}"} for i in range(40)])
+    rows = [{"query": f"a{i}", "positive": f"b{i}", **({"negative": f"c{i}"} if i % 2 else {})} for i in range(40)]
+    two = write_rows(tmp_path / "two.jsonl", rows)
+    mixed = (
+        f"data.train=[{{path: {one}, instruction: 'one ', weight: 0.5}}, "
+        f"{{path: {two}, instruction: 'two ', document_instruction: 'doc '}}]"
+    )
+    sizes = ["stage_one.pairs_per_step=4", "stage_two.pairs_per_step=4", "stage_one.gradient_checkpointing=true"]
+    recipe = load_recipe("debug", [f"output={tmp_path / 'run'}", mixed, *QUICK, *sizes])
+    train(recipe)
+    prompts = SentenceTransformer(str(tmp_path / "run" / "model"), device="cpu").prompts
+    assert prompts == {
+        **{"query": "", "one-query": "one ", "two-query": "two "},
+        **{"document": "", "one-document": "", "two-document": "doc "},
+    }
+
+
+def test_a_dataset_smaller_than_a_step_is_refused(tmp_path):
+    """Too few rows for one step are an error that names the key, not a run that trains nothing."""
+    rows = write_rows(tmp_path / "few.jsonl", [{"query": f"q{i}", "positive": f"p{i}"} for i in range(5)])
+    for off, stage in [("stage_two", "stage_one"), ("stage_one", "stage_two")]:
+        recipe = load_recipe("debug", [f"output={tmp_path / stage}", f"data.train=[{{path: {rows}}}]", f"{off}=null"])
+        with pytest.raises(AnchorvecError, match=rf"{stage}.pairs_per_step: 16 is more than the 5 rows"):
+            train(recipe)
+
+
+def test_a_stage_two_without_enough_pairs_is_refused_before_stage_one(tmp_path):
+    """Rows with and without hard negatives have steps of their own; too few of either are found before any training."""
+    rows = [{"query": f"q{i}", "positive": f"p{i}", **({"negative": f"n{i}"} if i < 5 else {})} for i in range(40)]
+    path = write_rows(tmp_path / "few.jsonl", rows)
+    recipe = load_recipe("debug", [f"output={tmp_path / 'run'}", f"data.train=[{{path: {path}}}]", *QUICK])
+    for refused in (train, plan):
+        with pytest.raises(AnchorvecError, match=r"5 rows of few with hard negatives.*stage_two.negatives=0"):
+            refused(recipe)
+    assert not list((tmp_path / "run").iterdir())
+    recipe = load_recipe("debug", [f"data.train=[{{path: {path}}}]", *QUICK, "stage_two.pairs_per_step=5"])
+    assert plan(recipe).rows_with_negatives == {"few": 5}
+
+
+def test_repeated_texts_do_not_end_a_stage_unnoticed(tmp_path):
+    """Where batches without duplicates run out before the planned steps, the run fails instead of stopping early."""
+    rows = [{"query": f"q{i * (i % 2)}", "positive": f"p{i * (1 - i % 2)}"} for i in range(64)]  # q0 or p0 in each
+    path = write_rows(tmp_path / "same.jsonl", rows)
+    few = ["stage_one=null", "stage_two.pairs_per_step=16", "stage_two.steps=2", "stage_two.warmup_steps=0"]
+    with pytest.raises(AnchorvecError, match="repeat texts"):
+        train(load_recipe("debug", [f"output={tmp_path / 'run'}", f"data.train=[{{path: {path}}}]", *few]))
+
+
+def test_too_few_different_texts_are_refused_before_training(tmp_path):
+    """Many rows over a handful of labels cannot fill a step of Stage II; that is found before Stage I."""
+    rows = [{"query": f"q{i}", "positive": f"label {i % 5}"} for i in range(64)]
+    path = write_rows(tmp_path / "labels.jsonl", rows)
+    recipe = load_recipe("debug", [f"output={tmp_path / 'run'}", f"data.train=[{{path: {path}}}]", *QUICK])
+    for refused in (train, plan):
+        with pytest.raises(AnchorvecError, match="16 is more than the 5 different texts in the column positive of lab"):
+            refused(recipe)
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_an_instruction_without_room_for_a_text_is_refused(tmp_path):
+    """An instruction that fills the limit is an error that names its key."""
+    long = f"data.train.0.instruction={'x' * 70}"
+    for refused in (train, plan):
+        with pytest.raises(AnchorvecError, match=r"data.train.0.instruction: it leaves no room"):
+            refused(
+                load_recipe("debug", [f"output={tmp_path / refused.__name__}", long, "stage_one=null", *QUICK[1::2]])
+            )
+    assert not list((tmp_path / "train").iterdir())  # the mended recipe may use it
+
+
+def test_training_reads_beginnings_and_the_model_more(tmp_path):
+    """`data.max_tokens` cuts the texts of both stages, not those that the trained model reads."""
+    tokens = {}
+    for name, options in (("whole", []), ("cut", ["data.max_tokens=16"])):
+        recipe = load_recipe("debug", [f"output={tmp_path / name}", *QUICK, *options])
+        train(recipe)
+        records = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        tokens[name] = {record["stage"]: record["tokens"] / record["step"] for record in records}
+        card = (tmp_path / name / "model" / "README.md").read_text()
+        assert ("In training, texts were cut to 16 tokens." in card) == (name == "cut")
+        for folder in ("stage_one", "model"):
+            assert SentenceTransformer(str(tmp_path / name / folder)).max_seq_length == recipe.model.max_tokens
+        stage_two = AutoTokenizer.from_pretrained(tmp_path / name / "stage_two")
+        assert stage_two.model_max_length == recipe.model.max_tokens
+        assert all(len(pair.document_read) <= recipe.training_tokens for pair in plan(recipe).pairs)
+    pairs, passes = recipe.stage_one.pairs_per_step, {"stage_one": 4, "stage_two": 3}  # with a hard negative
+    for stage, most in passes.items():
+        assert tokens["cut"][stage] <= 16 * most * pairs < tokens["whole"][stage]
+
+
+def test_a_length_limit_without_room_for_a_text_is_refused(tmp_path):
+    """A limit for training that the end prompt fills is an error that names its key."""
+    end = "model.end={before: 'a text with many words: ', after: ' means in one word: '}"
+    with pytest.raises(AnchorvecError, match=r"data.max_tokens: 8 leaves no room for a text; the \d+ tokens around it"):
+        train(load_recipe("debug", [f"output={tmp_path / 'run'}", end, "data.max_tokens=8", *QUICK]))
