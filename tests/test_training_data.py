@@ -7,8 +7,10 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoTokenizer
 
 from anchorvec.errors import AnchorvecError
+from anchorvec.packing import token_ids
 from anchorvec.planning import plan
 from anchorvec.recipe import load_recipe
+from anchorvec.trainers import ContrastiveTrainer, ReconstructionTrainer
 from anchorvec.training import train
 from conftest import write_rows
 from test_training import QUICK
@@ -31,6 +33,32 @@ def test_several_datasets_with_weights_instructions_and_negatives(tmp_path):
         **{"query": "", "one-query": "one ", "two-query": "two "},
         **{"document": "", "one-document": "", "two-document": "doc "},
     }
+
+
+def test_each_stage_orders_the_pairs_anew(tmp_path, monkeypatch):
+    """Stage II does not start with the pairs that Stage I has just seen."""
+    steps = {ReconstructionTrainer: [], ContrastiveTrainer: []}  # the queries of each
+
+    def record(trainer, queries):
+        original = trainer.training_step
+
+        def training_step(self, model, inputs, *rest):
+            steps[trainer].append(sorted(queries(inputs)))
+            return original(self, model, inputs, *rest)
+
+        monkeypatch.setattr(trainer, "training_step", training_step)
+
+    record(ReconstructionTrainer, lambda inputs: [pair.query for pair in inputs["pairs"]])
+    prefix = "query_"
+    record(
+        ContrastiveTrainer,
+        lambda inputs: token_ids({k.removeprefix(prefix): v for k, v in inputs.items() if k.startswith(prefix)}),
+    )
+    sizes = ["stage_one.pairs_per_step=4", "stage_two.pairs_per_step=4", "stage_two.negatives=0"]
+    train(load_recipe("debug", [f"output={tmp_path / 'run'}", *QUICK, *sizes]))
+    one, two = steps.values()
+    assert len(one) == len(two) == 3
+    assert one[0] != two[0]
 
 
 def test_a_dataset_smaller_than_a_step_is_refused(tmp_path):

@@ -77,7 +77,8 @@ def train_stage_one(
     _note(recipe, "stage_one", engine)
     trainer = ReconstructionTrainer(
         model=objective,
-        args=TrainingArguments(**_arguments(recipe, stage, folder, deadline)),
+        # in an order of its own: the pairs at the start of Stage II should be new ones
+        args=TrainingArguments(**_arguments(recipe, stage, folder, deadline), data_seed=recipe.seed + 1),
         train_dataset=dataset,
         data_collator=collate,
         callbacks=[progress],
