@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from conftest import write_rows
+
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
@@ -121,6 +123,5 @@ def test_sentence_pairs_are_scored_by_rank_correlation(two_arms, tmp_path):
 
     rows = [{"sentence1": "0", "sentence2": str(i / 10), "score": (5 - i) ** 3, "split": "test"} for i in range(5)]
     rows.append({"sentence1": "0", "sentence2": "0", "score": -100, "split": "train"})
-    path = tmp_path / "sts.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = write_rows(tmp_path / "sts.jsonl", rows)
     assert two_arms.spearman(OneWord(), str(path)) == pytest.approx(1.0)
