@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file
 
-from anchorvec.precision import resolve_precision
+from anchorvec.precision import keep_frozen_in_bf16, resolve_precision
 from anchorvec.recipe import load_recipe
 from anchorvec.training import train
+from conftest import FAMILIES, make_model
 
 
 def test_a_named_precision_is_taken_and_auto_is_stable():
@@ -31,3 +33,27 @@ def test_bf16_training_keeps_fp32_weights(tmp_path, words):
     assert {base.dtype, one.dtype, two.dtype} == {torch.float32}
     assert 0 < (one - base).abs().max() < 1e-4
     assert 0 < (two - one).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_frozen_weights_in_bf16_change_nothing(family):
+    """Under autocast, states and gradients of LoRA are the same bits as with frozen weights in fp32."""
+    model = make_model(family).float().base_model
+    torch.manual_seed(0)
+    model.add_adapter(LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    def states_and_gradients():
+        with torch.autocast("cpu", torch.bfloat16):
+            states = model(torch.arange(12)[None], use_cache=False).last_hidden_state
+        return states, torch.autograd.grad(states.float().sin().sum(), list(trained.values()))
+
+    states, gradients = states_and_gradients()
+    keep_frozen_in_bf16(model)
+    assert {p.dtype for p in trained.values()} == {torch.float32}
+    frozen = [p.dtype for p in model.parameters() if not p.requires_grad and p.dim() == 2]
+    assert frozen.count(torch.bfloat16) == 14  # of two layers
+    new_states, new_gradients = states_and_gradients()
+    assert torch.equal(states, new_states)
+    assert all(gradient.any() for gradient in gradients)
+    assert all(map(torch.equal, gradients, new_gradients))

@@ -48,13 +48,12 @@ def choose_engine(
     least_tokens: int,
     logits_bytes: int = 0,
     step_tokens: float | None = None,
-    copies: int = 1,
 ) -> Engine:
     """The way to compute a stage with the memory that is free now; sets gradient checkpointing on `model`.
 
     `forward` and `longest`, the tokens of the longest text, are as in `kept_bytes`. Gradient checkpointing, where the
     recipe leaves it open, is used if `least_tokens` would not fit otherwise; cached gradients if the `step_tokens` of a
-    step do not fit. `copies` of the weights in bf16 are held at one time.
+    step do not fit.
     """
     device = default_device()
     bf16 = resolve_precision(precision) == "bf16"
@@ -66,7 +65,7 @@ def choose_engine(
         if checkpointing:
             text_config = model.config.get_text_config()
             per_token += _LAYER_STATES * text_config.hidden_size * (2 if bf16 else 4)
-        return per_token, tokens_that_fit(per_token, for_training + copies * fixed + logits_bytes, device)
+        return per_token, tokens_that_fit(per_token, for_training + fixed + logits_bytes, device)
 
     checkpointing = gradient_checkpointing is True
     if not checkpointing:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import nn
 
 from anchorvec.errors import AnchorvecError
 
@@ -27,6 +28,17 @@ def resolve_precision(setting: Literal["auto", "bf16", "fp32"]) -> Precision:
 def default_device() -> torch.device:
     """The accelerator if there is one, else the CPU."""
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def keep_frozen_in_bf16(model: nn.Module) -> None:
+    """Keep what is frozen of the linear layers in bf16: half the memory, and autocast need not convert it in each pass.
+
+    Under autocast to bf16 the results are the same, bit for bit. `model` has no LM head: one that is tied to the token
+    embeddings would convert these.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and not any(part.requires_grad for part in module.parameters()):
+            module.to(torch.bfloat16)
 
 
 def check_one_device() -> None:

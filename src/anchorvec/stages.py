@@ -4,6 +4,7 @@ import json
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from sentence_transformers.sentence_transformer.training_args import (
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PrinterCallback, TrainingArguments, set_seed
 
+from anchorvec.batches import SimilarPairs
 from anchorvec.contrastive import contrastive_loss
 from anchorvec.data import Pairs
 from anchorvec.embedder import attention_options, load_causal_lm, save_causal_lm, save_tokenizer
@@ -27,7 +29,7 @@ from anchorvec.errors import AnchorvecError
 from anchorvec.files import new_folder, write_json
 from anchorvec.memory import free_memory, keep_freed_memory, release_freed_memory
 from anchorvec.packing import packed_features, unpad
-from anchorvec.precision import check_one_device, default_device, resolve_precision
+from anchorvec.precision import check_one_device, default_device, keep_frozen_in_bf16, resolve_precision
 from anchorvec.progress import OnLog, StageProgress
 from anchorvec.recipe import Recipe, StageOne, StageTwo
 from anchorvec.reconstruction import HEAD_CHUNK_BYTES, PairTokenizer, Reconstruction
@@ -109,13 +111,18 @@ def train_stage_two(
     assert stage is not None
     datasets = stage_two_datasets(recipe, pairs)
     model, engine, words = stage_two_model(recipe, start, datasets, pairs)
+    content = without_prompt_and_end(model.tokenizer, recipe)
     _note(recipe, "stage_two", engine)
+    batch_sampler: Any = BatchSamplers.NO_DUPLICATES  # T16
+    if stage.in_batch_negatives == "similar":
+        assert words is not None
+        batch_sampler = partial(SimilarPairs, word_vectors=_vectors_of_texts(model.tokenizer, content, words))
     progress = _progress(recipe, "stage_two", deadline, on_log)
     trainer = ContrastiveTrainer(
         model=model,
         args=SentenceTransformerTrainingArguments(
             **_arguments(recipe, stage, folder, deadline),
-            batch_sampler=BatchSamplers.NO_DUPLICATES,  # T16
+            batch_sampler=batch_sampler,
             multi_dataset_batch_sampler=MultiDatasetBatchSamplers.PROPORTIONAL,  # one data set a batch
             prompts=prompts_by_dataset(recipe, datasets),
         ),
@@ -124,9 +131,9 @@ def train_stage_two(
             model,
             temperature=stage.temperature,
             micro_batch_tokens=engine.micro_batch_tokens if engine.cached_gradients else None,
-            words=words,
+            words=words if stage.words_weight else None,
             words_weight=stage.words_weight,
-            content=without_prompt_and_end(model.tokenizer, recipe),
+            content=content,
         ),
         callbacks=[progress],
     )
@@ -227,7 +234,8 @@ def stage_two_model(
 ) -> tuple[SentenceTransformer, Engine, WordDecoder | None]:
     """The embedder in `start` with what Stage II trains in it, set up as the engine says; and the decoder of words.
 
-    It reads texts up to the limit for training. `datasets` are `pairs` as Stage II reads them.
+    The decoder is there too where words only choose the negatives. The embedder reads texts up to the limit for
+    training. `datasets` are `pairs` as Stage II reads them.
     """
     stage = recipe.stage_two
     assert stage is not None
@@ -254,6 +262,8 @@ def stage_two_model(
                 task_type="FEATURE_EXTRACTION",
             )
         )
+        if resolve_precision(recipe.model.precision) == "bf16":
+            keep_frozen_in_bf16(model)
     part_tokens = min(_PROBE_TOKENS, recipe.training_tokens // 3)
 
     def encode(n: int) -> tuple[Tensor, int]:
@@ -262,7 +272,7 @@ def stage_two_model(
         return model(packed_features(features) if packed else features)["sentence_embedding"], ids.numel()
 
     words = None
-    if stage.words_weight:
+    if stage.words_weight or stage.in_batch_negatives == "similar":
 
         def embed(texts: list[list[int]]) -> Tensor:
             features = dict(model.tokenizer.pad({"input_ids": texts}, return_tensors="pt").to(model.device))
@@ -290,11 +300,20 @@ def stage_two_model(
         longest=recipe.training_tokens,
         least_tokens=recipe.training_tokens,
         step_tokens=step_tokens,
-        logits_bytes=4 * 4 * 2 * CANDIDATES * stage.pairs_per_step if words else 0,
-        # autocast makes a copy of a frozen weight in each forward pass, and there is one for each column
-        copies=max(len(part.column_names) for part in datasets.values()) if stage.lora else 1,
+        logits_bytes=4 * 4 * 2 * CANDIDATES * stage.pairs_per_step if stage.words_weight else 0,
     )
     return model, engine, words
+
+
+def _vectors_of_texts(
+    tokenizer: Any, content: Callable[[list[int]], list[int]], words: WordDecoder
+) -> Callable[[list[str]], Tensor]:
+    """The function that gives the word vectors of texts, (texts, dim) on the CPU, as far as training reads them."""
+
+    def vectors(texts: list[str]) -> Tensor:
+        return words.word_vectors([content(ids) for ids in tokenizer(texts, truncation=True)["input_ids"]]).cpu()
+
+    return vectors
 
 
 def _note(recipe: Recipe, stage: str, engine: Engine) -> None:

@@ -227,6 +227,9 @@ class StageTwo(_Stage):
     words_weight: NonNegativeFloat = 0.0
     """Weight of word reconstruction (Stage I's `target: words`, both directions alike) in the same step, beside the
     contrastive loss. 0: off, the paper's."""
+    in_batch_negatives: Literal["random", "similar"] = "random"
+    """Which pairs make a step: `random`, or pairs that are `similar` by their words, so that a query's wrong documents
+    are hard ones. Pairs so similar that one may answer the other's query are kept apart."""
     negatives: NonNegativeInt = 1
     """Hard negatives per query. A row with fewer is used without any; `anchorvec plan` counts those that have them."""
     micro_batch_tokens: PositiveInt | None = None
