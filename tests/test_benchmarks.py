@@ -125,3 +125,41 @@ def test_sentence_pairs_are_scored_by_rank_correlation(two_arms, tmp_path):
     rows.append({"sentence1": "0", "sentence2": "0", "score": -100, "split": "train"})
     path = write_rows(tmp_path / "sts.jsonl", rows)
     assert two_arms.spearman(OneWord(), str(path)) == pytest.approx(1.0)
+
+
+@pytest.fixture
+def trial(monkeypatch):
+    """The benchmark as a module."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("trial")
+
+
+def test_trials_are_compared_with_the_one_named(trial, tmp_path, capsys, monkeypatch):
+    """A trial that is there is not run again; others are above or below it, where they had the same test data."""
+    machine = {"device": "a CPU", "threads": 1, "precision": "fp32"}
+    for name, gain, data in [("one", 0.0, "a"), ("two", 0.2, "a"), ("three", 0.1, "b")]:
+        per_query = {"q1": 0.25 + gain, "q2": 0.5 + gain}
+        found = {"minutes": 28.0, "seed": 0, "steps": {"stage_one": 2, "stage_two": 9}, "machine": machine}
+        found |= {"fingerprint": data, "ndcg_at_10": 0.375 + gain, "per_query": per_query}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "trial.json").write_text(json.dumps(found))
+    monkeypatch.setenv("COLUMNS", "160")
+    trial.main([str(tmp_path), "one"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "0.200 [0.200, 0.200]" in shown
+    assert "other test data" in shown
+    assert "2 + 9" in shown
+
+
+@pytest.mark.slow
+def test_a_trial_on_the_tiny_model(trial, tmp_path):
+    """Both stages in the time for training, without the packages that are scored; overrides and options may mix."""
+    options = ["--minutes", "0.5", "--stage-one-share", "0.3", "stage_two.in_batch_negatives=similar"]
+    trial.main([str(tmp_path), "tiny", "model.base=tiny", *options])
+    found = json.loads((tmp_path / "tiny" / "trial.json").read_text())
+    assert set(found["steps"]) == {"stage_one", "stage_two"}
+    assert found["minutes_trained"] < 0.7
+    assert len(found["per_query"]) == 1_500
+    texts = (tmp_path / "tiny" / "pairs.jsonl").read_text()
+    assert "in_batch_negatives: similar" in (tmp_path / "tiny" / "recipe.yaml").read_text()
+    assert len(texts.splitlines()) == found["train_pairs"]

@@ -106,7 +106,7 @@ def quickstart(
     data = docstrings.quickstart_data(seed=seed, n_queries=n_queries, n_documents=n_documents)
     corpus = folder / "score_set"
     docstrings.write_beir(data, corpus)
-    recipe, pairs = _training_pairs(recipe, data, folder / "pairs.jsonl")
+    recipe, pairs = with_pairs(recipe, data, folder / "pairs.jsonl")
     save_recipe(recipe, folder / "recipe.yaml")
     write_json(folder / "run.json", describe_run(recipe, pairs) | {"score_set": data.description})
     stage = build_base(recipe, folder / "base")
@@ -116,7 +116,7 @@ def quickstart(
     def score(name: str) -> None:
         say(f"scoring: {TITLES[name]}")
         release_freed_memory()  # of a finished stage
-        scores[name] = bm25_scores(corpus) if name == "bm25" else _embedder_scores(recipe, stage, corpus)
+        scores[name] = bm25_scores(corpus) if name == "bm25" else embedder_scores(recipe, stage, corpus)
         say(f"  nDCG@10 {scores[name].metrics['ndcg_at_10']}")
         write_json(folder / "scores.json", {key: {corpus.name: value.to_dict()} for key, value in scores.items()})
 
@@ -183,7 +183,7 @@ def steps_run(log: Path) -> dict[str, int]:
     return {record["stage"]: record["step"] for record in records}
 
 
-def _training_pairs(recipe: Recipe, data: DocstringData, file: Path) -> tuple[Recipe, dict[str, Pairs]]:
+def with_pairs(recipe: Recipe, data: DocstringData, file: Path) -> tuple[Recipe, dict[str, Pairs]]:
     """The recipe that reads its pairs from `file`, so that a rerun sees the same ones, and these pairs."""
     rows = [{"query": pair.query, "positive": pair.document} for pair in data.train]
     write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
@@ -192,8 +192,8 @@ def _training_pairs(recipe: Recipe, data: DocstringData, file: Path) -> tuple[Re
     return recipe, {source.name: read_pairs(source.path)}
 
 
-def _embedder_scores(recipe: Recipe, stage: Path, corpus: Path) -> TaskScores:
-    # bf16 saves minutes where it is fast; the result names the dtype.
+def embedder_scores(recipe: Recipe, stage: Path, corpus: Path) -> TaskScores:
+    """The scores of the embedder in `stage`, in the number format that trains: bf16 saves minutes where it is fast."""
     dtype = torch.bfloat16 if resolve_precision(recipe.model.precision) == "bf16" else torch.float32
     [scores] = evaluate(
         load_encoder(stage, dtype),
