@@ -2,7 +2,7 @@
 
 In a batch of random pairs most negatives have nothing to do with the query. Here a batch starts with a random pair and
 takes the pairs most like it that are left, by the words of both their texts (`words.py`). A pair so like another of the
-batch that its document may answer the other's query too is left for another batch (T16).
+batch that its document may answer the other's query too is left for another batch, where there are others (T16).
 """
 
 import math
@@ -20,7 +20,7 @@ BLOCK = 16_384
 
 TOO_SIMILAR = 0.7
 """Cosine similarity of the words of two queries, or of two documents, from which on one may answer the other's query.
-In docstrings that is the same function in two packages."""
+Not tuned: the one value that was tried for documents (0.8 for queries)."""
 
 _CONSIDERED = 8
 """Times the batch size: how many of the most similar pairs are considered before any others are taken."""
@@ -43,12 +43,16 @@ class SimilarPairs(DefaultBatchSampler):
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         order = torch.randperm(len(self.dataset), generator=generator)
         for block in order.chunk(math.ceil(len(order) / BLOCK)):
-            rows = self.dataset[block.tolist()]
-            queries, documents = (self.word_vectors(rows[name]) for name in ("query", "positive"))
-            texts = [set(row) for row in zip(*rows.values(), strict=True)]
-            batches = similar_groups(queries, documents, texts, self.batch_size)
+            batches = self._batches(block)
             for i in torch.randperm(len(batches), generator=generator).tolist():
                 yield block[batches[i]].tolist()
+
+    def _batches(self, block: Tensor) -> list[list[int]]:
+        """Batches of the rows `block`, as positions in it; texts and vectors are freed before training goes on."""
+        rows = self.dataset[block.tolist()]
+        queries, documents = (self.word_vectors(rows[name]) for name in ("query", "positive"))
+        texts = [set(row) for row in zip(*rows.values(), strict=True)]
+        return similar_groups(queries, documents, texts, self.batch_size)
 
 
 def similar_groups(queries: Tensor, documents: Tensor, texts: Sequence[set[str]], size: int) -> list[list[int]]:
