@@ -160,7 +160,7 @@ def quickstart(
 
 
 def contrastive_alone(recipe: Recipe) -> Recipe:
-    """`recipe` without Stage I and without words in Stage II.
+    """`recipe` without Stage I and without telling words in Stage II; its batches are the same.
 
     Raises AnchorvecError if Stage II is off too.
     """
