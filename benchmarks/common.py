@@ -1,4 +1,4 @@
-"""What the benchmarks share: a process for each side, the peak of matrix multiplication, tables and JSON."""
+"""What the benchmarks share: a process for each side, the peak of matrix products, scores over seeds, tables, JSON."""
 
 import argparse
 import gc
@@ -18,11 +18,22 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from scipy.stats import spearmanr
+from scipy.stats import t as student
+from sentence_transformers.util import pairwise_cos_sim
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from anchorvec.errors import AnchorvecError
+from anchorvec.evaluation import check_test_data, evaluate
+from anchorvec.evaluation.beir import read_json_lines
+from anchorvec.evaluation.bootstrap import Interval, bootstrap_interval
+from anchorvec.files import write_json
+from anchorvec.loading import load_encoder
 from anchorvec.precision import default_device, device_name, resolve_precision
+
+Scores = Mapping[str, float]
+"""Query id -> nDCG@10."""
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {
@@ -211,6 +222,83 @@ def compare_trained(theirs: Mapping[str, Any], ours: Mapping[str, Any], precisio
         "memory_ratio": ours["peak_memory"] / theirs["peak_memory"],
         "largest_difference": max(differences.values()),
     }
+
+
+def over_seeds(differences: Sequence[float]) -> Interval:
+    """The mean of one difference a seed, with its 95% interval by Student's t; without bounds for a single seed."""
+    mean = statistics.mean(differences)
+    if len(differences) < 2:
+        return Interval(mean, -math.inf, math.inf)
+    n = len(differences)
+    half = float(student.ppf(0.975, n - 1)) * statistics.stdev(differences) / math.sqrt(n)
+    return Interval(mean, mean - half, mean + half)
+
+
+def over_queries(seeds: Sequence[tuple[Scores, Scores]]) -> Interval:
+    """The mean difference, second minus first, over the queries of all seeds; a query counts once, with its mean."""
+    differences: dict[str, list[float]] = {}
+    for first, second in seeds:
+        for query, value in second.items():
+            differences.setdefault(query, []).append(value - first[query])
+    return bootstrap_interval([statistics.mean(of_query) for of_query in differences.values()])
+
+
+def score_more(
+    found: dict[str, Any], file: Path, model: Path, dtype: torch.dtype, data: Sequence[str], sts: Sequence[str]
+) -> None:
+    """Score `model` on test data that `found` has no figures of, and write it to `file` after each.
+
+    `scores` gets nDCG@10 by folder of `data` and query, `spearman` a figure for each file of `sts`.
+    """
+    new_data = [path for path in data if name_of(path) not in found["scores"]]
+    new_sts = [path for path in sts if name_of(path) not in found["spearman"]]
+    if not new_data and not new_sts:
+        return
+    encoder = load_encoder(model, dtype)
+    for path in new_data:
+        [scores] = evaluate(encoder, data=[path], show_progress_bar=True).values()
+        found["scores"][name_of(path)] = scores.per_query
+        write_json(file, found)
+    for path in new_sts:
+        found["spearman"][name_of(path)] = spearman(encoder, path)
+        write_json(file, found)
+
+
+def check_scored_elsewhere(data: Sequence[str], sts: Sequence[str]) -> None:
+    """Raise AnchorvecError for other test data that cannot be read, or where two have the same name in the figures."""
+    check_test_data(data=list(data))
+    for file in sts:
+        scored_sentences(file)
+    for paths in (data, sts):
+        for i, path in enumerate(paths):
+            if name_of(path) in map(name_of, paths[:i]):
+                raise AnchorvecError(f"two of the test data are called {name_of(path)}; rename one")
+
+
+def name_of(path: str) -> str:
+    """What the figures call a folder or a file of test data."""
+    return Path(path).resolve().name
+
+
+def spearman(model: Any, path: str) -> float:
+    """Rank correlation of cosine similarity and score over the `scored_sentences` of a file."""
+    firsts, seconds, scores = zip(*scored_sentences(path), strict=True)
+    similarities = pairwise_cos_sim(model.encode(list(firsts)), model.encode(list(seconds)))
+    return float(spearmanr(similarities, scores).statistic)
+
+
+def scored_sentences(path: str) -> list[tuple[str, str, float]]:
+    """`sentence1`, `sentence2` and `score` of the rows of a JSON Lines file, which may be gzipped.
+
+    Where rows name their split, those of `test` count. Raises AnchorvecError if there are none, or a key is missing.
+    """
+    rows = [row for _, row in read_json_lines(Path(path)) if row.get("split", "test") == "test"]
+    if not rows:
+        raise AnchorvecError(f"{path}: no rows to score")
+    try:
+        return [(row["sentence1"], row["sentence2"], float(row["score"])) for row in rows]
+    except KeyError as error:
+        raise AnchorvecError(f"{path}: a row without {error}; it needs sentence1, sentence2 and score") from error
 
 
 def describe_machine(precision: str) -> dict[str, Any]:

@@ -10,7 +10,6 @@ should run on the machine. Both runs of a seed must have the same machine and th
 
 import argparse
 import json
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,24 +18,16 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from scipy.stats import spearmanr
-from scipy.stats import t as student
 
-from anchorvec.evaluation import check_test_data, evaluate
-from anchorvec.evaluation.beir import read_json_lines
-from anchorvec.evaluation.bootstrap import Interval, bootstrap_interval, paired_bootstrap
+from anchorvec.evaluation.bootstrap import paired_bootstrap
 from anchorvec.files import write_json
-from anchorvec.loading import load_encoder
 from anchorvec.quickstarting import quickstart
-from common import in_process, survived
+from common import Scores, check_scored_elsewhere, in_process, over_queries, over_seeds, score_more, survived
 
 ARMS = {"contrastive": False, "reconstruction": True}
 """Whether an arm has Stage I, and words in Stage II."""
 
 HELD_OUT = "held-out packages"
-
-Scores = Mapping[str, float]
-"""Query id -> nDCG@10."""
 
 
 def run(folder: Path, minutes: float, seed: int, stage_one: bool, data: Sequence[str], sts: Sequence[str]) -> Any:
@@ -62,17 +53,7 @@ def run(folder: Path, minutes: float, seed: int, stage_one: bool, data: Sequence
         }
         write_json(file, found)
     found = read(file, minutes)
-    new_data = [path for path in data if name_of(path) not in found["scores"]]
-    new_sts = [path for path in sts if name_of(path) not in found["spearman"]]
-    if new_data or new_sts:
-        model = load_encoder(folder / "model", torch.float32)
-        for path in new_data:
-            [scores] = evaluate(model, data=[path], show_progress_bar=True).values()
-            found["scores"][name_of(path)] = scores.per_query
-            write_json(file, found)
-        for path in new_sts:
-            found["spearman"][name_of(path)] = spearman(model, path)
-            write_json(file, found)
+    score_more(found, file, folder / "model", torch.float32, data, sts)
     return found
 
 
@@ -82,42 +63,6 @@ def read(file: Path, minutes: float) -> dict[str, Any]:
     if found["planned_minutes"] != minutes:
         raise ValueError(f"{file.parent} is a run of {found['planned_minutes']} minutes; name another folder")
     return found
-
-
-def name_of(path: str) -> str:
-    """What the figures call a folder or a file of test data."""
-    return Path(path).resolve().name
-
-
-def spearman(model: Any, path: str) -> float:
-    """Rank correlation of cosine similarity and `score` over `sentence1` and `sentence2` of a JSON Lines file.
-
-    The file may be gzipped. Where rows name their split, those of `test` count.
-    """
-    rows = [row for _, row in read_json_lines(Path(path)) if row.get("split", "test") == "test"]
-    first, second = (
-        model.encode([row[side] for row in rows], normalize_embeddings=True) for side in ("sentence1", "sentence2")
-    )
-    return float(spearmanr((first * second).sum(axis=1), [float(row["score"]) for row in rows]).statistic)
-
-
-def over_seeds(differences: Sequence[float]) -> Interval:
-    """The mean of one difference a seed, with its 95% interval by Student's t; without bounds for a single seed."""
-    mean = statistics.mean(differences)
-    if len(differences) < 2:
-        return Interval(mean, -math.inf, math.inf)
-    n = len(differences)
-    half = float(student.ppf(0.975, n - 1)) * statistics.stdev(differences) / math.sqrt(n)
-    return Interval(mean, mean - half, mean + half)
-
-
-def over_queries(arms: Mapping[int, Mapping[str, Scores]]) -> Interval:
-    """The mean difference over the queries of all seeds; a query of several seeds counts once, with its mean."""
-    differences: dict[str, list[float]] = {}
-    for scores in arms.values():
-        for query, value in scores["reconstruction"].items():
-            differences.setdefault(query, []).append(value - scores["contrastive"][query])
-    return bootstrap_interval([statistics.mean(of_query) for of_query in differences.values()])
 
 
 def compare(arms: Mapping[int, Mapping[str, Scores]]) -> dict[str, Any]:
@@ -131,7 +76,7 @@ def compare(arms: Mapping[int, Mapping[str, Scores]]) -> dict[str, Any]:
     seeds = {seed: paired_bootstrap(scores["contrastive"], scores["reconstruction"]) for seed, scores in arms.items()}
     return {
         "seeds": seeds,
-        "over_queries": over_queries(arms),
+        "over_queries": over_queries([(scores["contrastive"], scores["reconstruction"]) for scores in arms.values()]),
         "over_seeds": over_seeds([interval.mean for interval in seeds.values()]),
     }
 
@@ -157,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--sts", nargs="+", default=[], metavar="FILE", help="JSON Lines: sentence1, sentence2, score")
     chosen = options.parse_args(arguments)
     console = Console()
-    check_test_data(data=chosen.data)  # before hours of training
+    check_scored_elsewhere(chosen.data, chosen.sts)  # before hours of training
     for file in chosen.results.glob("*/two_arms.json"):
         read(file, chosen.minutes)
     runs: dict[int, dict[str, Any]] = {seed: {} for seed in dict.fromkeys(chosen.seeds)}

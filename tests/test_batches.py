@@ -57,7 +57,7 @@ def test_a_batch_has_similar_pairs():
 
 
 def test_pairs_are_sought_in_blocks(monkeypatch):
-    """Similar pairs are sought among `BLOCK` pairs at most; what is left over of each block is left out."""
+    """Similar pairs are sought among `BLOCK` pairs at most; those that are left over of each have a second chance."""
     monkeypatch.setattr(anchorvec.batches, "BLOCK", 50)
     seen = []
 
@@ -67,52 +67,102 @@ def test_pairs_are_sought_in_blocks(monkeypatch):
 
     sampler = SimilarPairs(make_dataset(), batch_size=7, drop_last=True, word_vectors=recorded)
     batches = list(sampler)
-    assert seen == [40] * 6  # queries and documents of three blocks
-    assert [len(batch) for batch in batches] == [7] * 15
-    assert len({index for batch in batches for index in batch}) == 105
+    assert len(batches) == len(sampler)
+    assert seen == [40] * 8  # queries and documents of three blocks; of one again, for two more batches
+    assert [len(batch) for batch in batches] == [7] * 17
+    assert len({index for batch in batches[:15] for index in batch}) == 105
     assert sum(len(topics_of(batch)) for batch in batches) < 40  # random batches have four of six topics or more
 
 
-@pytest.mark.parametrize("size", [2, 3, 8])
-def test_groups_equal_the_plain_search(size):
+def test_an_epoch_has_all_its_batches():
+    """The trainer plans its epochs by the sampler's length; without a single batch an epoch ends."""
+    texts = {
+        "query": [f"{i % TOPICS} {i} q" for i in range(19)],
+        "positive": ["0 0 d"] * 6 + [f"1 {i} d" for i in range(13)],
+    }
+    sampler = make_sampler(Dataset.from_dict(texts), batch_size=4)
+    batches = list(sampler)
+    assert len(batches) == len(sampler) == 4
+    assert all(sum(index < 6 for index in batch) <= 1 for batch in batches)  # the others of the six share its text
+    assert list(make_sampler(Dataset.from_dict({"query": ["0 0 q"] * 9, "positive": ["0 0 d"] * 9}), 2)) == []
+
+
+def test_texts_are_compared_as_training_reads_them():
+    """With the prompts of their data set and column."""
+    seen = []
+
+    def recorded(texts):
+        seen.extend(texts)
+        return vectors_of([text.rpartition(":")[2] for text in texts])
+
+    dataset = Dataset.from_dict(
+        {"query": ["0 1 q", "0 2 q"], "positive": ["0 1 d", "0 2 d"], "negative": ["1 1", "1 2"]}
+    )
+    dataset.set_transform(lambda rows: rows | {"dataset_name": ["mine"] * len(rows["query"])})
+    prompts = {"mine": {"query": "Find:", "positive": "Text:", "negative": "Text:"}, "other": {"query": "Other:"}}
+    assert len(list(SimilarPairs(dataset, batch_size=2, drop_last=True, word_vectors=recorded, prompts=prompts))) == 1
+    assert set(seen) == {"Find:0 1 q", "Find:0 2 q", "Text:0 1 d", "Text:0 2 d", "Text:1 1", "Text:1 2"}
+
+
+@pytest.mark.parametrize(("size", "columns", "considered"), [(2, 2, 8), (3, 3, 8), (8, 2, 8), (8, 3, 2), (5, 4, 1)])
+def test_groups_equal_the_plain_search(size, columns, considered, monkeypatch):
     """The groups are those of a search that goes through all pairs one at a time."""
+    monkeypatch.setattr(anchorvec.batches, "_CONSIDERED", considered)
     generator = torch.Generator().manual_seed(size)
-    queries, documents = F.normalize(torch.randn(2, 61, 4, generator=generator, dtype=torch.float64), dim=2)
+    vectors = F.normalize(torch.randn(columns, 61, 6, generator=generator, dtype=torch.float64), dim=2)
     texts = [{f"q{i % 50}", f"d{i % 45}"} for i in range(61)]
 
-    def apart(a, b):
-        similar = any(float(part[a] @ part[b]) > TOO_SIMILAR for part in (queries, documents))
-        return not similar and not texts[a] & texts[b]
+    def alike(a, b):
+        either_way = [(a, b, own, other) for own in (0, 1) for other in range(columns)]
+        either_way += [(b, a, own, other) for own in (0, 1) for other in range(columns)]
+        return any(float(vectors[own, i] @ vectors[other, j]) > TOO_SIMILAR for i, j, own, other in either_way)
 
-    vectors = F.normalize(queries + documents, dim=1)
+    sums = F.normalize(vectors[0] + vectors[1], dim=1)
     free, expected = list(range(61)), []
     while len(free) >= size:
         group = [free.pop(0)]
-        by_similarity = sorted(free, key=lambda i: -float(vectors[i] @ vectors[group[0]]))
-        for pair in by_similarity[: 8 * size]:
-            if len(group) < size and all(apart(pair, other) for other in group):
-                group.append(pair)
-        for pair in by_similarity[::-1]:
-            if len(group) < size and not any(texts[pair] & texts[other] for other in group):
-                group.append(pair)
+        by_similarity = sorted(free, key=lambda i: -float(sums[i] @ sums[group[0]]))
+        n = considered * size
+        for candidates, too_similar in [
+            (by_similarity[:n], alike),
+            (by_similarity[: -n - 1 : -1], alike),
+            (by_similarity[::-1], lambda a, b: False),
+        ]:
+            for pair in candidates:
+                if len(group) < size and not any(too_similar(pair, i) or texts[pair] & texts[i] for i in group):
+                    group.append(pair)
         if len(group) == size:
             expected.append(group)
             free = [i for i in free if i not in group]
-    found = similar_groups(queries, documents, texts, size)
+    found = similar_groups(vectors, texts, size)
     assert found == expected
     assert len(found) > 50 // size - 3
 
 
 def test_pairs_that_may_answer_each_other_are_apart():
     """Neither the same text nor one with nearly the same words is a negative, unless there is nothing else (T16)."""
-    e = torch.eye(8, dtype=torch.float64)
-    documents = torch.stack([e[0], F.normalize(e[0] + 0.1 * e[1], dim=0), e[2], e[3]])
-    queries = e[4:]
+    e = torch.eye(20, dtype=torch.float64)
+    near = F.normalize(e[0] + 0.1 * e[1], dim=0)
     different = [{f"q{i}", f"d{i}"} for i in range(4)]
-    assert all({0, 1} - set(group) for group in similar_groups(queries, documents, different, 2))
-    assert all({0, 1} - set(group) for group in similar_groups(documents, queries, different, 2))
-    assert similar_groups(queries[:2], documents[:2], different[:2], 2) == [[0, 1]]
-    assert similar_groups(queries[:2], documents[:2], [{"q0", "d"}, {"q1", "d"}], 2) == []
+    for of_first in range(3):  # the column of pair 0 with the text that is like one of pair 1
+        for of_second in range(3):
+            vectors = e[:12].view(3, 4, 20).clone()
+            vectors[of_first, 0], vectors[of_second, 1] = e[0], near
+            if of_first == of_second == 2:
+                continue  # hard negatives may be alike
+            assert all({0, 1} - set(group) for group in similar_groups(vectors, different, 2))
+            assert similar_groups(vectors[:, :2], different[:2], 2) == [[0, 1]]
+    vectors = e[:8].view(2, 4, 20)
+    assert similar_groups(vectors[:, :2], [{"q0", "d"}, {"q1", "d"}], 2) == []
+
+
+def test_those_that_fill_a_group_are_apart_too(monkeypatch):
+    """Where the most similar pairs may not be taken, two others that may answer each other are not taken together."""
+    monkeypatch.setattr(anchorvec.batches, "_CONSIDERED", 1)
+    e = torch.eye(20, dtype=torch.float64)
+    documents = torch.stack([e[0], e[0], e[0], e[0], e[1], e[1], e[2]])
+    vectors = torch.stack([e[10:17], documents])
+    assert similar_groups(vectors, [{f"q{i}", f"d{i}"} for i in range(7)], 3)[0] in ([0, 4, 6], [0, 5, 6], [0, 6, 4])
 
 
 def test_training_with_similar_negatives(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from anchorvec.errors import AnchorvecError
 from conftest import write_rows
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -32,6 +33,13 @@ def test_a_benchmark_writes_its_figures(name, options, figures, tmp_path):
     found = json.loads(file.read_text())
     assert figures | {"rows", "machine", "settings"} <= found.keys()
     assert all(found[figure] > 0 for figure in figures)
+
+
+@pytest.fixture
+def common(monkeypatch):
+    """What the benchmarks share, as a module."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("common")
 
 
 @pytest.fixture
@@ -70,10 +78,10 @@ def test_arms_are_compared_query_by_query_and_seed_by_seed(two_arms):
         two_arms.compare(scores)
 
 
-def test_a_query_of_several_seeds_is_one_query(two_arms):
+def test_a_query_of_several_seeds_is_one_query(common):
     """Scored for each of three seeds, the same two queries give the interval of two, not of six."""
-    one = {"contrastive": {"a": 0.0, "b": 0.0}, "reconstruction": {"a": 0.0, "b": 1.0}}
-    assert two_arms.over_queries({0: one, 1: one, 2: one}) == two_arms.over_queries({0: one})
+    one = {"a": 0.0, "b": 0.0}, {"a": 0.0, "b": 1.0}
+    assert common.over_queries([one, one, one]) == common.over_queries([one])
 
 
 def write_finished(results, scores, **changes):
@@ -113,18 +121,18 @@ def test_arms_from_different_machines_are_not_compared(two_arms, tmp_path):
         two_arms.main([str(tmp_path)])
 
 
-def test_sentence_pairs_are_scored_by_rank_correlation(two_arms, tmp_path):
-    """Cosine similarity against the score, on the rows of the test split."""
+def test_sentence_pairs_are_scored_by_rank_correlation(common, tmp_path):
+    """Cosine similarity, not the dot product, against the score, on the rows of the test split."""
 
     class OneWord:
-        def encode(self, texts, normalize_embeddings):
+        def encode(self, texts):
             angles = np.array([float(text) for text in texts])
-            return np.stack([np.cos(angles), np.sin(angles)], axis=1)
+            return (1 + angles[:, None]) * np.stack([np.cos(angles), np.sin(angles)], axis=1)
 
     rows = [{"sentence1": "0", "sentence2": str(i / 10), "score": (5 - i) ** 3, "split": "test"} for i in range(5)]
     rows.append({"sentence1": "0", "sentence2": "0", "score": -100, "split": "train"})
     path = write_rows(tmp_path / "sts.jsonl", rows)
-    assert two_arms.spearman(OneWord(), str(path)) == pytest.approx(1.0)
+    assert common.spearman(OneWord(), str(path)) == pytest.approx(1.0)
 
 
 @pytest.fixture
@@ -135,20 +143,49 @@ def trial(monkeypatch):
 
 
 def test_trials_are_compared_with_the_one_named(trial, tmp_path, capsys, monkeypatch):
-    """A trial that is there is not run again; others are above or below it, where they had the same test data."""
-    machine = {"device": "a CPU", "threads": 1, "precision": "fp32"}
-    for name, gain, data in [("one", 0.0, "a"), ("two", 0.2, "a"), ("three", 0.1, "b")]:
-        per_query = {"q1": 0.25 + gain, "q2": 0.5 + gain}
-        found = {"minutes": 28.0, "seed": 0, "steps": {"stage_one": 2, "stage_two": 9}, "machine": machine}
-        found |= {"fingerprint": data, "ndcg_at_10": 0.375 + gain, "per_query": per_query}
+    """A trial that is there is not run again; others are above or below it, where they had the same data."""
+    trials = [("one-0", 0.0, "a"), ("one-1", 0.0, "a"), ("two-0", 0.2, "a"), ("two-1", 0.1, "a"), ("three-0", 0.1, "b")]
+    for name, gain, data in trials:
+        found = {"minutes": 28.0, "stage_one_share": 0.1, "no_stage_one": False, "overrides": [], "train_pairs": 9}
+        found |= {"steps": {"stage_one": 2, "stage_two": 9}, "fingerprint": data, "ndcg_at_10": 0.375 + gain}
+        found |= {"per_query": {"q1": 0.25 + gain, "q2": 0.5 + gain}, "spearman": {"sts": 0.625 + gain}}
+        found |= {"scores": {"cacm": {"1": 0.125 + 2 * gain}} if name != "two-0" else {}}
+        found |= {"machine": {"device": "a CPU", "threads": 1, "precision": "fp32"}}
         (tmp_path / name).mkdir()
         (tmp_path / name / "trial.json").write_text(json.dumps(found))
     monkeypatch.setenv("COLUMNS", "160")
     trial.main([str(tmp_path), "one"])
-    shown = " ".join(capsys.readouterr().out.split())
-    assert "0.200 [0.200, 0.200]" in shown
-    assert "other test data" in shown
-    assert "2 + 9" in shown
+    rows = [row.replace("│", " ").split() for row in capsys.readouterr().out.splitlines()]
+    shown = [" ".join(row) for row in rows]
+    assert "two-0 28 2 + 9 0.575 0.200 [0.200, 0.200] a CPU, 1 threads, fp32" in shown
+    assert "three-0 28 2 + 9 0.475 other data a CPU, 1 threads, fp32" in shown
+    both = "two 0 1 0.150 [0.150, 0.150] 0.150 [-0.485, 0.785]"  # 12.706, t with 1 degree of freedom, times 0.05
+    assert both in shown
+    assert "three-0 0.325 0.200 [0.200, 0.200]" in shown  # cacm, which two-0 was not scored on
+    assert not [row for row in shown if row.startswith("two-0 0.5")]
+    assert "two-0 0.825" in shown  # Spearman
+    with pytest.raises(ValueError, match=r"with minutes = 28.0, not 10.0; name another arm"):
+        trial.main([str(tmp_path), "one", "--minutes", "10"])
+    with pytest.raises(ValueError, match="with no_stage_one = False, not True"):
+        trial.main([str(tmp_path), "one", "--no-stage-one"])
+
+
+def test_other_test_data_are_read_before_training(common, tmp_path):
+    """What cannot be scored, or would be confused, is refused at once."""
+    good = str(write_rows(tmp_path / "sts.jsonl", [{"sentence1": "a", "sentence2": "b", "score": 1}]))
+    (tmp_path / "other").mkdir()
+    same_name = str(write_rows(tmp_path / "other" / "sts.jsonl", [{"sentence1": "a", "sentence2": "b", "score": 1}]))
+    bad = str(write_rows(tmp_path / "bad.jsonl", [{"sentence1": "a", "score": 1}]))
+    empty = str(write_rows(tmp_path / "empty.jsonl", [{"split": "train"}]))
+    common.check_scored_elsewhere([], [good])
+    for files, message in [
+        ([good, same_name], "two of the test data are called sts.jsonl"),
+        ([bad], "without 'sentence2'"),
+        ([empty], "no rows to score"),
+        ([str(tmp_path / "none")], "no such file"),
+    ]:
+        with pytest.raises(AnchorvecError, match=message):
+            common.check_scored_elsewhere([], files)
 
 
 @pytest.mark.slow
@@ -156,10 +193,16 @@ def test_a_trial_on_the_tiny_model(trial, tmp_path):
     """Both stages in the time for training, without the packages that are scored; overrides and options may mix."""
     options = ["--minutes", "0.5", "--stage-one-share", "0.3", "stage_two.in_batch_negatives=similar"]
     trial.main([str(tmp_path), "tiny", "model.base=tiny", *options])
-    found = json.loads((tmp_path / "tiny" / "trial.json").read_text())
+    corpus = tmp_path / "tiny-0" / "score_set"
+    rows = [{"sentence1": "a list", "sentence2": f"number {i}", "score": i} for i in range(5)]
+    sts = write_rows(tmp_path / "sts.jsonl", rows)
+    trial.main([str(tmp_path), "tiny", "--data", str(corpus), "--sts", str(sts)])
+    found = json.loads((tmp_path / "tiny-0" / "trial.json").read_text())
     assert set(found["steps"]) == {"stage_one", "stage_two"}
     assert found["minutes_trained"] < 0.7
     assert len(found["per_query"]) == 1_500
-    texts = (tmp_path / "tiny" / "pairs.jsonl").read_text()
-    assert "in_batch_negatives: similar" in (tmp_path / "tiny" / "recipe.yaml").read_text()
+    assert found["scores"] == {"score_set": found["per_query"]}
+    assert set(found["spearman"]) == {"sts.jsonl"}
+    texts = (tmp_path / "tiny-0" / "pairs.jsonl").read_text()
+    assert "in_batch_negatives: similar" in (tmp_path / "tiny-0" / "recipe.yaml").read_text()
     assert len(texts.splitlines()) == found["train_pairs"]

@@ -5,6 +5,8 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import TrainingArguments
 
@@ -66,11 +68,12 @@ def test_the_learning_rate_follows_the_clock(monkeypatch, tmp_path, schedule, at
 
 
 def test_a_stage_whose_time_is_over_makes_one_step(tmp_path):
-    """A folder is there to go on from, however long the set-up took."""
+    """A folder is there to go on from, however long the set-up took; its learning rate has reached 0 (T13)."""
     recipe = load_recipe("debug", [f"output={tmp_path / 'run'}"])
     start = build_base(recipe, tmp_path / "base")
     folder = train_stage_one(recipe, start, tmp_path / "run" / "stage_one", load_training_data(recipe), deadline=0.0)
-    assert (folder / "model.safetensors").is_file()
+    before, after = (load_file(stage / "model.safetensors") for stage in (start, folder))
+    assert all(torch.equal(after[name], weights) for name, weights in before.items())
     assert steps_run(tmp_path / "run" / "log.jsonl") == {"stage_one": 1}
 
 

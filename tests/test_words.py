@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from anchorvec.reconstruction import Reconstruction, exchange_partners, micro_batches
-from anchorvec.words import WordDecoder
+from anchorvec.words import WordLoss
 from conftest import make_model
 from test_reconstruction import assert_same_gradients, gradients, make_pairs
 
 
-def make_decoder(model, pairs, origin=None):
-    """The decoder whose candidates are the texts of `pairs`."""
+def make_word_loss(model, pairs, origin=None):
+    """The loss whose candidates are the texts of `pairs`."""
     queries, documents = [p.query_targets for p in pairs], [p.document_targets for p in pairs]
-    return WordDecoder(model.get_input_embeddings().weight, queries, documents, origin=origin)
+    return WordLoss(model.get_input_embeddings().weight, queries, documents, origin=origin)
 
 
 def plain_vectors(embeddings, texts, sample):
@@ -66,7 +66,7 @@ def test_equals_the_formulas(alpha):
     origin = torch.randn(model.config.hidden_size, dtype=torch.float64)
     expected = plain_loss(model, pairs[:6], sample, alpha, origin)
     expected_gradients = gradients(model, expected)
-    objective = Reconstruction(model, alpha=alpha, packed=True, words=make_decoder(model, sample, origin))
+    objective = Reconstruction(model, alpha=alpha, packed=True, words=make_word_loss(model, sample, origin))
     out = objective(pairs[:6])
     torch.testing.assert_close(out.loss, expected, rtol=1e-9, atol=0)
     assert_same_gradients(gradients(model, out.loss), expected_gradients, tolerance=1e-8)
@@ -78,7 +78,7 @@ def test_equals_the_formulas(alpha):
 def test_any_cut_gives_the_same_gradient(budget):
     """The micro-batch budget changes nothing, and only what is read counts against it."""
     model, pairs = make_model(), make_pairs(8)
-    objective = Reconstruction(model, packed=True, words=make_decoder(model, pairs))
+    objective = Reconstruction(model, packed=True, words=make_word_loss(model, pairs))
     whole = objective(pairs).loss
     expected = gradients(model, whole)
     cut = micro_batches(pairs, budget, **objective.cut)
@@ -92,30 +92,31 @@ def test_a_word_of_all_texts_weighs_nothing():
     """A text of such words has no vector: it has no loss, and is no candidate."""
     model = make_model()
     queries, documents = [[9, 10], [9, 11], [9, 12, 12], [9]], [[9, 13], [9, 14], [9, 15], [9, 16]]
-    decoder = WordDecoder(model.get_input_embeddings().weight, queries, documents)
-    assert decoder.weights[9] == 0
-    assert decoder.weights[12].item() == pytest.approx(math.log(4))
-    vectors = decoder.word_vectors([[9], [9, 10], [10], []])
+    word_loss = WordLoss(model.get_input_embeddings().weight, queries, documents)
+    assert word_loss.weights[9] == 0
+    assert word_loss.weights[12].item() == pytest.approx(math.log(4))
+    vectors = word_loss.word_vectors([[9], [9, 10], [10], []])
     assert vectors.norm(dim=1).tolist() == pytest.approx([0, 1, 1, 0])
+    assert word_loss.word_vectors([]).shape == (0, vectors.shape[1])
     torch.testing.assert_close(vectors[1], vectors[2])
     e = torch.randn(2, vectors.shape[1], dtype=torch.float64)
-    assert decoder(e, [[13], [13]], [[9], []], to="query").tolist() == [0, 0]
-    scores = torch.cosine_similarity(e[:1], decoder.query_candidates[:3]) / 0.05
-    torch.testing.assert_close(decoder(e[:1], [[13]], [[10]], to="query")[0], -scores.log_softmax(0)[0])
+    assert word_loss(e, [[13], [13]], [[9], []], to="query").tolist() == [0, 0]
+    scores = torch.cosine_similarity(e[:1], word_loss.query_candidates[:3]) / 0.05
+    torch.testing.assert_close(word_loss(e[:1], [[13]], [[10]], to="query")[0], -scores.log_softmax(0)[0])
 
 
 def test_what_is_also_right_is_no_candidate():
     """A candidate with the same words, the text that was read, or the partner of a text with its words (T16)."""
     model = make_model()
     queries, documents = [[10, 11], [11, 10], [12, 13], [14, 15]], [[20], [21], [22], [23]]
-    decoder = WordDecoder(model.get_input_embeddings().weight, queries, documents)
-    e = decoder.word_vectors([[10, 11]])
-    scores = (e @ decoder.word_vectors([[10, 11], [12, 13], [14, 15]]).T)[0] / 0.05
-    torch.testing.assert_close(decoder(e, [[20]], [[10, 11]], to="query")[0], -scores.log_softmax(0)[0])
-    scores = (e @ decoder.word_vectors([[20], [22], [23]]).T)[0] / 0.05  # [21] answers the same query
-    torch.testing.assert_close(decoder(e, [[10, 11]], [[20]], to="document")[0], -scores.log_softmax(0)[0])
-    scores = (e @ decoder.word_vectors([[20], [21], [23]]).T)[0] / 0.05  # [22] itself was read, as a query
-    torch.testing.assert_close(decoder(e, [[22]], [[20]], to="document")[0], -scores.log_softmax(0)[0])
+    word_loss = WordLoss(model.get_input_embeddings().weight, queries, documents)
+    e = word_loss.word_vectors([[10, 11]])
+    scores = (e @ word_loss.word_vectors([[10, 11], [12, 13], [14, 15]]).T)[0] / 0.05
+    torch.testing.assert_close(word_loss(e, [[20]], [[10, 11]], to="query")[0], -scores.log_softmax(0)[0])
+    scores = (e @ word_loss.word_vectors([[20], [22], [23]]).T)[0] / 0.05  # [21] answers the same query
+    torch.testing.assert_close(word_loss(e, [[10, 11]], [[20]], to="document")[0], -scores.log_softmax(0)[0])
+    scores = (e @ word_loss.word_vectors([[20], [21], [23]]).T)[0] / 0.05  # [22] itself was read, as a query
+    torch.testing.assert_close(word_loss(e, [[22]], [[20]], to="document")[0], -scores.log_softmax(0)[0])
 
 
 @pytest.mark.parametrize(
@@ -125,13 +126,13 @@ def test_what_is_also_right_is_no_candidate():
 def test_a_sample_without_two_texts_is_refused(queries, documents):
     """One pair, columns of different length, one word, or one side whose words are those of all its texts."""
     with pytest.raises(ValueError, match="sample"):
-        WordDecoder(make_model().get_input_embeddings().weight, queries, documents)
+        WordLoss(make_model().get_input_embeddings().weight, queries, documents)
 
 
 def test_words_under_autocast():
     """In bf16 the embeddings are rounded; the words' vectors and the loss are fp32."""
     model, pairs = make_model().float(), make_pairs(8)
-    objective = Reconstruction(model, packed=True, words=make_decoder(model, pairs))
+    objective = Reconstruction(model, packed=True, words=make_word_loss(model, pairs))
     expected = objective(pairs).loss
     with torch.autocast("cpu", torch.bfloat16):
         found = objective(pairs).loss
@@ -142,21 +143,21 @@ def test_words_under_autocast():
 def test_training_does_not_move_the_candidates():
     """The words' vectors are made of the token embeddings that the stage started with."""
     model, pairs = make_model(), make_pairs()
-    decoder = make_decoder(model, pairs)
-    before = decoder.word_vectors([[10, 11]])
+    word_loss = make_word_loss(model, pairs)
+    before = word_loss.word_vectors([[10, 11]])
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(-1)
-    torch.testing.assert_close(decoder.word_vectors([[10, 11]]), before)
-    assert not list(decoder.parameters())
-    assert not decoder.state_dict()
+    torch.testing.assert_close(word_loss.word_vectors([[10, 11]]), before)
+    assert not list(word_loss.parameters())
+    assert not word_loss.state_dict()
 
 
 def test_exchanged_embeddings_tell_less():
     """An embedding that says its own words has a lower loss with them than with another pair's."""
     model, pairs = make_model(), make_pairs()
-    decoder = make_decoder(model, pairs)
-    objective = Reconstruction(model, words=decoder)
-    told = decoder.word_vectors([p.document_targets for p in pairs] + [p.query_targets for p in pairs])
+    word_loss = make_word_loss(model, pairs)
+    objective = Reconstruction(model, words=word_loss)
+    told = word_loss.word_vectors([p.document_targets for p in pairs] + [p.query_targets for p in pairs])
     objective.encode = lambda texts: told
     own = objective(pairs)
     objective.encode = lambda texts: told if texts[0] == pairs[0].query else told.roll(1, 0)

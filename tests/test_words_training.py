@@ -6,6 +6,7 @@ from itertools import permutations
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from tokenizers.pre_tokenizers import ByteLevel
@@ -15,7 +16,7 @@ from anchorvec.errors import AnchorvecError
 from anchorvec.planning import plan
 from anchorvec.recipe import load_recipe
 from anchorvec.training import train
-from anchorvec.words import WordDecoder
+from anchorvec.words import WordLoss
 from conftest import make_model, make_tokenizer
 
 QUICK = ["stage_one.steps=3", "stage_two.steps=3", "stage_one.warmup_steps=1", "stage_two.warmup_steps=1"]
@@ -36,6 +37,12 @@ def test_words_in_place_of_texts(tmp_path):
     assert (texts.target, told.target, without.target) == ("text", "words", None)
     beside = plan(load_recipe("debug", [*QUICK[1::2], "stage_one=null", "stage_two.words_weight=1"]))
     assert (beside.target, beside.pairs) == ("words", told.pairs)
+    quick = plan(load_recipe("quickstart", [*QUICK[1::2], "model.base=tiny", "data.train=[{path: 'builtin:debug'}]"]))
+    console = Console(width=200)
+    with console.capture() as shown:
+        console.print(beside, quick)
+    assert shown.get().count("stage_two tells words") == 2  # whatever Stage I does
+    assert shown.get().count("similar ones in stage_two") == 1
 
 
 def test_an_untied_head_is_not_trained_by_words(tmp_path, save_base):
@@ -63,13 +70,13 @@ def test_prompts_and_ends_are_no_words(tmp_path, monkeypatch):
     options = ["data.train=" + json.dumps(sources), "model.end={before: '<', after: '>'}", "stage_one=null"]
     options += [*QUICK[1::2], "stage_two.pairs_per_step=4", "stage_two.words_weight=1", "stage_two.log_every=1"]
     told = []
-    forward = WordDecoder.forward
+    forward = WordLoss.forward
 
     def recorded(self, embeddings, read, words, *, to):
         told.extend(zip(read, words, strict=True))
         return forward(self, embeddings, read, words, to=to)
 
-    monkeypatch.setattr(WordDecoder, "forward", recorded)
+    monkeypatch.setattr(WordLoss, "forward", recorded)
     run = tmp_path / "run"
     train(load_recipe("debug", [f"output={run}", *options]))
     tokenizer = SentenceTransformer(str(run / "base"), device="cpu").tokenizer
@@ -98,14 +105,14 @@ def test_the_words_of_a_step_are_those_of_its_candidates(tmp_path, save_base, mo
     assert tokenizer.tokenize("find: alpha")[-1] != tokenizer.tokenize("alpha")[0]
     base = save_base(make_model(vocab_size=len(tokenizer)), tokenizer)
     found = []
-    forward = WordDecoder.forward
+    forward = WordLoss.forward
 
     def recorded(self, embeddings, read, told, *, to):
         candidates = self.document_candidates if to == "document" else self.query_candidates
         found.extend((self.word_vectors(told) @ candidates.T).amax(dim=1).tolist())
         return forward(self, embeddings, read, told, to=to)
 
-    monkeypatch.setattr(WordDecoder, "forward", recorded)
+    monkeypatch.setattr(WordLoss, "forward", recorded)
     limit = "data.max_tokens=8"
     assert max(len(tokenizer("find: " + pair["query"])["input_ids"]) for pair in pairs) > 8
     data = json.dumps([{"path": str(tmp_path / "pairs.jsonl"), "instruction": "find: "}])
@@ -126,7 +133,9 @@ def test_a_folder_that_tells_words_does_not_promise_to_write(tmp_path):
     """Its card says so, and `decode` warns."""
     words = [*QUICK[::2], "stage_one.target=words", "stage_two=null"]
     train(load_recipe("debug", [f"output={tmp_path / 'run'}", *words]))
-    assert "not trained to write" in (tmp_path / "run" / "model" / "README.md").read_text()
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert "not trained to write" in card
+    assert "with anchorvec: Stage I, bidirectional reconstruction of words." in card
     with pytest.warns(UserWarning, match="says little of the text"):
         decode(tmp_path / "run" / "stage_one", "text", max_tokens=2)
     with warnings.catch_warnings():

@@ -22,7 +22,7 @@ from sentence_transformers.sentence_transformer.losses import (
 from torch import Tensor
 
 from anchorvec.packing import reads_packed, token_ids
-from anchorvec.words import WordDecoder
+from anchorvec.words import WordLoss
 
 
 def contrastive_loss(
@@ -30,7 +30,7 @@ def contrastive_loss(
     *,
     temperature: float = 0.05,
     micro_batch_tokens: int | None = None,
-    words: WordDecoder | None = None,
+    words: WordLoss | None = None,
     words_weight: float = 1.0,
     content: Callable[[list[int]], list[int]] = lambda ids: ids,
 ) -> CachedMultipleNegativesRankingLoss | MultipleNegativesRankingLoss:
@@ -62,7 +62,7 @@ def contrastive_loss(
 class _Words:
     """What adds word reconstruction to one of the library's losses."""
 
-    words: WordDecoder
+    words: WordLoss
     words_weight: float
     content: Callable[[list[int]], list[int]]
     word_losses: list[float]

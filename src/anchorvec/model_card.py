@@ -75,11 +75,14 @@ def model_card(stage: Path, model: SentenceTransformer, *, name: str, writes: bo
     recipe = yaml.safe_load(recipe_text) or {}
     recipe.pop("output", None)  # a path of the machine that trained
     base = recipe.get("model", {}).get("base", "a decoder LLM")
-    stages = {
-        "stage_one": "Stage I, bidirectional reconstruction",
-        "stage_two": "Stage II, contrastive learning",
-    }
-    trained = [text for key, text in stages.items() if recipe.get(key)]
+    stage_one, stage_two = recipe.get("stage_one"), recipe.get("stage_two")
+    trained = []
+    if stage_one:
+        of_words = " of words" if stage_one.get("target") == "words" else ""
+        trained.append(f"Stage I, bidirectional reconstruction{of_words}")
+    if stage_two:
+        beside = " with reconstruction of words beside it" if stage_two.get("words_weight") else ""
+        trained.append(f"Stage II, contrastive learning{beside}")
     if stage.name in ("base", "stage_one"):
         trained = trained[: ("base", "stage_one").index(stage.name)]
     card = ModelCard.from_template(

@@ -53,6 +53,7 @@ class Plan:
     engine: dict[str, Engine]
     target: Literal["text", "words"] | None
     words_weight: float
+    in_batch_negatives: Literal["random", "similar"] | None
     pairs: list[ShownPair]
 
     def to_dict(self) -> dict[str, Any]:
@@ -76,8 +77,10 @@ class Plan:
             table.add_row(f"trained in {stage}", f"{count:,} ({count / self.parameters:.1%})")
         for stage, count in self.tokens.items():
             table.add_row(f"tokens in {stage}", f"about {count:,}")
-        if self.target == "text" and self.words_weight:
+        if self.words_weight:
             table.add_row("stage_two tells words", f"beside its contrastive loss, weight {self.words_weight:g}")
+        if self.in_batch_negatives == "similar":
+            table.add_row("pairs of a step", "similar ones in stage_two")
         for stage, engine in self.engine.items():
             table.add_row(f"{stage} runs", _show_engine(engine, stage))
         table.add_row(
@@ -158,6 +161,7 @@ def plan(recipe: Recipe | str | Path) -> Plan:
         engine=dict(sorted(engine.items())),
         target=target,
         words_weight=recipe.stage_two.words_weight if recipe.stage_two else 0.0,
+        in_batch_negatives=recipe.stage_two.in_batch_negatives if recipe.stage_two else None,
         pairs=[_decoded(pair, tokenizer) for pair in batch[:SHOWN_PAIRS]],
     )
 

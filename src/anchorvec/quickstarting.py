@@ -87,7 +87,8 @@ def quickstart(
     pair comes from: 500 queries over 1,200 documents, a fifth of that if `minutes` is below 15. What scoring leaves of
     the time is for training, a tenth of it for Stage I; a stage makes as many steps as fit, and its learning rate
     follows the clock. The run's recipe is saved with the steps that were made. `overrides` replace values of that
-    recipe, but for its data, steps and score set, which are the quickstart's own. Without `stage_one` the contrastive
+    recipe; its training data, steps and score set are the quickstart's own, whatever `data.train`, the stages' `steps`
+    and `evaluation` say. Without `stage_one` the contrastive
     loss is alone: no Stage I, and no words in Stage II. The time counts from `started`, a `time.time()` (default: now).
     Raises AnchorvecError if `output` is in use, on several devices, or if scoring leaves less than a minute.
     """
@@ -160,7 +161,7 @@ def quickstart(
 
 
 def contrastive_alone(recipe: Recipe) -> Recipe:
-    """`recipe` without Stage I and without telling words in Stage II; its batches are the same.
+    """`recipe` without Stage I and without telling words in Stage II, whose batches are made in the same way.
 
     Raises AnchorvecError if Stage II is off too.
     """

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from anchorvec.packing import packed_states, padded_states, padded_tokens, use_packed_attention
-from anchorvec.words import WordDecoder
+from anchorvec.words import WordLoss
 
 HEAD_CHUNK_BYTES = 2**28
 """Logits that exist at one time, in fp32: 523 target tokens over a vocabulary of 128,256."""
@@ -85,7 +85,7 @@ class Reconstruction(nn.Module):
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, alpha: float = 0.2, packed: bool = False, words: WordDecoder | None = None
+        self, model: PreTrainedModel, *, alpha: float = 0.2, packed: bool = False, words: WordLoss | None = None
     ) -> None:
         super().__init__()
         self.model = model

@@ -42,7 +42,7 @@ from anchorvec.stage_data import (
     without_prompt_and_end,
 )
 from anchorvec.trainers import ContrastiveTrainer, ReconstructionTrainer, TimedTrainer
-from anchorvec.words import CANDIDATES, WordDecoder
+from anchorvec.words import SAMPLE_PAIRS, WordLoss
 
 ORIGIN_PAIRS = 16
 """Pairs whose mean embedding before training is the origin of word reconstruction."""
@@ -112,11 +112,13 @@ def train_stage_two(
     datasets = stage_two_datasets(recipe, pairs)
     model, engine, words = stage_two_model(recipe, start, datasets, pairs)
     content = without_prompt_and_end(model.tokenizer, recipe)
+    prompts = prompts_by_dataset(recipe, datasets)
     _note(recipe, "stage_two", engine)
     batch_sampler: Any = BatchSamplers.NO_DUPLICATES  # T16
     if stage.in_batch_negatives == "similar":
         assert words is not None
-        batch_sampler = partial(SimilarPairs, word_vectors=_vectors_of_texts(model.tokenizer, content, words))
+        vectors = _vectors_of_texts(model.tokenizer, content, words)
+        batch_sampler = partial(SimilarPairs, word_vectors=vectors, prompts=prompts)
     progress = _progress(recipe, "stage_two", deadline, on_log)
     trainer = ContrastiveTrainer(
         model=model,
@@ -124,7 +126,7 @@ def train_stage_two(
             **_arguments(recipe, stage, folder, deadline),
             batch_sampler=batch_sampler,
             multi_dataset_batch_sampler=MultiDatasetBatchSamplers.PROPORTIONAL,  # one data set a batch
-            prompts=prompts_by_dataset(recipe, datasets),
+            prompts=prompts,
         ),
         train_dataset=datasets,
         loss=contrastive_loss(
@@ -170,14 +172,14 @@ def stage_one_objective(
         model, alpha=stage.alpha, packed=packs_texts(recipe.model.attention, recipe.model.precision)
     )
     if stage.target == "words":
-        objective.words = _word_decoder(recipe, model, objective.encode, dataset, collate)
+        objective.words = _word_loss(recipe, model, objective.encode, dataset, collate)
         head, words = model.get_output_embeddings(), model.get_input_embeddings()
         if head.weight is not words.weight:
             head.requires_grad_(False)  # nothing is written
     vocabulary = model.config.get_text_config().vocab_size
     passes = (2 if 0 < stage.alpha < 1 else 1) * (2 if stage.target == "text" else 1)
     if stage.target == "words":
-        scores = 2 * CANDIDATES * stage.pairs_per_step
+        scores = 2 * SAMPLE_PAIRS * stage.pairs_per_step
     else:
         scores = min(HEAD_CHUNK_BYTES // 4, vocabulary * recipe.training_tokens * stage.pairs_per_step)
     part = [vocabulary - 1] * min(_PROBE_TOKENS, recipe.training_tokens // 3)
@@ -196,24 +198,29 @@ def stage_one_objective(
     return objective, engine
 
 
-def _word_decoder(
+def _word_loss(
     recipe: Recipe,
     model: Any,
-    encode: Callable[[list[list[int]]], Tensor],
+    encode: Callable[[list[list[int]]], Tensor] | None,
     dataset: Dataset,
     collate: PairTokenizer,
-) -> WordDecoder:
-    """The decoder of words, with candidates drawn from the data; `encode` gives the embeddings before the stage."""
-    sample = dataset.shuffle(seed=recipe.seed).select(range(min(CANDIDATES, len(dataset))))
+) -> WordLoss:
+    """The loss of words, with candidates drawn from the data; `encode` gives the embeddings before the stage.
+
+    Without `encode` it has no origin, and is there for its word vectors alone.
+    """
+    sample = dataset.shuffle(seed=recipe.seed).select(range(min(SAMPLE_PAIRS, len(dataset))))
     pairs = [pair for rows in sample.iter(batch_size=256) for pair in collate(_as_rows(rows))["pairs"]]
-    training = model.training
-    model.eval()  # without dropout
-    bf16 = resolve_precision(recipe.model.precision) == "bf16"
-    with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-        origin = encode([text for pair in pairs[:ORIGIN_PAIRS] for text in pair.read()]).mean(dim=0)
-    model.train(training)
+    origin = None
+    if encode is not None:
+        training = model.training
+        model.eval()  # without dropout
+        bf16 = resolve_precision(recipe.model.precision) == "bf16"
+        with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+            origin = encode([text for pair in pairs[:ORIGIN_PAIRS] for text in pair.read()]).mean(dim=0)
+        model.train(training)
     try:
-        return WordDecoder(
+        return WordLoss(
             model.get_input_embeddings().weight,
             [pair.query_targets for pair in pairs],
             [pair.document_targets for pair in pairs],
@@ -221,7 +228,8 @@ def _word_decoder(
         )
     except ValueError as error:
         raise AnchorvecError(
-            f"data.train: words can not be told apart, because {error}; give more pairs, of texts that differ"
+            f"data.train: texts can not be told apart by their words, because {error}; give more pairs, of texts that "
+            "differ"
         ) from error
 
 
@@ -231,10 +239,10 @@ def _as_rows(columns: Any) -> list[dict[str, str]]:
 
 def stage_two_model(
     recipe: Recipe, start: Path, datasets: Mapping[str, Dataset], pairs: Mapping[str, Pairs]
-) -> tuple[SentenceTransformer, Engine, WordDecoder | None]:
-    """The embedder in `start` with what Stage II trains in it, set up as the engine says; and the decoder of words.
+) -> tuple[SentenceTransformer, Engine, WordLoss | None]:
+    """The embedder in `start` with what Stage II trains in it, set up as the engine says; and the loss of words.
 
-    The decoder is there too where words only choose the negatives. The embedder reads texts up to the limit for
+    That is there too where words only choose the negatives. The embedder reads texts up to the limit for
     training. `datasets` are `pairs` as Stage II reads them.
     """
     stage = recipe.stage_two
@@ -285,7 +293,7 @@ def stage_two_model(
             content=without_prompt_and_end(model.tokenizer, recipe),
         )
         rows = reconstruction_dataset(recipe, pairs)
-        words = _word_decoder(recipe, model[0].model, embed, rows, collate)
+        words = _word_loss(recipe, model[0].model, embed if stage.words_weight else None, rows, collate)
 
     prompts = prompts_by_dataset(recipe, datasets)
     step_tokens = max(large_step(model, datasets[name], prompts[name], recipe) for name in datasets)
@@ -300,13 +308,13 @@ def stage_two_model(
         longest=recipe.training_tokens,
         least_tokens=recipe.training_tokens,
         step_tokens=step_tokens,
-        logits_bytes=4 * 4 * 2 * CANDIDATES * stage.pairs_per_step if stage.words_weight else 0,
+        logits_bytes=4 * 4 * 2 * SAMPLE_PAIRS * stage.pairs_per_step if stage.words_weight else 0,
     )
     return model, engine, words
 
 
 def _vectors_of_texts(
-    tokenizer: Any, content: Callable[[list[int]], list[int]], words: WordDecoder
+    tokenizer: Any, content: Callable[[list[int]], list[int]], words: WordLoss
 ) -> Callable[[list[str]], Tensor]:
     """The function that gives the word vectors of texts, (texts, dim) on the CPU, as far as training reads them."""
 

@@ -44,6 +44,8 @@ class TimedTrainer(Trainer):
                 return float(of_step(round(num_training_steps * share)))
 
             scheduler.lr_lambdas = [of_time] * len(scheduler.lr_lambdas)
+            for group, base in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, strict=True):
+                group["lr"] = base * of_time(0)  # where no time is left, the one step that is made has a rate of 0
         return scheduler
 
 

@@ -10,9 +10,10 @@ rare they are and whitened, at length 1.
 
 N is the number of pairs in a sample, n_w how many of their queries or of their documents have the word, whichever are
 more, at least 1; E are the model's own token embeddings, mean and C their mean and covariance by frequency (variances
-below 1e-4 of the largest count as that). The candidates are the right text and those of the sample, the same at every
-step, but for texts with the same words, texts with the words that were read and partners of those (T16), and texts
-without a vector; a text that the sample has twice counts twice. They are not encoded, so thousands of them cost little,
+below 1e-4 of the largest count as that). A word is a token of the model. The candidates are the right text and those of
+the sample, the same at every step, but for texts with the same words, texts with the words that were read, other
+documents of a query that was read and other queries of a document that was read (T16), and texts without a vector; a
+text that the sample has twice counts twice. They are not encoded, so thousands of them cost little,
 and no pair depends on another pair of its step. e_0 is the mean embedding before the stage, which tells no text.
 """
 
@@ -23,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-CANDIDATES = 8_192
-"""Pairs in the sample."""
+SAMPLE_PAIRS = 8_192
+"""Pairs in the sample, at most."""
 
 _LEAST_VARIANCE = 1e-4
 """Directions with less than this share of the largest variance are amplified as those that have it."""
@@ -33,7 +34,7 @@ _SAME_WORDS = 1 - 1e-4
 """Cosine similarity from which on a candidate has the words of the right text, and is none."""
 
 
-class WordDecoder(nn.Module):
+class WordLoss(nn.Module):
     """-log p(T | e) as above, from a model's token embeddings (vocabulary, dim) and the texts of a sample of pairs.
 
     `queries` and `documents`: the token ids of the sample's texts, without prompts and ends. The token embeddings are
@@ -89,8 +90,10 @@ class WordDecoder(nn.Module):
 
     def word_vectors(self, texts: Sequence[Sequence[int]]) -> Tensor:
         """The vector b of each text: (texts, dim), of length 1; 0 for a text without a word that weighs anything."""
-        words = [sorted(set(text)) for text in texts]
         device = self.embeddings.device
+        if not texts:
+            return self.mean.new_zeros(0, len(self.mean))
+        words = [sorted(set(text)) for text in texts]
         ids = torch.tensor([word for text in words for word in text], dtype=torch.long, device=device)
         starts = torch.tensor([0, *map(len, words[:-1])], device=device).cumsum(0)
         weights = self.weights[ids]

@@ -178,7 +178,8 @@ class StageOne(_Stage):
 
     target: Literal["text", "words"] = "text"
     """What is written: `text`, token by token (the paper's); or `words`, all words of the text at once, to be told
-    among those of thousands of texts. Words teach from the first steps on, a text only after very many pairs."""
+    among those of thousands of texts. Words teach from the first steps on, a text only after very many pairs. A word
+    is a token of the model."""
 
     steps: PositiveInt = 2000
     """Optimizer steps. 2000 is the paper's."""
@@ -192,7 +193,8 @@ class StageOne(_Stage):
     """Learn to write the end token too, so that the model knows where to stop. The paper's formula leaves it
     out. No effect with `target: words`."""
     max_target_tokens: PositiveInt | None = None
-    """Write (or tell the words of) only the first so many tokens of a text. null: all that the encoder reads."""
+    """Write (or, in Stage I, tell the words of) only the first so many tokens of a text. null: all that the encoder
+    reads."""
     micro_batch_tokens: PositiveInt | None = None
     """Tokens in one micro-batch; the result does not depend on it. null: what fits into the free memory, at most
     1,536 on a CPU and 16,384 on a GPU."""
@@ -221,7 +223,7 @@ class StageTwo(_Stage):
     """The highest learning rate, reached after the warm-up. 2e-4 is the paper's, with LoRA; full fine-tuning
     needs a smaller one."""
     temperature: PositiveFloat = 0.05
-    """Cosine similarities are divided by it. 0.05 is the paper's."""
+    """Cosine similarities are divided by it. 0.05 is the paper's, and that of telling words, which has no setting."""
     lora: Lora | None = Lora()
     """Train LoRA adapters. null: full fine-tuning."""
     words_weight: NonNegativeFloat = 0.0
