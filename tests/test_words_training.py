@@ -129,6 +129,27 @@ def test_the_words_of_a_step_are_those_of_its_candidates(tmp_path, save_base, mo
     assert min(found) > 1 - 1e-5
 
 
+def test_a_cut_step_of_stage_two_trains_the_same(tmp_path):
+    """With words beside the contrastive loss, similar pairs and an instruction, in one piece or by cached gradients."""
+    losses = []
+    for tokens in (9_999, 128):
+        output = tmp_path / str(tokens)
+        options = ["stage_one=null", "stage_two.words_weight=0.5", "stage_two.in_batch_negatives=similar"]
+        options += [
+            "data.train.0.instruction='Find: '",
+            f"stage_two.micro_batch_tokens={tokens}",
+            "model.precision=fp32",
+        ]
+        options += [*QUICK[1::2], "stage_two.log_every=1", "stage_two.lora.dropout=0"]
+        train(load_recipe("debug", [f"output={output}", *options]))
+        records = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+        losses.append([record[key] for record in records for key in ("loss", "words", "grad_norm")])
+        cached = json.loads((output / "run.json").read_text())["engine"]["stage_two"]["cached_gradients"]
+        assert cached == (tokens == 128)
+    assert len(losses[0]) == 9
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
 def test_a_folder_that_tells_words_does_not_promise_to_write(tmp_path):
     """Its card says so, and `decode` warns."""
     words = [*QUICK[::2], "stage_one.target=words", "stage_two=null"]
