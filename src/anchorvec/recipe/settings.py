@@ -231,7 +231,8 @@ class StageTwo(_Stage):
     contrastive loss. 0: off, the paper's."""
     in_batch_negatives: Literal["random", "similar"] = "random"
     """Which pairs make a step: `random`, or pairs that are `similar` by their words, so that a query's wrong documents
-    are hard ones. Pairs so similar that one may answer the other's query are kept apart, where there are others."""
+    are hard ones. Pairs so similar that one may answer the other's query are kept apart, where there are others. With
+    words beside it, models trained so were better on text like their pairs, and worse on other text."""
     negatives: NonNegativeInt = 1
     """Hard negatives per query. A row with fewer is used without any; `anchorvec plan` counts those that have them."""
     micro_batch_tokens: PositiveInt | None = None
