@@ -7,6 +7,7 @@ from sentence_transformers import SentenceTransformer
 
 from anchorvec.contrastive import contrastive_datasets, contrastive_loss
 from anchorvec.embedder import build_embedder
+from anchorvec.packing import unpad
 from anchorvec.words import WordLoss
 from test_reconstruction import gradients
 
@@ -30,6 +31,32 @@ def test_the_cached_loss_equals_the_plain_one(tmp_path, weight):
         torch.testing.assert_close(value, losses[0])
         for name, expected in found[0].items():
             torch.testing.assert_close(gradient[name], expected, atol=1e-8, rtol=1e-6)
+
+
+@pytest.mark.parametrize("weight", [None, 0.7])
+@pytest.mark.parametrize("micro_batch_tokens", [None, 1, 70])
+def test_one_pass_over_all_columns_changes_nothing(tmp_path, weight, micro_batch_tokens):
+    """Packed columns that go through the model together have the loss and gradient of columns one after another."""
+    model = SentenceTransformer(str(build_embedder("tiny", tmp_path / "base", max_tokens=32)), device="cpu").double()
+    texts = [["one", "two two", "three"], ["a", "bb bb", "ccc"], ["x", "y y", "z"]]
+    words = {}
+    if weight is not None:
+        read = [model.tokenizer(column)["input_ids"] for column in texts]
+        word_loss = WordLoss(model[0].model.get_input_embeddings().weight, *read[:2])
+        words = {"words": word_loss, "words_weight": weight}
+    assert unpad(model)
+    found = []
+    for one_pass in (False, True):
+        loss = contrastive_loss(model, micro_batch_tokens=micro_batch_tokens, one_pass=one_pass, **words)
+        passes = []
+        hook = model[0].register_forward_hook(lambda *_: passes.append(1))  # noqa: B023
+        value = loss([dict(model.preprocess(column)) for column in texts], None)
+        hook.remove()
+        found.append((value, gradients(model, value), len(passes)))
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-10, atol=0)
+    for name, expected in found[0][1].items():
+        torch.testing.assert_close(found[1][1][name], expected, atol=1e-10, rtol=1e-8)
+    assert found[1][2] <= found[0][2] / (3 if micro_batch_tokens is None else 1)
 
 
 def test_words_are_added_to_the_contrastive_loss(tmp_path):

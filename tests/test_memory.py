@@ -261,7 +261,7 @@ def test_out_of_memory_for_a_single_pair_is_an_error(tmp_path):
 @pytest.mark.parametrize("vocab_size", [49_152, 151_936])
 def test_memory_does_not_grow_with_vocabulary_times_length(vocab_size, monkeypatch):
     """What is kept for a further target token is far less than its logits, whatever the vocabulary."""
-    monkeypatch.setattr("anchorvec.reconstruction.HEAD_CHUNK_BYTES", 2**23)
+    monkeypatch.setattr("anchorvec.reconstruction.HEAD_CHUNK_BYTES", {"cpu": 2**23})
     model, pairs = make_model(vocab_size=vocab_size).float(), make_pairs(10)
     targets = sum(len(p.query_targets) + len(p.document_targets) for p in pairs)
     objective = Reconstruction(model)

@@ -275,7 +275,9 @@ def test_flash_attention_is_preferred_where_it_reads_packed_texts(monkeypatch, c
     monkeypatch.setattr(packing, "packed_attentions", lambda device: ["other", PACKED_ATTENTION])
     model = make_model()
     assert use_packed_attention(model)
-    assert [starts.tolist() for starts in called if starts is not None] == [[0, 2, 6]] * len(model.base_model.layers)
+    lengths = packing._CHECKED_LENGTHS[:3]
+    starts = [0, lengths[0], sum(lengths[:2]), sum(lengths)]
+    assert [s.tolist() for s in called if s is not None] == [starts] * len(model.base_model.layers)
     assert model.config._attn_implementation == ("other" if correct else PACKED_ATTENTION)
 
 

@@ -111,7 +111,7 @@ def test_logit_chunks_change_nothing(monkeypatch):
     model, pairs = make_model("gemma2", tied=False), make_pairs()
     expected = Reconstruction(model)(pairs).loss
     expected_gradients = gradients(model, expected)
-    monkeypatch.setattr("anchorvec.reconstruction.HEAD_CHUNK_BYTES", 3 * 4 * 260)
+    monkeypatch.setattr("anchorvec.reconstruction.HEAD_CHUNK_BYTES", {"cpu": 3 * 4 * 260})
     loss = Reconstruction(model)(pairs).loss
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
     assert_same_gradients(gradients(model, loss), expected_gradients)

@@ -8,6 +8,7 @@ unmodified; the arrangement of the data is ours, and word reconstruction, which 
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -15,13 +16,14 @@ import pyarrow.compute
 import torch
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.losses.gradcache import RandContext
 from sentence_transformers.sentence_transformer.losses import (
     CachedMultipleNegativesRankingLoss,
     MultipleNegativesRankingLoss,
 )
 from torch import Tensor
 
-from anchorvec.packing import reads_packed, token_ids
+from anchorvec.packing import part_of_row, reads_packed, side_by_side, token_ids
 from anchorvec.words import WordLoss
 
 
@@ -33,19 +35,19 @@ def contrastive_loss(
     words: WordLoss | None = None,
     words_weight: float = 1.0,
     content: Callable[[list[int]], list[int]] = lambda ids: ids,
+    one_pass: bool = False,
 ) -> CachedMultipleNegativesRankingLoss | MultipleNegativesRankingLoss:
     """InfoNCE with in-batch negatives over cosine similarities divided by `temperature`.
 
     Texts of at most `micro_batch_tokens`, padding included, are held in memory at a time through cached gradients
     (GradCache), which encode every text twice; None encodes the whole step once. Loss and gradient are the same.
     With `words`, `words_weight` times word reconstruction is added: each embedding tells the words of the pair's other
-    text. `content` takes the ids of a text as it is read, and leaves out its prompt and its end.
+    text. `content` takes the ids of a text as it is read, and leaves out its prompt and its end. With `one_pass` the
+    columns of a batch, if they are packed, go through the model together instead of one after another.
     """
     options: dict[str, Any] = {"scale": 1 / temperature, "directions": ("query_to_doc",)}
-    loss: CachedMultipleNegativesRankingLoss | MultipleNegativesRankingLoss
-    plain, cached = MultipleNegativesRankingLoss, CachedMultipleNegativesRankingLoss
-    if words is not None:
-        plain, cached = _AndWords, _CachedAndWords
+    loss: _Plain | _Cached
+    plain, cached = (_Plain, _Cached) if words is None else (_AndWords, _CachedAndWords)
     if micro_batch_tokens is None:
         loss = plain(model, **options)
     elif reads_packed(model):
@@ -54,18 +56,100 @@ def contrastive_loss(
         # The library's count of tokens leaves padding out, which takes memory too: as many texts as always fit.
         texts = max(1, micro_batch_tokens // (model.max_seq_length or micro_batch_tokens))
         loss = cached(model, mini_batch_size=texts, **options)
+    loss.one_pass = one_pass
     if isinstance(loss, _Words) and words is not None:
         loss.words, loss.words_weight, loss.content, loss.word_losses = words, words_weight, content, []
     return loss
 
 
+class _Plain(MultipleNegativesRankingLoss):
+    """The library's loss; with `one_pass` the packed texts of all columns go through the model together."""
+
+    one_pass = False
+
+    def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor) -> Tensor:
+        columns = list(sentence_features)
+        if not self.one_pass or not _packed(columns):
+            loss: Tensor = super().forward(columns, labels)
+            return loss
+        row, _ = side_by_side(columns)
+        embeddings = self.model(row)["sentence_embedding"].split(_texts(columns))
+        return self.compute_loss_from_embeddings(list(embeddings), labels)
+
+
+class _Cached(CachedMultipleNegativesRankingLoss):
+    """The library's loss with cached gradients; with `one_pass` a micro-batch may have texts of all columns."""
+
+    one_pass = False
+    texts_of_columns: list[int] | None = None  # of one row with all columns; else the columns come one by one
+
+    def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor) -> Tensor:
+        columns = list(sentence_features)
+        self.texts_of_columns = None
+        if self.one_pass and _packed(columns):
+            self.texts_of_columns = _texts(columns)
+            row, lengths = side_by_side(columns)
+            columns = [row | {"lengths": lengths}]
+        loss: Tensor = self.forward_cached(columns, labels)
+        return loss
+
+    def embed_minibatch(
+        self,
+        sentence_feature: dict[str, Any],
+        begin: int,
+        end: int,
+        with_grad: bool,
+        copy_random_state: bool,
+        random_state: RandContext | None = None,
+    ) -> tuple[Tensor, RandContext | None]:
+        if "lengths" not in sentence_feature:
+            embedded: tuple[Tensor, RandContext | None] = super().embed_minibatch(
+                sentence_feature, begin, end, with_grad, copy_random_state, random_state
+            )
+            return embedded
+        # The library would ask the device for the lengths, and wait for all that it still has to do.
+        lengths = sentence_feature["lengths"]
+        part = part_of_row({k: v for k, v in sentence_feature.items() if k != "lengths"}, lengths, begin, end)
+        with random_state or nullcontext(), nullcontext() if with_grad else torch.no_grad():
+            state = RandContext(part["input_ids"]) if copy_random_state else None
+            return self.model(part)["sentence_embedding"], state
+
+    def calculate_loss(
+        self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
+    ) -> Tensor:
+        if self.texts_of_columns is None:
+            return self.loss_of_columns(reps, labels, with_backward=with_backward)
+        [row] = reps
+        columns = [part.detach().requires_grad_() for part in torch.split(torch.cat(row), self.texts_of_columns)]
+        loss = self.loss_of_columns([[column] for column in columns], labels, with_backward=with_backward)
+        if with_backward:
+            gradient = torch.cat([column.grad for column in columns if column.grad is not None])
+            for rep, part in zip(row, torch.split(gradient, [len(rep) for rep in row]), strict=True):
+                rep.grad = part
+        return loss
+
+    def loss_of_columns(self, reps: list[list[Tensor]], labels: Tensor | None, *, with_backward: bool) -> Tensor:
+        """The loss from the embeddings of each column, cut into micro-batches."""
+        loss: Tensor = super().calculate_loss(reps, labels, with_backward=with_backward)
+        return loss
+
+
+def _packed(columns: Iterable[dict[str, Any]]) -> bool:
+    return all("cu_seq_lens_q" in column for column in columns)
+
+
+def _texts(columns: Iterable[dict[str, Any]]) -> list[int]:
+    """The texts of each packed column."""
+    return [len(column["cu_seq_lens_q"]) - 1 for column in columns]
+
+
 class _Words:
-    """What adds word reconstruction to one of the library's losses."""
+    """What adds word reconstruction to one of the losses."""
 
     words: WordLoss
     words_weight: float
     content: Callable[[list[int]], list[int]]
-    word_losses: list[float]
+    word_losses: list[Tensor]
     """Of each step, without the weight."""
     texts: list[list[list[int]]]  # of the batch: queries, positives
 
@@ -81,21 +165,19 @@ class _Words:
         to_document = self.words(from_queries, queries, documents, to="document")
         to_query = self.words(from_documents, documents, queries, to="query")
         loss: Tensor = (to_document + to_query).mean() / 2
-        self.word_losses.append(float(loss.detach()))
+        self.word_losses.append(loss.detach())
         return self.words_weight * loss
 
 
-class _AndWords(_Words, MultipleNegativesRankingLoss):
+class _AndWords(_Words, _Plain):
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
         loss: Tensor = super().compute_loss_from_embeddings(embeddings, labels)
         return loss + self.weighted_word_loss(*embeddings[:2])
 
 
-class _CachedAndWords(_Words, CachedMultipleNegativesRankingLoss):
-    def calculate_loss(
-        self, reps: list[list[Tensor]], *args: Any, with_backward: bool = False, **options: Any
-    ) -> Tensor:
-        loss: Tensor = super().calculate_loss(reps, *args, with_backward=with_backward, **options)
+class _CachedAndWords(_Words, _Cached):
+    def loss_of_columns(self, reps: list[list[Tensor]], labels: Tensor | None, *, with_backward: bool) -> Tensor:
+        loss = super().loss_of_columns(reps, labels, with_backward=with_backward)
         told = self.weighted_word_loss(torch.cat(reps[0]), torch.cat(reps[1]))
         if with_backward:
             torch.autograd.backward(told)

@@ -12,8 +12,11 @@ from anchorvec.memory import ADAM_BYTES, kept_bytes, tokens_that_fit
 from anchorvec.packing import packing_pays
 from anchorvec.precision import default_device, resolve_precision
 
-ENOUGH_TOKENS = {"cpu": 1_536, "cuda": 16_384}
+ENOUGH_TOKENS = {"cpu": 1_536, "cuda": 65_536}
 """The largest micro-batch by default: matrix products of so many rows run at full speed."""
+
+COMPILE_PAIRS, COMPILE_SECONDS = 20_000, 120.0
+"""A stage of so many pairs, or of so much time, has its decoder layers compiled on a GPU, which takes half a minute."""
 
 _LAYER_STATES = 32
 """With gradient checkpointing one layer at a time is computed again; it keeps about so many hidden states a token."""
@@ -23,7 +26,8 @@ _LAYER_STATES = 32
 class Engine:
     """How a stage is computed on this machine. Its time and memory depend on it, its result only by rounding.
 
-    (And by the random draws of dropout, where there is any.) `bytes_per_token` are those of the activations that are
+    (And by the random draws of dropout, where there is any.) `compiled`: the decoder layers are compiled when the stage
+    starts. `bytes_per_token` are those of the activations that are
     kept for the backward pass; `fits` says whether the least that must be held at one time fits into the memory that
     was free. A step of Stage II with `cached_gradients` encodes every text twice.
     """
@@ -34,6 +38,7 @@ class Engine:
     bytes_per_token: int
     fits: bool
     cached_gradients: bool = False
+    compiled: bool = False
 
 
 def choose_engine(
@@ -48,12 +53,14 @@ def choose_engine(
     least_tokens: int,
     logits_bytes: int = 0,
     step_tokens: float | None = None,
+    long_enough: bool = False,
 ) -> Engine:
     """The way to compute a stage with the memory that is free now; sets gradient checkpointing on `model`.
 
     `forward` and `longest`, the tokens of the longest text, are as in `kept_bytes`. Gradient checkpointing, where the
     recipe leaves it open, is used if `least_tokens` would not fit otherwise; cached gradients if the `step_tokens` of a
-    step do not fit.
+    step do not fit. The layers are compiled where the stage is `long_enough` for it to pay, on a GPU, and activations
+    are kept.
     """
     device = default_device()
     bf16 = resolve_precision(precision) == "bf16"
@@ -87,7 +94,13 @@ def choose_engine(
         bytes_per_token=round(per_token),
         fits=fit >= max(least_tokens, micro_batch_tokens or 0),
         cached_gradients=step_tokens is not None and step_tokens > (micro_batch_tokens or fit),
+        compiled=long_enough and device.type == "cuda" and packed and not checkpointing,
     )
+
+
+def compiling_pays(pairs: int, seconds: float | None) -> bool:
+    """Whether a stage of so many pairs, or seconds where it has a deadline, is long enough to be compiled."""
+    return pairs >= COMPILE_PAIRS if seconds is None else seconds >= COMPILE_SECONDS
 
 
 def packs_texts(attention: str, precision: Literal["auto", "bf16", "fp32"]) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 ADAM_BYTES = 12
 """For a trained parameter: its gradient and the two moments of AdamW, in fp32."""
 
-_SHARE_OF_FREE = 0.5
+_SHARE_OF_FREE = {"cpu": 0.5, "cuda": 0.8}
 """The rest is for gaps in the heap, which took 0.8 times as much again on a CPU, and for other programs."""
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
@@ -23,7 +23,8 @@ _CGROUP, _OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 def tokens_that_fit(per_token: float, fixed: float, device: torch.device) -> int:
     """Tokens whose activations, of `per_token` bytes each, may be held on `device` beside `fixed` bytes; 0 if none."""
-    return max(0, int(_SHARE_OF_FREE * (free_memory(device) - fixed) / per_token))
+    share = _SHARE_OF_FREE.get(device.type, _SHARE_OF_FREE["cpu"])
+    return max(0, int(share * (free_memory(device) - fixed) / per_token))
 
 
 def keep_freed_memory() -> None:

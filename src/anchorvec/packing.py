@@ -7,11 +7,14 @@ for such a one, and its other ways to tell packed texts apart are not relied upo
 packed texts ours is ordinary attention, so that a model set to it can still be used in every other way.
 """
 
+import inspect
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
@@ -23,6 +26,17 @@ from transformers.masking_utils import sdpa_mask
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 PACKED_ATTENTION = "anchorvec_packed"
+
+_CHECKED_LENGTHS = (16, 5, 24, 37, 64, 100, 128, 256)
+"""Tokens of the texts with which a packed attention is checked; on a CPU, which goes text by text, the first three."""
+
+_GROUPED_HEADS: dict[str, Any] = (
+    {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+)
+"""How PyTorch is told of fewer heads for keys than for queries: 2.13 wants it said, 2.11's kernel just takes them."""
+
+_ROUNDING = 1.5
+"""How much further from the states in fp32 packed texts may be than padded ones in the same format."""
 
 
 def packed_states(model: PreTrainedModel, words: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -91,36 +105,67 @@ def use_packed_attention(model: PreTrainedModel) -> bool:
 
 
 def _reads_packed_as_alone(model: PreTrainedModel, attention: str) -> bool:
-    """Whether two packed texts have, with `attention`, the states and gradients of each alone; leaves it set."""
-    training = model.training
-    words = model.get_input_embeddings()(torch.arange(6, device=model.device)).detach().requires_grad_()
-    on_gpu = model.device.type == "cuda"  # where the kernel is one for half precision
-    tolerance = 5e-2 if on_gpu or model.dtype != torch.float32 else 1e-3
+    """Whether packed texts have, with `attention`, the states and gradients of each alone; leaves it set.
 
-    def states_and_gradient(packed: bool) -> Tensor:
-        with torch.enable_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=on_gpu):
+    In fp32 they are the same to 1e-5. In half precision each of both ways has rounding of its own, and a trained model
+    has more of it than a new one: the packed texts may be no further from the texts in fp32 than `_ROUNDING` times what
+    padded texts in the same format are (T35).
+    """
+    training, dtype = model.training, model.dtype
+    on_gpu = model.device.type == "cuda"  # where packed texts are read in half precision alone
+    half = on_gpu or dtype in (torch.bfloat16, torch.float16)
+    lengths = _CHECKED_LENGTHS if on_gpu else _CHECKED_LENGTHS[:3]
+    table = model.get_input_embeddings()
+    ids = torch.arange(sum(lengths), device=model.device) * 7919 % table.get_parameter("weight").shape[0]
+    words = table(ids).detach().float() if dtype in (torch.bfloat16, torch.float16) else table(ids).detach()
+
+    def states_and_gradients(packed: bool, half: bool) -> Sequence[Tensor]:
+        """Of each text, (tokens, 2 * dim)."""
+        inputs = (words.to(dtype) if half and dtype != torch.float32 else words).requires_grad_()
+        with torch.enable_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=half and on_gpu):
             if packed:
-                states = packed_states(model, words, [2, 4])
+                states = packed_states(model, inputs, lengths)
             else:
-                states = torch.cat([padded_states(model, words[:2], [2]), padded_states(model, words[2:], [4])])
+                alone = zip(torch.split(inputs, list(lengths)), lengths, strict=True)
+                states = torch.cat([padded_states(model, text, [length]) for text, length in alone])
             score = states.float().sin().sum()  # not of their norm, which is fixed
-        [gradient] = torch.autograd.grad(score, words)
-        return torch.cat([states, gradient]).detach()
+        [gradient] = torch.autograd.grad(score, inputs)
+        return torch.split(torch.cat([states.float(), gradient.float()], dim=1).detach(), list(lengths))
+
+    def furthest(texts: Sequence[Tensor], from_: Sequence[Tensor]) -> float:
+        return max(float((a - b).norm() / b.norm()) for a, b in zip(texts, from_, strict=True))
 
     model.eval()  # without dropout
     try:
-        alone = states_and_gradient(packed=False)
+        with _in_fp32(model):
+            reference = states_and_gradients(packed=False, half=False)
+        bound = 1e-5
+        if half:
+            bound = _ROUNDING * furthest(states_and_gradients(packed=False, half=True), reference)
         model.set_attn_implementation(attention)
         if model.config._attn_implementation != attention:
             return False
-        packed = states_and_gradient(packed=True)
-        return bool(((packed - alone).norm(dim=1) <= tolerance * alone.norm(dim=1)).all())
+        return furthest(states_and_gradients(packed=True, half=half), reference) <= bound  # nan is not
     except torch.OutOfMemoryError:
         raise
     except (ImportError, RuntimeError, TypeError, ValueError):  # windows, no kernel, or called otherwise
         return False
     finally:
         model.train(training)
+
+
+@contextmanager
+def _in_fp32(model: nn.Module) -> Iterator[None]:
+    """The weights of `model` that are in half precision, in fp32 for a while."""
+    half = [p for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)]
+    stored = [p.data for p in half]
+    try:
+        for p in half:
+            p.data = p.data.float()
+        yield
+    finally:
+        for p, data in zip(half, stored, strict=True):
+            p.data = data
 
 
 def unpad(model: SentenceTransformer) -> bool:
@@ -175,6 +220,32 @@ def packed_features(features: dict[str, Any]) -> dict[str, Any]:
     return {**others, "input_ids": ids, **_packed_arguments(mask.sum(dim=1).tolist(), mask.device)}
 
 
+def packed_row(texts: Sequence[Sequence[int]], device: torch.device) -> dict[str, Any]:
+    """The features of texts that are given as token ids, side by side in one row on `device`."""
+    ids = np.fromiter(itertools.chain.from_iterable(texts), dtype=np.int64)
+    return _with_ids({}, to_device(ids[None], device), [len(text) for text in texts])
+
+
+def side_by_side(columns: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], list[int]]:
+    """The packed features of several columns as those of one row, and the tokens of each text in it."""
+    ids = torch.cat([column["input_ids"] for column in columns], dim=1)  # (1, tokens)
+    lengths = torch.cat([column["cu_seq_lens_q"].diff() for column in columns]).tolist()
+    return _with_ids(columns[0], ids, lengths), lengths
+
+
+def part_of_row(features: dict[str, Any], lengths: Sequence[int], begin: int, end: int) -> dict[str, Any]:
+    """The packed features of the texts `begin` to `end` of a row with texts of these `lengths`."""
+    first = sum(lengths[:begin])
+    part = list(lengths[begin:end])
+    return _with_ids(features, features["input_ids"][:, first : first + sum(part)], part)
+
+
+def _with_ids(features: dict[str, Any], ids: Tensor, lengths: Sequence[int]) -> dict[str, Any]:
+    """Packed features of texts of these `lengths`, with what `features` say of any text."""
+    others = {key: value for key, value in features.items() if not isinstance(value, Tensor)}
+    return {**others, "input_ids": ids, **_packed_arguments(lengths, ids.device)}
+
+
 def token_ids(features: dict[str, Any]) -> list[list[int]]:
     """The ids of each text in the features of a batch, padded or packed."""
     ids = features["input_ids"].tolist()
@@ -184,11 +255,20 @@ def token_ids(features: dict[str, Any]) -> list[list[int]]:
     return [list(itertools.compress(row, mask)) for row, mask in zip(ids, masks, strict=True)]
 
 
+def to_device(array: "np.ndarray[Any, Any]", device: torch.device) -> Tensor:
+    """`array` as a tensor on `device`; the host does not wait for a GPU to take it."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def _packed_arguments(lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
     """What tells the texts of a row apart, under the names that transformers' flash attention takes."""
-    starts = torch.tensor([0, *lengths], device=device).cumsum(0, dtype=torch.int32)
+    sizes = np.asarray(lengths)
+    ends = sizes.cumsum()
+    positions = np.arange(int(ends[-1])) - np.repeat(ends - sizes, sizes)
+    starts = to_device(np.concatenate([[0], ends]).astype(np.int32), device)
     return {
-        "position_ids": torch.cat([torch.arange(length, device=device) for length in lengths])[None],
+        "position_ids": to_device(positions[None], device),
         "cu_seq_lens_q": starts,
         "cu_seq_lens_k": starts,
         "max_length_q": max(lengths),
@@ -219,44 +299,48 @@ def packed_attention(
 
     Raises NotImplementedError for a soft cap on a GPU, and for a layer that keeps its window to itself.
     """
+    # Compiled, the question would make a graph of its own of each layer; the layers were checked before.
+    asked = cu_seq_lens_q is not None and sliding_window is None and not torch.compiler.is_compiling()
+    if asked and _has_window(module):
+        raise NotImplementedError("this layer's window is in its mask only; packed texts have none")
+    if cu_seq_lens_q is not None and not dropout and (dtype := _kernel_dtype(query, value)) is not None:
+        if softcap is not None:
+            raise NotImplementedError("no kernel for packed texts with a soft cap")
+        # (tokens, heads, dim); rotary embedding leaves query and key in fp32 under autocast
+        q, k, v = (part[0].transpose(0, 1).to(dtype).contiguous() for part in (query, key, value))
+        together = varlen_attn(
+            q,
+            k,
+            v,
+            cu_seq_lens_q,
+            cu_seq_lens_q,
+            max_length_q,
+            max_length_q,
+            scale=scaling,
+            window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
+            **_GROUPED_HEADS,
+        )
+        assert isinstance(together, Tensor)
+        return together[None].to(value.dtype), None
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
     if cu_seq_lens_q is None:
         out = _attend(query, key, value, scaling, dropout, sliding_window, softcap, attention_mask)
         return out.transpose(1, 2), None
-    if sliding_window is None and _has_window(module):
-        raise NotImplementedError("this layer's window is in its mask only; packed texts have none")
-    # Rotary embedding leaves query and key in fp32 under autocast.
-    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
-    if query.is_cuda and dtype != torch.float32 and not dropout:
-        if softcap is not None:
-            raise NotImplementedError("no kernel for packed texts with a soft cap")
-        # (tokens, heads, dim)
-        q, k, v = (part[0].transpose(0, 1).to(dtype).contiguous() for part in (query, key, value))
-        try:
-            together = varlen_attn(
-                q,
-                k,
-                v,
-                cu_seq_lens_q,
-                cu_seq_lens_q,
-                max_length_q,
-                max_length_q,
-                scale=scaling,
-                window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
-            )
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            raise NotImplementedError("no kernel for packed texts on this device") from error
-        assert isinstance(together, Tensor)
-        return together[None].to(value.dtype), None
     lengths = cu_seq_lens_q.diff().tolist()
     outs = [
         _attend(q, k, v, scaling, dropout, sliding_window, softcap)
         for q, k, v in zip(*(torch.split(part, lengths, dim=2) for part in (query, key, value)), strict=True)
     ]
     return torch.cat(outs, dim=2).transpose(1, 2), None
+
+
+def _kernel_dtype(query: Tensor, value: Tensor) -> torch.dtype | None:
+    """The half precision in which one kernel attends to all packed texts of this device; None: there is none."""
+    if not query.is_cuda:
+        return None
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else value.dtype
+    return None if dtype == torch.float32 or dtype == torch.float64 else dtype
 
 
 def _has_window(module: Any) -> bool:

@@ -188,6 +188,7 @@ def _show_engine(engine: Engine, stage: str) -> str:
         *["MORE THAN THE FREE MEMORY"] * (not engine.fits),
         *["cached gradients"] * engine.cached_gradients,
         *["gradient checkpointing"] * engine.gradient_checkpointing,
+        *["compiled layers"] * engine.compiled,
     ]
     return ", ".join(ways)
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,11 +26,17 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from anchorvec.packing import packed_states, padded_states, padded_tokens, use_packed_attention
+from anchorvec.compiling import compile_decoder_layers, compiled
+from anchorvec.packing import packed_states, padded_states, padded_tokens, to_device, use_packed_attention
 from anchorvec.words import WordLoss
 
-HEAD_CHUNK_BYTES = 2**28
-"""Logits that exist at one time, in fp32: 523 target tokens over a vocabulary of 128,256."""
+HEAD_CHUNK_BYTES = {"cpu": 2**28, "cuda": 2**31}
+"""Logits that exist at one time, in fp32, by device: on a CPU 523 target tokens over a vocabulary of 128,256."""
+
+
+def head_chunk_bytes(device: torch.device) -> int:
+    """`HEAD_CHUNK_BYTES` of `device`; of one that is not named, what a CPU takes."""
+    return HEAD_CHUNK_BYTES.get(device.type, HEAD_CHUNK_BYTES["cpu"])
 
 
 @dataclass(frozen=True)
@@ -92,6 +99,12 @@ class Reconstruction(nn.Module):
         self.alpha = alpha
         self.packed = packed and use_packed_attention(model)
         self.words = words
+        self._token_losses = token_losses
+
+    def compile_layers(self) -> None:
+        """Have the decoder layers, and the cross-entropy over the vocabulary, compiled when they are first used."""
+        if compile_decoder_layers(self.model):
+            self._token_losses = compiled(token_losses)
 
     @property
     def cut(self) -> dict[str, Any]:
@@ -134,8 +147,8 @@ class Reconstruction(nn.Module):
     def encode(self, texts: Sequence[Sequence[int]]) -> Tensor:
         """The raw state at the last token of each text: (texts, dim), no L2 norm."""
         lengths = [len(text) for text in texts]
-        words = self._embed([token for text in texts for token in text])
-        return self._states(words, lengths)[torch.tensor(lengths, device=words.device).cumsum(0) - 1]
+        words = self._embed(list(itertools.chain.from_iterable(texts)))
+        return self._states(words, lengths)[to_device(np.cumsum(lengths) - 1, words.device)]
 
     def decode(self, embeddings: Tensor, targets: Sequence[Sequence[int]]) -> Tensor:
         """-log P(targets | embedding) of each text, summed over its tokens: (texts,).
@@ -150,13 +163,12 @@ class Reconstruction(nn.Module):
             return totals
         # Position t of a text holds target t - 1, so all positions are scored. Position 0 holds the embedding.
         words = self._embed([token for i in written for token in (0, *targets[i][:-1])])
-        ends = torch.tensor(lengths, device=words.device).cumsum(0)
-        starts = ends - torch.tensor(lengths, device=words.device)
-        index = torch.tensor(written, device=words.device)
+        sizes = np.asarray(lengths)
+        starts, index = (to_device(rows, words.device) for rows in (sizes.cumsum() - sizes, np.asarray(written)))
         words = words.index_copy(0, starts, embeddings[index].to(words.dtype))
-        labels = torch.tensor([token for i in written for token in targets[i]], device=words.device)
+        labels = to_device(np.asarray([token for i in written for token in targets[i]]), words.device)
         losses = self._negative_log_likelihood(self._states(words, lengths), labels)  # (tokens,)
-        sums = torch.stack([part.sum() for part in torch.split(losses, lengths)])
+        sums = torch.segment_reduce(losses, "sum", lengths=to_device(sizes, words.device))
         return totals.to(sums.dtype).index_add(0, index, sums)
 
     def _losses(self, embeddings: Tensor, pairs: Sequence[TokenPair]) -> tuple[Tensor, Tensor]:
@@ -173,7 +185,7 @@ class Reconstruction(nn.Module):
         return to_document.sum(), to_query.sum()
 
     def _embed(self, ids: Sequence[int]) -> Tensor:
-        words: Tensor = self.model.get_input_embeddings()(torch.tensor(ids, device=self.model.device))
+        words: Tensor = self.model.get_input_embeddings()(to_device(np.asarray(ids), self.model.device))
         return words  # (tokens, dim)
 
     def _states(self, words: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -187,16 +199,21 @@ class Reconstruction(nn.Module):
         head = output_head(self.model)
 
         def chunk_loss(chunk_states: Tensor, chunk_targets: Tensor) -> Tensor:
-            logits = head(chunk_states)
-            # bf16 sums too coarsely over a vocabulary
-            logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-            return F.cross_entropy(logits, chunk_targets, reduction="none")
+            return self._token_losses(head(chunk_states), chunk_targets)
 
-        size = max(1, HEAD_CHUNK_BYTES // (4 * self.model.config.get_text_config().vocab_size))
+        vocabulary = self.model.config.get_text_config().vocab_size
+        size = max(1, head_chunk_bytes(states.device) // (4 * vocabulary))
         if len(states) <= size:
             return chunk_loss(states, targets)
         chunks = zip(torch.split(states, size), torch.split(targets, size), strict=True)
         return torch.cat([checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks])
+
+
+def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of `logits` (tokens, vocabulary) against `targets` (tokens,), for each token, in fp32 at least."""
+    # bf16 sums too coarsely over a vocabulary
+    logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+    return F.cross_entropy(logits, targets, reduction="none")
 
 
 def _by_direction(texts: Sequence[Sequence[list[int]]]) -> list[list[int]]:
@@ -307,11 +324,18 @@ def micro_batches(
     Unless `packed`, padding counts too. A single pair longer than that makes a group of its own.
     """
     groups: list[list[TokenPair]] = []
+    held = 0  # tokens of the last group
     for pair in sorted(pairs, key=lambda p: (p.tokens(alpha, writes=writes), p.document, p.query), reverse=True):
-        if groups and tokens_at_once([*groups[-1], pair], packed=packed, alpha=alpha, writes=writes) <= max_tokens:
+        own = pair.tokens(alpha, writes=writes)
+        grown = held + own
+        if groups and not packed:
+            grown = tokens_at_once([*groups[-1], pair], packed=packed, alpha=alpha, writes=writes)
+        if groups and grown <= max_tokens:
             groups[-1].append(pair)
+            held = grown
         else:
             groups.append([pair])
+            held = own
     return groups
 
 

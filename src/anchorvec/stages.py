@@ -1,6 +1,8 @@
 """The two stages: from an embedder folder to a trained one."""
 
 import json
+import os
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -21,10 +23,11 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PrinterCallback, TrainingArguments, set_seed
 
 from anchorvec.batches import SimilarPairs
+from anchorvec.compiling import compile_decoder_layers
 from anchorvec.contrastive import contrastive_loss
 from anchorvec.data import Pairs
 from anchorvec.embedder import attention_options, load_causal_lm, save_causal_lm, save_tokenizer
-from anchorvec.engine import Engine, choose_engine, packs_texts
+from anchorvec.engine import Engine, choose_engine, compiling_pays, packs_texts
 from anchorvec.errors import AnchorvecError
 from anchorvec.files import new_folder, write_json
 from anchorvec.memory import free_memory, keep_freed_memory, release_freed_memory
@@ -32,7 +35,7 @@ from anchorvec.packing import packed_features, unpad
 from anchorvec.precision import check_one_device, default_device, keep_frozen_in_bf16, resolve_precision
 from anchorvec.progress import OnLog, StageProgress
 from anchorvec.recipe import Recipe, StageOne, StageTwo
-from anchorvec.reconstruction import HEAD_CHUNK_BYTES, PairTokenizer, Reconstruction
+from anchorvec.reconstruction import PairTokenizer, Reconstruction, head_chunk_bytes
 from anchorvec.stage_data import (
     large_step,
     prompts_by_dataset,
@@ -75,7 +78,7 @@ def train_stage_one(
     dataset = reconstruction_dataset(recipe, pairs)
     progress = _progress(recipe, "stage_one", deadline, on_log)
     collate = pair_tokenizer(recipe, tokenizer)
-    objective, engine = stage_one_objective(recipe, start, dataset, collate)
+    objective, engine = stage_one_objective(recipe, start, dataset, collate, deadline)
     _note(recipe, "stage_one", engine)
     trainer = ReconstructionTrainer(
         model=objective,
@@ -110,7 +113,7 @@ def train_stage_two(
     stage = recipe.stage_two
     assert stage is not None
     datasets = stage_two_datasets(recipe, pairs)
-    model, engine, words = stage_two_model(recipe, start, datasets, pairs)
+    model, engine, words = stage_two_model(recipe, start, datasets, pairs, deadline)
     content = without_prompt_and_end(model.tokenizer, recipe)
     prompts = prompts_by_dataset(recipe, datasets)
     _note(recipe, "stage_two", engine)
@@ -136,6 +139,7 @@ def train_stage_two(
             words=words if stage.words_weight else None,
             words_weight=stage.words_weight,
             content=content,
+            one_pass=default_device().type == "cuda",  # on a CPU, which computes text by text, it brings nothing
         ),
         callbacks=[progress],
     )
@@ -160,7 +164,7 @@ def pair_tokenizer(recipe: Recipe, tokenizer: Any) -> PairTokenizer:
 
 
 def stage_one_objective(
-    recipe: Recipe, start: Path, dataset: Dataset, collate: PairTokenizer
+    recipe: Recipe, start: Path, dataset: Dataset, collate: PairTokenizer, deadline: float | None = None
 ) -> tuple[Reconstruction, Engine]:
     """The objective of Stage I around the embedder in `start`, set up as the engine says."""
     stage = recipe.stage_one
@@ -181,7 +185,9 @@ def stage_one_objective(
     if stage.target == "words":
         scores = 2 * SAMPLE_PAIRS * stage.pairs_per_step
     else:
-        scores = min(HEAD_CHUNK_BYTES // 4, vocabulary * recipe.training_tokens * stage.pairs_per_step)
+        scores = min(
+            head_chunk_bytes(default_device()) // 4, vocabulary * recipe.training_tokens * stage.pairs_per_step
+        )
     part = [vocabulary - 1] * min(_PROBE_TOKENS, recipe.training_tokens // 3)
     engine = choose_engine(
         model,
@@ -194,8 +200,17 @@ def stage_one_objective(
         least_tokens=passes * recipe.training_tokens,
         # logits, their log-softmax and their gradients, in two number formats
         logits_bytes=4 * 4 * scores,
+        long_enough=_long_enough(stage, deadline),
     )
+    if engine.compiled:
+        objective.compile_layers()
     return objective, engine
+
+
+def _long_enough(stage: StageOne | StageTwo, deadline: float | None) -> bool:
+    """Whether compiling pays in a stage that ends at `deadline`, or else with its steps."""
+    seconds = None if deadline is None else deadline - time.monotonic()
+    return compiling_pays(stage.steps * stage.pairs_per_step, seconds)
 
 
 def _word_loss(
@@ -238,7 +253,11 @@ def _as_rows(columns: Any) -> list[dict[str, str]]:
 
 
 def stage_two_model(
-    recipe: Recipe, start: Path, datasets: Mapping[str, Dataset], pairs: Mapping[str, Pairs]
+    recipe: Recipe,
+    start: Path,
+    datasets: Mapping[str, Dataset],
+    pairs: Mapping[str, Pairs],
+    deadline: float | None = None,
 ) -> tuple[SentenceTransformer, Engine, WordLoss | None]:
     """The embedder in `start` with what Stage II trains in it, set up as the engine says; and the loss of words.
 
@@ -309,7 +328,10 @@ def stage_two_model(
         least_tokens=recipe.training_tokens,
         step_tokens=step_tokens,
         logits_bytes=4 * 4 * 2 * SAMPLE_PAIRS * stage.pairs_per_step if stage.words_weight else 0,
+        long_enough=_long_enough(stage, deadline),
     )
+    if engine.compiled:
+        compile_decoder_layers(body)
     return model, engine, words
 
 
@@ -341,6 +363,8 @@ def _note(recipe: Recipe, stage: str, engine: Engine) -> None:
 def _arguments(recipe: Recipe, stage: StageOne | StageTwo, folder: Path, deadline: float | None) -> dict[str, Any]:
     """Trainer settings that both stages share."""
     check_one_device()
+    # On a GPU the texts of the next steps are tokenized while it works; a CPU has no core left for that.
+    workers = min(4, (os.cpu_count() or 1) - 1) if default_device().type == "cuda" else 0
     endless = 1 if deadline is None else max(1, _NO_LIMIT // stage.steps)
     return {
         "output_dir": str(folder.parent),  # nothing is written there: a stage that fails leaves no folder
@@ -360,6 +384,8 @@ def _arguments(recipe: Recipe, stage: StageOne | StageTwo, folder: Path, deadlin
         "report_to": "none",
         "disable_tqdm": True,
         "dataloader_drop_last": True,
+        "dataloader_num_workers": workers,
+        "dataloader_persistent_workers": workers > 0,
         "remove_unused_columns": False,
         "seed": recipe.seed,
     }

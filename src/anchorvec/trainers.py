@@ -4,7 +4,8 @@ import statistics
 import time
 import warnings
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from transformers import Trainer
 
 from anchorvec.errors import AnchorvecError
 from anchorvec.reconstruction import TokenPair, exchange_partners, micro_batches, tokens_at_once
+from anchorvec.working_weights import WorkingWeights
 
 _OUT_OF_MEMORY_HELP = "set {stage}.gradient_checkpointing=true, or lower {stage}.micro_batch_tokens or data.max_tokens"
 
@@ -24,10 +26,19 @@ class TimedTrainer(Trainer):
 
     Its share of the way from the warm-up to 0 is then the share of the time that has passed, so that a stage of which
     nobody can say how many steps fit into its time comes to the end of its schedule (T13). For one process: the clocks
-    of several would differ.
+    of several would differ. In bf16 the weights are converted once a step.
     """
 
     deadline: float | None = None
+
+    @cached_property
+    def working_weights(self) -> WorkingWeights | None:
+        """The bf16 copies of the weights, where the stage trains in bf16."""
+        return WorkingWeights(self.accelerator.unwrap_model(self.model)) if self.args.bf16 else None
+
+    def with_working_weights(self) -> AbstractContextManager[None]:
+        """The context of a step's forward and backward passes."""
+        return self.working_weights.in_use() if self.working_weights is not None else nullcontext()
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
@@ -80,7 +91,8 @@ class ReconstructionTrainer(TimedTrainer):
             parts = micro_batches(pairs, self.micro_batch_tokens, **objective.cut)
             largest = max(tokens_at_once(part, **objective.cut) for part in parts)
             try:
-                return self._step(model, parts)
+                with self.with_working_weights():
+                    return self._step(model, parts)
             except RuntimeError as error:
                 if not _out_of_memory(error):
                     raise
@@ -174,7 +186,8 @@ class ContrastiveTrainer(TimedTrainer, SentenceTransformerTrainer):
             elif key.endswith("cu_seq_lens_q"):  # texts without padding
                 self.tokens_seen += int(value[-1])
         try:
-            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+            with self.with_working_weights():
+                loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         except RuntimeError as error:
             if not _out_of_memory(error):
                 raise
@@ -188,7 +201,7 @@ class ContrastiveTrainer(TimedTrainer, SentenceTransformerTrainer):
         if "loss" in logs:
             logs = {**logs, "tokens": self.tokens_seen}
             if word_losses := getattr(self.loss, "word_losses", None):
-                logs["words"] = statistics.mean(word_losses)
+                logs["words"] = statistics.mean(map(float, word_losses))
                 word_losses.clear()
         super().log(logs, start_time)
 

@@ -20,9 +20,12 @@ and no pair depends on another pair of its step. e_0 is the mean embedding befor
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from anchorvec.packing import to_device
 
 SAMPLE_PAIRS = 8_192
 """Pairs in the sample, at most."""
@@ -94,8 +97,8 @@ class WordLoss(nn.Module):
         if not texts:
             return self.mean.new_zeros(0, len(self.mean))
         words = [sorted(set(text)) for text in texts]
-        ids = torch.tensor([word for text in words for word in text], dtype=torch.long, device=device)
-        starts = torch.tensor([0, *map(len, words[:-1])], device=device).cumsum(0)
+        ids = to_device(np.array([word for text in words for word in text], dtype=np.int64), device)
+        starts = to_device(np.array([0, *map(len, words[:-1])]).cumsum(), device)
         weights = self.weights[ids]
         with torch.autocast(device.type, enabled=False):
             sums = F.embedding_bag(ids, self.embeddings, starts, mode="sum", per_sample_weights=weights)

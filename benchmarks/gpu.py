@@ -1,0 +1,341 @@
+"""Everything that is claimed of a GPU, in one command and under five minutes, in order of importance.
+
+Each part has a time limit, and its result is written as soon as it is there, so that nothing is lost when the card is
+taken away. Weights are random where only time and memory are measured; the last part runs the pipeline on a real base
+model for a minute of training and scores it.
+
+    python benchmarks/gpu.py RESULTS [--base FOLDER --pairs pairs.jsonl --score-set FOLDER] [--only PART ...]
+"""
+
+import argparse
+import gc
+import json
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from sentence_transformers import SentenceTransformer
+from torch import nn
+
+from anchorvec import engine
+from anchorvec.data import read_pairs
+from anchorvec.encoding import encode_packed
+from anchorvec.evaluation.beir import document_text, load_beir
+from anchorvec.loading import load_encoder
+from anchorvec.packing import reads_packed, use_packed_attention
+from anchorvec.precision import default_device, device_name
+from anchorvec.recipe import Recipe, load_recipe
+from anchorvec.reconstruction import Reconstruction
+from anchorvec.stages import train_stage_one, train_stage_two
+from anchorvec.training import build_base
+from anchorvec.working_weights import WorkingWeights
+from common import make_model, matmul_seconds, synchronise
+from stage_one import draw_pairs, plain_loss
+from stage_two import draw_texts, save_base
+
+SMALL, LARGE = "smollm2-135m", "llama-3.2-1b"
+
+
+def peak_tflops() -> float:
+    """What a large product of bf16 matrices reaches on this card, in TFLOP/s."""
+    n = 8192 if torch.cuda.is_available() else 512
+    a, b = (torch.randn(n, n, device=default_device(), dtype=torch.bfloat16) for _ in range(2))
+    for _ in range(3):
+        a @ b
+    synchronise()
+    start = time.perf_counter()
+    for _ in range(10):
+        a @ b
+    synchronise()
+    return 10 * 2 * n**3 / (time.perf_counter() - start) / 1e12
+
+
+def trained_flops(model: nn.Module, tokens: int, targets: int) -> float:
+    """Multiplications and additions of forward and backward passes: the layers' products, and the head's at targets."""
+    body = sum(layer.weight.numel() for layer in model.base_model.modules() if isinstance(layer, nn.Linear))
+    return 6.0 * (body * tokens + model.get_output_embeddings().weight.numel() * targets)
+
+
+def recipe(scratch: Path, settings: Mapping[str, Any]) -> Recipe:
+    """The recipe of a run on `scratch`'s base and pairs."""
+    return Recipe.model_validate(
+        {
+            "model": {"base": str(scratch / "causal"), "max_tokens": settings["max_tokens"], "precision": "bf16"},
+            "data": {"train": [{"path": str(scratch / "pairs.jsonl"), "name": "pairs"}]},
+            "stage_one": settings.get("stage_one"),
+            "stage_two": settings.get("stage_two"),
+            "output": str(scratch / "run"),
+        }
+    )
+
+
+def stage(which: str, shape: str, pairs: int, max_tokens: int, **settings: Any) -> dict[str, Any]:
+    """Tokens a second of a stage as `anchorvec train` runs it: from the first record of its log to the last."""
+    log_every, steps = 6, 13
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        base = save_base(scratch, {"shape": shape, "seed": 0})
+        columns = draw_texts(pairs * steps, {"seed": 0, "longest": max_tokens})
+        rows = [{"query": q, "positive": d} for q, d in zip(*columns, strict=True)]
+        (scratch / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        common = {"steps": steps, "pairs_per_step": pairs, "warmup_steps": 0, "log_every": log_every}
+        asked = recipe(scratch, {which: common | settings, "max_tokens": max_tokens})
+        (scratch / "run").mkdir()
+        ends: list[tuple[float, Mapping[str, Any]]] = []
+        start = time.perf_counter()
+        train = train_stage_one if which == "stage_one" else train_stage_two
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        train(
+            asked,
+            base,
+            scratch / "run" / which,
+            {"pairs": read_pairs(str(scratch / "pairs.jsonl"))},
+            on_log=lambda record: ends.append((time.perf_counter(), record)),
+        )
+        chosen = json.loads((scratch / "run" / "run.json").read_text())["engine"][which]
+    logged = [(end, record) for end, record in ends if "loss" in record]
+    (begin, first), (end, last) = logged[-2], logged[-1]
+    return {
+        "tokens_per_second": (last["tokens"] - first["tokens"]) / (end - begin),
+        "tokens_per_step": (last["tokens"] - first["tokens"]) / log_every,
+        "first_step_seconds": logged[0][0] - start,
+        "loss": last["loss"],
+        "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else None,
+        "engine": chosen,
+    }
+
+
+def same_step(shape: str) -> dict[str, Any]:
+    """How far loss and gradient are from those of the plain engine: weights cast once, layers compiled."""
+    found = []
+    for cast_once, compiled in ((False, False), (True, False), (True, True)):
+        model = make_model(shape, 0)
+        pairs = draw_pairs(16, 0, model.config.vocab_size)
+        objective = Reconstruction(model, packed=True)
+        working = WorkingWeights(objective) if cast_once else None
+        if compiled:
+            objective.compile_layers()
+        with working.in_use() if working else nullcontext():
+            for half in (pairs[:8], pairs[8:]):
+                with torch.autocast(default_device().type, torch.bfloat16):
+                    loss = objective(half).loss
+                loss.backward()
+        found.append((loss.item(), [p.grad for p in model.parameters()], objective.packed))
+    (loss, gradient, packed), *others = found
+    return {"packed": packed, "loss": loss} | {
+        name: {
+            "loss": abs(other[0] - loss) / loss,
+            "gradient": max(float((a - b).norm() / a.norm()) for a, b in zip(gradient, other[1], strict=True)),
+        }
+        for name, other in zip(("cast_once", "compiled"), others, strict=True)
+    }
+
+
+def against_plain(shape: str, pairs: int, parts: int, peak: float) -> dict[str, Any]:
+    """Seconds of a Stage I step in the plain way and here, without the optimizer's."""
+    model = make_model(shape, 0)
+    step_pairs = draw_pairs(pairs, 0, model.config.vocab_size)
+    counts = {
+        "document_targets": sum(len(p.document_targets) for p in step_pairs),
+        "query_targets": sum(len(p.query_targets) for p in step_pairs),
+    }
+
+    def plain() -> None:
+        size = -(-pairs // parts)
+        for i in range(0, pairs, size):
+            with torch.autocast(default_device().type, torch.bfloat16):
+                loss = plain_loss(model, step_pairs[i : i + size], step_pairs)
+            loss.backward()
+
+    def measured(step: Callable[[], None]) -> dict[str, float]:
+        for _ in range(2):
+            model.zero_grad()
+            step()
+        synchronise()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        for _ in range(3):
+            model.zero_grad()
+            step()
+        synchronise()
+        memory = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0
+        return {"seconds": (time.perf_counter() - start) / 3, "peak_gb": memory}
+
+    found: dict[str, Any] = {"plain": measured(plain)}
+    objective = Reconstruction(model, packed=True)
+    working = WorkingWeights(objective)
+
+    def here() -> None:
+        with working.in_use():
+            with torch.autocast(default_device().type, torch.bfloat16):
+                loss = objective(step_pairs, **counts).loss
+            loss.backward()
+
+    tokens = sum(p.tokens() for p in step_pairs)
+    for name in ("packed", "compiled"):
+        if name == "compiled":
+            objective.compile_layers()
+        found[name] = measured(here)
+        found[name]["ratio"] = found["plain"]["seconds"] / found[name]["seconds"]
+        flops = trained_flops(model, tokens, sum(counts.values()))
+        found[name]["share_of_peak"] = flops / found[name]["seconds"] / peak / 1e12
+        with working.in_use(), torch.autocast(default_device().type, torch.bfloat16):
+            products = matmul_seconds(model, tokens, sum(counts.values()))
+        found[name]["share_of_own_products"] = products / found[name]["seconds"]
+    return found | {"tokens": tokens}
+
+
+def encoding(shape: str, texts: int) -> dict[str, Any]:
+    """Tokens a second of encoding, here and by sentence-transformers, bf16."""
+    with tempfile.TemporaryDirectory() as name:
+        base = save_base(Path(name), {"shape": shape, "seed": 0})
+        rows = draw_texts(texts, {"seed": 0, "longest": 512})[1]
+        tokens = sum(len(text.split()) + 1 for text in rows)
+        library = SentenceTransformer(str(base), device=str(default_device()), model_kwargs={"dtype": torch.bfloat16})
+        here = load_encoder(base, torch.bfloat16)
+        ways: dict[str, Callable[[], torch.Tensor]] = {
+            "library": lambda: library.encode(rows, convert_to_tensor=True),
+            "library_large_batches": lambda: library.encode(rows, convert_to_tensor=True, batch_size=256),
+            "here": lambda: encode_packed(here, rows, compiled=False),
+            "here_compiled": lambda: encode_packed(here, rows, compiled=True),
+        }
+        found: dict[str, Any] = {"tokens": tokens}
+        expected = None
+        for side, encode in ways.items():
+            encode()
+            synchronise()
+            seconds = []
+            for _ in range(3):
+                start = time.perf_counter()
+                vectors = encode()
+                synchronise()
+                seconds.append(time.perf_counter() - start)
+            found[side] = tokens / min(seconds)
+            expected = vectors.float().cpu() if expected is None else expected
+            found[f"{side}_least_cosine"] = float(torch.cosine_similarity(expected, vectors.float().cpu()).min())
+    return found | {
+        "ratio": found["here"] / found["library"],
+        "ratio_compiled": found["here_compiled"] / found["library"],
+    }
+
+
+def pipeline(chosen: argparse.Namespace, seconds: float) -> dict[str, Any]:
+    """Words, then words beside the contrastive loss, on a real base for so many `seconds` of training; then vectors.
+
+    Queries and documents of the score set are written as fp16 vectors, with their ids, to be scored elsewhere.
+    """
+    output = chosen.results / "run"
+    asked = load_recipe(
+        "quickstart",
+        [
+            f"model.base={json.dumps(chosen.base)}",
+            f"data.train={json.dumps([{'path': chosen.pairs, 'name': 'pairs'}])}",
+            f"output={json.dumps(str(output))}",
+            "model.max_tokens=256",
+            "data.max_tokens=128",
+            "stage_one.pairs_per_step=256",
+            "stage_one.learning_rate=3e-4",
+            "stage_one.log_every=10",
+            "stage_two.pairs_per_step=512",
+            "stage_two.learning_rate=2e-4",
+            "stage_two.lora=null",
+            "stage_two.in_batch_negatives=random",
+            "stage_two.log_every=10",
+        ],
+    )
+    pairs = {"pairs": read_pairs(chosen.pairs)}
+    output.mkdir(parents=True)
+    stage = build_base(asked, output / "base")
+    found: dict[str, Any] = {}
+    for name, share in (("stage_one", 0.15), ("stage_two", 0.85)):
+        records: list[Mapping[str, Any]] = []
+        train = train_stage_one if name == "stage_one" else train_stage_two
+        start = time.monotonic()
+        stage = train(asked, stage, output / name, pairs, deadline=start + share * seconds, on_log=records.append)
+        last = [record for record in records if "loss" in record][-1]
+        found[name] = {key: last[key] for key in ("step", "loss", "tokens")} | {"seconds": time.monotonic() - start}
+        encoder = load_encoder(stage, torch.bfloat16)
+        found[name]["packs_after_training"] = reads_packed(encoder)
+        data = load_beir(Path(chosen.score_set))
+        start = time.monotonic()
+        for side, texts in (
+            ("queries", data.queries),
+            ("corpus", {i: document_text(d) for i, d in data.corpus.items()}),
+        ):
+            vectors = encode_packed(encoder, list(texts.values()))
+            np.save(chosen.results / f"{name}_{side}.npy", vectors.cpu().float().numpy().astype(np.float16))
+            (chosen.results / f"{side}.json").write_text(json.dumps(list(texts)))
+        found[name]["encoding_seconds"] = time.monotonic() - start
+    return found
+
+
+def packs(shape: str) -> dict[str, Any]:
+    """Whether the check of packed attention passes, and its seconds."""
+    model = make_model(shape, 0)
+    start = time.perf_counter()
+    return {"packs": use_packed_attention(model), "seconds": time.perf_counter() - start}
+
+
+def main() -> None:
+    """Run the parts."""
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("results", type=Path)
+    options.add_argument("--only", nargs="*")
+    options.add_argument("--base", help="a model's folder or GGUF file, for the pipeline")
+    options.add_argument("--pairs", help="its training pairs, JSON Lines")
+    options.add_argument("--score-set", help="its score set, a folder in BEIR layout")
+    options.add_argument("--tiny", action="store_true", help="the tiny shape, to try the parts on a CPU")
+    chosen = options.parse_args()
+    chosen.results.mkdir(parents=True, exist_ok=True)
+    warnings.simplefilter("ignore")
+    engine.COMPILE_PAIRS = 0  # as a longer stage would be
+    if chosen.base and not (chosen.pairs and chosen.score_set):
+        options.error("--base needs --pairs and --score-set")
+    small, large = ("tiny", "tiny") if chosen.tiny else (SMALL, LARGE)
+    pairs = 32 if chosen.tiny else 512
+    peak = peak_tflops()
+    full = {"lora": None, "learning_rate": 1e-4}
+    parts: list[tuple[str, Callable[[], Any]]] = [
+        ("machine", lambda: {"device": device_name(), "torch": torch.__version__, "peak_tflops": peak}),
+        ("packs", lambda: packs(small)),
+        ("stage_one_small", lambda: stage("stage_one", small, pairs, 128)),
+        ("stage_two_small", lambda: stage("stage_two", small, pairs, 128, **full)),
+        ("stage_two_small_lora", lambda: stage("stage_two", small, pairs, 128)),
+        ("same", lambda: same_step(small)),
+        ("large_step", lambda: against_plain(large, 8 if chosen.tiny else 64, 4, peak)),
+        ("encode_small", lambda: encoding(small, 64 if chosen.tiny else 4096)),
+        ("encode_large", lambda: encoding(large, 64 if chosen.tiny else 1024)),
+    ]
+    if chosen.base:
+        parts.append(("pipeline", lambda: pipeline(chosen, 20.0 if chosen.tiny else 60.0)))
+    began = time.perf_counter()
+    for name, part in parts:
+        if chosen.only and name not in chosen.only:
+            continue
+        start = time.perf_counter()
+        try:
+            result = part()
+        except Exception as error:  # the others are still to be measured
+            result = {"failed": repr(error)[:500], "traceback": traceback.format_exc()[-1500:]}
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        now = time.perf_counter()
+        line = json.dumps({"part": name, "part_seconds": now - start, "at": now - began, **result})
+        with (chosen.results / "gpu.jsonl").open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+        Console().print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+if __name__ == "__main__":
+    main()
