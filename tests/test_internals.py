@@ -11,7 +11,8 @@ from anchorvec.batches import SimilarPairs
 from anchorvec.embedder import build_embedder
 from anchorvec.packing import reads_packed, unpad
 from anchorvec.recipe import load_recipe
-from anchorvec.trainers import ContrastiveTrainer, _out_of_memory
+from anchorvec.reconstruction import Reconstruction
+from anchorvec.trainers import ContrastiveTrainer, ReconstructionTrainer, _out_of_memory
 from anchorvec.training import train
 
 STAGE_TWO = ["stage_one=null", "stage_two.steps=2", "stage_two.warmup_steps=1", "model.precision=fp32"]
@@ -64,6 +65,28 @@ def test_the_tokens_of_a_step_are_counted_packed_and_padded(tmp_path):
         train(load_recipe("debug", [f"output={output}", *STAGE_TWO, f"model.attention={attention}"]))
         counted.append(json.loads((output / "log.jsonl").read_text().splitlines()[-1])["tokens"])
     assert counted[0] == counted[1] > 0
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_stage_one_computes_in_bf16_where_it_is_asked_for(tmp_path, monkeypatch, precision):
+    """The context that transformers' trainer gives its own steps is autocast to bf16; weights stay fp32."""
+    seen, encode = set(), Reconstruction.encode
+
+    def recorded(self, texts):
+        if torch.is_grad_enabled() and self.training:
+            seen.add((torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"), self.model.dtype))
+        return encode(self, texts)
+
+    def step(*args, **options):
+        with monkeypatch.context() as patch:
+            patch.setattr(Reconstruction, "encode", recorded)
+            return training_step(*args, **options)
+
+    training_step = ReconstructionTrainer.training_step
+    monkeypatch.setattr(ReconstructionTrainer, "training_step", step)
+    options = ["stage_two=null", "stage_one.steps=2", "stage_one.warmup_steps=1", f"model.precision={precision}"]
+    train(load_recipe("debug", [f"output={tmp_path / 'run'}", *options]))
+    assert seen == {(precision == "bf16", torch.bfloat16, torch.float32)}
 
 
 def test_accelerate_knows_what_torch_says_when_memory_is_used_up():
