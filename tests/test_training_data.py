@@ -70,17 +70,31 @@ def test_a_dataset_smaller_than_a_step_is_refused(tmp_path):
             train(recipe)
 
 
-def test_a_stage_two_without_enough_pairs_is_refused_before_stage_one(tmp_path):
-    """Rows with and without hard negatives have steps of their own; too few of either are found before any training."""
-    rows = [{"query": f"q{i}", "positive": f"p{i}", **({"negative": f"n{i}"} if i < 5 else {})} for i in range(40)]
-    path = write_rows(tmp_path / "few.jsonl", rows)
-    recipe = load_recipe("debug", [f"output={tmp_path / 'run'}", f"data.train=[{{path: {path}}}]", *QUICK])
-    for refused in (train, plan):
-        with pytest.raises(AnchorvecError, match=r"5 rows of few with hard negatives.*stage_two.negatives=0"):
-            refused(recipe)
-    assert not list((tmp_path / "run").iterdir())
-    recipe = load_recipe("debug", [f"data.train=[{{path: {path}}}]", *QUICK, "stage_two.pairs_per_step=5"])
-    assert plan(recipe).rows_with_negatives == {"few": 5}
+def test_rows_with_and_without_negatives_train_together(tmp_path, monkeypatch):
+    """A step has pairs with and without hard negatives, from the beginning on, and as many negatives as there are."""
+    rows = [{"query": f"q{i}", "positive": f"p{i}", **({"negative": f"n{i}"} if i % 2 else {})} for i in range(40)]
+    path = write_rows(tmp_path / "half.jsonl", rows)
+    steps = []
+    training_step = ContrastiveTrainer.training_step
+
+    def recorded(self, model, inputs, *rest):
+        columns, _ = self.collect_features(dict(inputs))
+        steps.append([{self.model.tokenizer.decode(ids[:-1]) for ids in token_ids(column)} for column in columns])
+        return training_step(self, model, inputs, *rest)
+
+    monkeypatch.setattr(ContrastiveTrainer, "training_step", recorded)
+    for name, order in [("one", "random"), ("two", "similar")]:
+        options = [f"data.train=[{{path: {path}}}]", f"stage_two.in_batch_negatives={order}", "stage_one=null"]
+        recipe = load_recipe("debug", [f"output={tmp_path / name}", *options, *QUICK[1::2]])
+        assert plan(recipe).rows_with_negatives == {"half": 20}
+        train(recipe)
+    assert len(steps) == 6
+    for queries, positives, negatives in steps:
+        numbers = {text[1:] for text in queries}
+        assert len(numbers) == 16
+        assert positives == {f"p{i}" for i in numbers}
+        assert negatives == {f"n{i}" for i in numbers if int(i) % 2}
+        assert 0 < len(negatives) < 16
 
 
 def test_repeated_texts_do_not_end_a_stage_unnoticed(tmp_path):
