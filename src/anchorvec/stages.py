@@ -304,7 +304,10 @@ def _vectors_of_texts(
     """The function that gives the word vectors of texts, (texts, dim) on the CPU, as far as training reads them."""
 
     def vectors(texts: list[str]) -> Tensor:
-        return words.word_vectors([content(ids) for ids in tokenizer(texts, truncation=True)["input_ids"]]).cpu()
+        # some at a time: a tokenizer keeps 100 bytes for a character, cut ones too
+        parts = (texts[i : i + 256] for i in range(0, len(texts), 256))
+        read = (ids for part in parts for ids in tokenizer(part, truncation=True)["input_ids"])
+        return words.word_vectors([content(ids) for ids in read]).cpu()
 
     return vectors
 
