@@ -36,7 +36,7 @@ _CONSIDERED = 8
 
 
 class _WholeEpochs(DefaultBatchSampler):
-    """A batch sampler for sentence-transformers' trainer whose epochs have as many batches as its length says.
+    """A batch sampler for sentence-transformers' trainer: full batches, in an epoch as many as its length says.
 
     Where pairs are left over because they fit into no batch, the pairs are gone through once more until the epoch has
     all its batches; without a single batch, the epoch ends. Epoch and seed decide the batches.
@@ -92,7 +92,7 @@ class DifferentTexts(_WholeEpochs):
                     texts.update(own)
                 elif waited < PATIENCE:
                     passed_over.append((pair, waited + 1))
-            if len(batch) == self.batch_size or (batch and not self.drop_last):
+            if len(batch) == self.batch_size:
                 yield batch
             elif not batch:
                 return
