@@ -31,6 +31,7 @@ from anchorvec.data import read_pairs
 from anchorvec.embedder import build_embedder
 from anchorvec.precision import default_device, resolve_precision
 from anchorvec.recipe import Recipe
+from anchorvec.stage_data import stage_inputs
 from anchorvec.stages import train_stage_two
 from common import compare_trained, describe_machine, draw_lengths, in_process, make_model, parser, report, survived
 
@@ -94,7 +95,7 @@ def engine_side(scratch: Path, settings: dict[str, Any]) -> dict[str, Any]:
         recipe,
         scratch / "base",
         scratch / "run" / "stage_two",
-        {"pairs": read_pairs(str(data))},
+        stage_inputs(recipe, {"pairs": read_pairs(str(data))}),
         on_log=lambda record: records.append({**record, "ended": time.perf_counter()}),
     )
     ends = [record["ended"] for record in records]

@@ -1,17 +1,20 @@
-"""Batches of similar pairs."""
+"""Batches without a text twice, of random and of similar pairs."""
 
 import json
+from functools import partial
 from itertools import permutations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
+from sentence_transformers.base.sampler import NoDuplicatesBatchSampler
 
 import anchorvec.batches
-from anchorvec.batches import TOO_SIMILAR, SimilarPairs, similar_groups
+from anchorvec.batches import PATIENCE, TOO_SIMILAR, DifferentTexts, SimilarPairs, similar_groups
 from anchorvec.recipe import load_recipe
-from anchorvec.training import train
+from anchorvec.training import load_training_data, train
 from conftest import write_rows
 
 TOPICS, PER_TOPIC = 6, 20
@@ -40,6 +43,88 @@ def topics_of(batch):
 def make_sampler(dataset, batch_size, seed=0):
     """The sampler as the trainer makes it."""
     return SimilarPairs(dataset, batch_size=batch_size, drop_last=True, seed=seed, word_vectors=vectors_of)
+
+
+def letters_of(texts):
+    """How often each letter is in a text, at length 1."""
+    counts = torch.tensor([[text.count(letter) for letter in "abcdefghijklmnopqrstuvwxyz"] for text in texts])
+    return F.normalize(counts.double(), dim=1)
+
+
+@pytest.mark.parametrize("order", ["random", "similar"])
+def test_batches_of_rows_of_which_half_have_negatives(tmp_path, order):
+    """They are full and mixed, and have no text twice in any column, though the data repeat texts in all of them."""
+    numbers = np.random.default_rng(0).integers(0, 10_000, (400, 4)).tolist()
+    rows = [
+        {
+            "query": f"query {i // 2 if i % 20 < 2 else a}",  # every tenth query has two positives
+            "positive": "None" if i == 5 else f"document {a % 97} {b % 7}",
+            "negatives": [f"document {c % 97} {d % 7}", f"document {d}"][: 2 * (i % 2)],
+        }
+        for i, (a, b, c, d) in enumerate(numbers)
+    ]
+    path = write_rows(tmp_path / "half.jsonl", rows)
+    options = [f"output={tmp_path / 'run'}", f"data.train=[{{path: {path}}}]", "stage_two.negatives=2"]
+    inputs = load_training_data(load_recipe("debug", options))
+    dataset, hashes = inputs.contrastive["half"], inputs.hashes["half"]
+    make = partial(SimilarPairs, word_vectors=letters_of)
+    if order == "random":
+        make = partial(DifferentTexts, hashes={"": hashes})
+    batches = list(make(dataset, batch_size=16, drop_last=True))
+    assert len(batches) == len(dataset) // 16
+    for batch in batches:
+        columns = dataset[batch]
+        texts = [[text for text in column if text is not None] for column in columns.values()]
+        assert [len(column) for column in texts[:2]] == [16, 16]
+        assert len(texts[2]) == len(texts[3])
+        assert 0 < len(texts[2]) < 16
+        assert len({text for column in texts for text in column}) == sum(map(len, texts))
+
+
+def numbered(texts):
+    """`DifferentTexts` over pairs of such texts, by their numbers; 0 is none."""
+    hashes = np.array(texts, dtype=np.uint64)
+    return partial(DifferentTexts, Dataset.from_dict({"query": texts}), hashes={"": hashes}, drop_last=True)
+
+
+def test_a_pair_waits_for_a_batch_without_its_texts():
+    """The batches are those of sentence-transformers' own sampler, which compares the texts themselves."""
+    draw = np.random.default_rng(0)
+    columns = draw.integers(1, 300, (3, 500)) + np.array([[0], [1000], [1100]])  # the last two share some texts
+    dataset = Dataset.from_dict({name: map(str, column) for name, column in zip("abc", columns, strict=True)})
+    for epoch in (0, 1):
+        own = numbered(columns.T)(batch_size=20, seed=3)
+        theirs = NoDuplicatesBatchSampler(dataset, batch_size=20, drop_last=True, seed=3, generator=torch.Generator())
+        own.set_epoch(epoch)
+        theirs.set_epoch(epoch)
+        batches = list(own)
+        assert batches == list(theirs) == list(own)
+        assert len(batches) == len(own) == 25
+
+
+def test_a_missing_text_is_none_of_a_batchs_texts():
+    """Pairs without a negative are in a batch together; every pair is in one batch."""
+    sampler = numbered([[2 * i + 1, 2 * i + 2, 0] for i in range(64)])(batch_size=8)
+    assert sorted(index for batch in sampler for index in batch) == list(range(64))
+
+
+def test_an_epoch_over_repeated_texts_takes_linear_time():
+    """Where half of the pairs share a text, none is looked at more often than it may wait; the epoch is whole."""
+
+    class Counted(np.ndarray):
+        looks = 0
+
+        def __getitem__(self, key):
+            Counted.looks += 1
+            return super().__getitem__(key)
+
+    n = 20_000
+    sampler = numbered([[i + 1, n + i + 1 if i % 2 else 3 * n] for i in range(n)])(batch_size=16)
+    sampler.hashes = sampler.hashes.view(Counted)
+    batches = list(sampler)
+    assert len(batches) == len(sampler) == n // 16
+    assert all(sum(index % 2 == 0 for index in batch) <= 1 for batch in batches)
+    assert Counted.looks < 2 * (PATIENCE + 2) * n  # two passes; (n / 16) * (n / 2) without an end to waiting
 
 
 def test_a_batch_has_similar_pairs():

@@ -35,6 +35,17 @@ def test_a_benchmark_writes_its_figures(name, options, figures, tmp_path):
     assert all(found[figure] > 0 for figure in figures)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no RssAnon")
+def test_more_pairs_take_no_more_memory(tmp_path):
+    """`plan` and the start of both stages; 20,000 pairs of 900 characters are 18 MB of text."""
+    file = tmp_path / "figures.json"
+    subprocess.run([sys.executable, BENCHMARKS / "data.py", "--rows", "1000", "20000", "--json", file], check=True)
+    found = json.loads(file.read_text())
+    assert len(found["rows"]) == 4
+    assert found["most_added_gb"] < 0.1
+
+
 @pytest.fixture
 def common(monkeypatch):
     """What the benchmarks share, as a module."""

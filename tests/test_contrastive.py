@@ -1,11 +1,11 @@
-"""Stage II's data and its loss, with words added or not."""
+"""Stage II's loss, with words added or not."""
 
 import pytest
 import torch
-from datasets import Dataset
+import torch.nn.functional as F
 from sentence_transformers import SentenceTransformer
 
-from anchorvec.contrastive import contrastive_datasets, contrastive_loss
+from anchorvec.contrastive import contrastive_loss
 from anchorvec.embedder import build_embedder
 from anchorvec.packing import unpad
 from anchorvec.words import WordLoss
@@ -81,20 +81,21 @@ def test_padded_texts_are_counted_by_the_length_limit(tmp_path):
     assert contrastive_loss(model, micro_batch_tokens=1).mini_batch_size == 1
 
 
-def test_rows_with_and_without_negatives_become_two_datasets():
-    """A batch has the same columns in every row, so the data set is split where only some rows have negatives."""
-    rows = Dataset.from_dict({"query": ["q1", "q2"], "positive": ["p1", "p2"], "negatives": [["n1", "n2", "n3"], []]})
-    arranged = contrastive_datasets("set", rows, negatives=2)
-    assert arranged["set"].to_list() == [{"query": "q2", "positive": "p2"}]
-    assert arranged["set+negatives"].to_list() == [
-        {"query": "q1", "positive": "p1", "negative_1": "n1", "negative_2": "n2"}
-    ]
-    assert list(contrastive_datasets("set", rows, negatives=0)) == ["set"]
-
-
-def test_a_positive_of_the_same_query_is_no_negative():
-    """A text that another row has as positive of the same query is left out of the negatives (T16)."""
-    rows = Dataset.from_dict({"query": ["q", "q"], "positive": ["p1", "p2"], "negatives": [["p2", "n"], ["p1"]]})
-    arranged = contrastive_datasets("set", rows, negatives=1)
-    assert arranged["set+negatives"].to_list() == [{"query": "q", "positive": "p1", "negative_1": "n"}]
-    assert arranged["set"].to_list() == [{"query": "q", "positive": "p2"}]
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("size", [None, 70])
+def test_negatives_of_some_rows_are_candidates_of_all(tmp_path, packed, size):
+    """With hard negatives in some rows only, each query's candidates are all positives and all of these."""
+    model = SentenceTransformer(str(build_embedder("tiny", tmp_path / "base", max_tokens=32)), device="cpu").double()
+    assert not packed or unpad(model)
+    columns = [["one", "two two", "three", "four"], ["a", "bb bb", "ccc", "d"], ["x", "y y"], ["z"]]
+    loss = contrastive_loss(model, temperature=0.1, micro_batch_tokens=size)
+    value = loss([dict(model.preprocess(column)) for column in columns], None)
+    e_Q, *documents = (F.normalize(model.encode(texts, convert_to_tensor=True), dim=1) for texts in columns)
+    expected = F.cross_entropy(e_Q @ torch.cat(documents).T / 0.1, torch.arange(4))
+    torch.testing.assert_close(value, expected)
+    gradient = gradients(model, value)
+    embeddings = [model(dict(model.preprocess(column)))["sentence_embedding"] for column in columns]
+    e_Q, *documents = (F.normalize(e, dim=1) for e in embeddings)
+    plain = gradients(model, F.cross_entropy(e_Q @ torch.cat(documents).T / 0.1, torch.arange(4)))
+    for name, expected in plain.items():
+        torch.testing.assert_close(gradient[name], expected, atol=1e-8, rtol=1e-6)

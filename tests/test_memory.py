@@ -20,7 +20,7 @@ from anchorvec.memory import ADAM_BYTES, free_memory, kept_bytes, tokens_that_fi
 from anchorvec.precision import default_device
 from anchorvec.recipe import load_recipe
 from anchorvec.reconstruction import Reconstruction
-from anchorvec.stage_data import LENGTH_SAMPLE, reconstruction_dataset, stage_two_datasets
+from anchorvec.stage_data import LENGTH_SAMPLE
 from anchorvec.stages import pair_tokenizer, stage_one_objective, stage_two_model
 from anchorvec.trainers import ReconstructionTrainer
 from anchorvec.training import build_base, load_training_data
@@ -118,14 +118,13 @@ def setup(tmp_path):
     def engines(*options):
         own = ["stage_one.micro_batch_tokens=null", "stage_two.micro_batch_tokens=null"]
         recipe = load_recipe("debug", [f"output={tmp_path / 'run'}", *own, *options])
-        pairs = load_training_data(recipe)
+        inputs = load_training_data(recipe)
         base = tmp_path / "base"
         if not base.exists():
             build_base(recipe, base)
-        rows = reconstruction_dataset(recipe, pairs)
         tokenize = pair_tokenizer(recipe, AutoTokenizer.from_pretrained(base))
-        _, one = stage_one_objective(recipe, base, rows, tokenize)
-        _, two, _ = stage_two_model(recipe, base, stage_two_datasets(recipe, pairs), rows)
+        _, one = stage_one_objective(recipe, base, inputs.reconstruction, tokenize)
+        _, two, _ = stage_two_model(recipe, base, inputs)
         return one, two
 
     return engines
@@ -169,9 +168,7 @@ def test_a_padded_step_is_as_wide_as_the_longest_text(tmp_path, longest, cached)
         ],
     )
     base = build_base(recipe, tmp_path / "base")
-    pairs = load_training_data(recipe)
-    datasets, rows = stage_two_datasets(recipe, pairs), reconstruction_dataset(recipe, pairs)
-    assert stage_two_model(recipe, base, datasets, rows)[1].cached_gradients == cached
+    assert stage_two_model(recipe, base, load_training_data(recipe))[1].cached_gradients == cached
 
 
 def test_checkpointing_only_where_it_is_needed_or_asked_for(setup, monkeypatch):

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from anchorvec.data import read_pairs, weighted
+from anchorvec.data import drawn_rows, read_pairs
 from anchorvec.errors import AnchorvecError
 
 ROWS = [
@@ -283,16 +283,14 @@ def test_an_input_file_is_never_changed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("weight", "uses"), [(1, [1]), (2, [2]), (0.1, [0, 1]), (1.5, [1, 2]), (0.001, [0, 1])])
 def test_a_weight_is_how_often_rows_are_drawn(weight: float, uses: list[int]) -> None:
     """Weight 2 holds each row twice, 0.1 a tenth of them, 1.5 each once and half again; never none at all."""
-    dataset = datasets.Dataset.from_dict({"row": list(range(50))})
-    rows = weighted(dataset, weight, seed=0)["row"][:]
+    rows = drawn_rows(50, weight, seed=0).tolist()
     assert len(rows) == max(1, round(50 * weight))
     assert sorted({rows.count(row) for row in range(50)}) == uses
 
 
 def test_a_weighted_sample_depends_on_the_seed_alone() -> None:
     """The same seed draws the same rows, another seed others."""
-    dataset = datasets.Dataset.from_dict({"row": list(range(50))})
-    first, again, other = (weighted(dataset, 0.5, seed)["row"][:] for seed in (0, 0, 1))
+    first, again, other = (drawn_rows(50, 0.5, seed).tolist() for seed in (0, 0, 1))
     assert first == again
     assert first != other
 
@@ -301,7 +299,7 @@ def test_a_weighted_sample_depends_on_the_seed_alone() -> None:
 def test_a_weight_must_be_above_zero(weight: float) -> None:
     """A weight that draws nothing, or without end, is an error."""
     with pytest.raises(AnchorvecError, match="above 0"):
-        weighted(datasets.Dataset.from_dict({"row": [1]}), weight, seed=0)
+        drawn_rows(1, weight, seed=0)
 
 
 def test_columns_without_a_meaning_are_named(tmp_path: Path) -> None:

@@ -2,16 +2,20 @@
 
 import json
 
+import datasets
+import pyarrow
 import pytest
 from sentence_transformers import SentenceTransformer
 from transformers import AutoTokenizer
 
+from anchorvec.data.negatives import text_hashes
 from anchorvec.errors import AnchorvecError
 from anchorvec.packing import token_ids
 from anchorvec.planning import plan
 from anchorvec.recipe import load_recipe
+from anchorvec.stages import train_stage_one, train_stage_two
 from anchorvec.trainers import ContrastiveTrainer, ReconstructionTrainer
-from anchorvec.training import train
+from anchorvec.training import build_base, load_training_data, train
 from conftest import write_rows
 from test_training import QUICK
 
@@ -70,17 +74,74 @@ def test_a_dataset_smaller_than_a_step_is_refused(tmp_path):
             train(recipe)
 
 
-def test_a_stage_two_without_enough_pairs_is_refused_before_stage_one(tmp_path):
-    """Rows with and without hard negatives have steps of their own; too few of either are found before any training."""
-    rows = [{"query": f"q{i}", "positive": f"p{i}", **({"negative": f"n{i}"} if i < 5 else {})} for i in range(40)]
-    path = write_rows(tmp_path / "few.jsonl", rows)
-    recipe = load_recipe("debug", [f"output={tmp_path / 'run'}", f"data.train=[{{path: {path}}}]", *QUICK])
-    for refused in (train, plan):
-        with pytest.raises(AnchorvecError, match=r"5 rows of few with hard negatives.*stage_two.negatives=0"):
-            refused(recipe)
-    assert not list((tmp_path / "run").iterdir())
-    recipe = load_recipe("debug", [f"data.train=[{{path: {path}}}]", *QUICK, "stage_two.pairs_per_step=5"])
-    assert plan(recipe).rows_with_negatives == {"few": 5}
+def test_rows_with_and_without_negatives_train_together(tmp_path, monkeypatch):
+    """A step has pairs with and without hard negatives, from the beginning on, and as many negatives as there are."""
+    rows = [{"query": f"q{i}", "positive": f"p{i}", **({"negative": f"n{i}"} if i % 2 else {})} for i in range(40)]
+    path = write_rows(tmp_path / "half.jsonl", rows)
+    steps = []
+    training_step = ContrastiveTrainer.training_step
+
+    def recorded(self, model, inputs, *rest):
+        columns, _ = self.collect_features(dict(inputs))
+        steps.append([{self.model.tokenizer.decode(ids[:-1]) for ids in token_ids(column)} for column in columns])
+        return training_step(self, model, inputs, *rest)
+
+    monkeypatch.setattr(ContrastiveTrainer, "training_step", recorded)
+    for name, order in [("one", "random"), ("two", "similar")]:
+        options = [f"data.train=[{{path: {path}}}]", f"stage_two.in_batch_negatives={order}", "stage_one=null"]
+        recipe = load_recipe("debug", [f"output={tmp_path / name}", *options, *QUICK[1::2]])
+        assert plan(recipe).rows_with_negatives == {"half": 20}
+        train(recipe)
+    assert len(steps) == 6
+    for queries, positives, negatives in steps:
+        numbers = {text[1:] for text in queries}
+        assert len(numbers) == 16
+        assert positives == {f"p{i}" for i in numbers}
+        assert negatives == {f"n{i}" for i in numbers if int(i) % 2}
+        assert 0 < len(negatives) < 16
+
+
+def test_a_step_may_have_no_negatives_at_all(tmp_path):
+    """Where one row of many has a hard negative, most steps have none, with cached gradients too."""
+    rows = [{"query": f"q{i}", "positive": f"p{i}", **({"negative": "n"} if i == 0 else {})} for i in range(40)]
+    path = write_rows(tmp_path / "one.jsonl", rows)
+    for tokens in (128, 9_999):
+        options = [f"output={tmp_path / str(tokens)}", f"data.train=[{{path: {path}}}]", "stage_one=null"]
+        train(load_recipe("debug", [*options, f"stage_two.micro_batch_tokens={tokens}", *QUICK[1::2]]))
+        records = [json.loads(line) for line in (tmp_path / str(tokens) / "log.jsonl").read_text().splitlines()]
+        assert [record["step"] for record in records] == [1, 2, 3]
+
+
+def test_texts_stay_on_disk_and_are_hashed_once(tmp_path, monkeypatch):
+    """In memory are eight bytes a text; prompts are in no row; both stages read the same and leave no more files."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    hashed = []
+
+    def counted(texts):
+        hashed.extend(texts.to_pylist())
+        return text_hashes(texts)
+
+    monkeypatch.setattr("anchorvec.data.negatives.text_hashes", counted)
+    n = 3_000
+    rows = [
+        {"query": f"q{i} " * 20, "positive": f"p{i} " * 80, "negatives": [f"n{i} " * 80] * (i % 2)} for i in range(n)
+    ]
+    path = write_rows(tmp_path / "long.jsonl", rows)
+    data = f"data.train=[{{path: {path}, instruction: 'Find: ', weight: 1.5}}]"
+    recipe = load_recipe("debug", [f"output={tmp_path / 'run'}", data, *QUICK])
+    before = pyarrow.total_allocated_bytes()
+    inputs = load_training_data(recipe)
+    columns = {"query", "positive", "query_prompt", "document_prompt"}
+    assert inputs.reconstruction[n // 2].keys() == columns
+    assert inputs.hashes["long"].nbytes == 8 * 3 * 1.5 * n
+    assert pyarrow.total_allocated_bytes() - before < 50 * n  # which rows are drawn, for each stage
+    assert sorted(hashed) == sorted(text for row in rows for text in (row["query"], row["positive"], *row["negatives"]))
+    start = build_base(recipe, tmp_path / "run" / "base")
+    one = train_stage_one(recipe, start, tmp_path / "run" / "stage_one", inputs)
+    train_stage_two(recipe, one, tmp_path / "run" / "stage_two", inputs)
+    assert len(hashed) == 2.5 * n
+    assert inputs.contrastive["long"][0].keys() == {"query", "positive", "negative_1"}
+    assert [path.suffix for path in (tmp_path / "cache").rglob("*") if path.is_file()] == [".arrow"]
 
 
 def test_repeated_texts_do_not_end_a_stage_unnoticed(tmp_path):

@@ -1,20 +1,28 @@
-"""Batches of similar pairs: in-batch negatives that are hard, found by the texts' words before anything is encoded.
+"""Batches in which no text occurs twice (T16), of random pairs or of similar ones; rows may have hard negatives or not.
 
-In a batch of random pairs most negatives have nothing to do with the query. Here a batch starts with a random pair and
-takes the pairs most like it that are left, by the words of both their texts (`words.py`). A pair so like another of the
-batch that its document may answer the other's query too is left for another batch, where there are others (T16).
+In a batch of random pairs most negatives have nothing to do with the query. A batch of similar pairs has in-batch
+negatives that are hard, found by the texts' words before anything is encoded: it starts with a random pair and takes
+the pairs most like it that are left, by the words of both their texts (`words.py`). A pair so like another of the batch
+that its document may answer the other's query too is left for another batch, where there are others.
 """
 
 import math
+from abc import abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
+from numpy.typing import NDArray
 from sentence_transformers.base.sampler import DefaultBatchSampler
 from torch import Tensor
+
+PATIENCE = 64
+"""Batches that a pair of `DifferentTexts` waits for, at most, because they have one of its texts already."""
 
 BLOCK = 16_384
 """Pairs among which similar ones are sought, at most: they are tokenized together, and their vectors are in memory."""
@@ -27,27 +35,17 @@ _CONSIDERED = 8
 """Times the batch size: how many of the most similar pairs are considered before any others are taken."""
 
 
-class SimilarPairs(DefaultBatchSampler):
-    """A batch sampler for sentence-transformers' trainer; the columns are query, document and hard negatives.
+class _WholeEpochs(DefaultBatchSampler):
+    """A batch sampler for sentence-transformers' trainer: full batches, in an epoch as many as its length says.
 
-    `word_vectors` gives the vectors (texts, dim) of texts, of length 1 or 0, `prompts` what is put before the texts of
-    each data set's columns first. A batch has no text twice. Where pairs are left over, because they do not fill the
-    last batch of a block of `BLOCK` pairs or share their texts with too many others, the pairs are gone through once
-    more until the epoch has all its batches; without a single batch, the epoch ends.
+    Where pairs are left over because they fit into no batch, the pairs are gone through once more until the epoch has
+    all its batches; without a single batch, the epoch ends. Epoch and seed decide the batches.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        *,
-        word_vectors: Callable[[list[str]], Tensor],
-        prompts: Mapping[str, Mapping[str, str]] | None = None,
-        **options: Any,
-    ) -> None:
+    def __init__(self, dataset: Dataset, **options: Any) -> None:
         super().__init__(dataset, **options)
-        self.prompts = (prompts or {}).get(dataset[0].get("dataset_name", ""), {})
-        self.dataset = dataset.with_format(None)  # the trainer's adds the name of the data set to each row
-        self.word_vectors = word_vectors
+        self.dataset = dataset
+        self.name = dataset[0].get("dataset_name", "")  # the trainer adds it to each row
 
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
@@ -60,8 +58,68 @@ class SimilarPairs(DefaultBatchSampler):
             if left == before:
                 break
 
+    @abstractmethod
     def _all_pairs(self, generator: torch.Generator) -> Iterator[list[int]]:
         """Batches of all pairs, but for those that are left over."""
+
+
+class DifferentTexts(_WholeEpochs):
+    """Batches of random pairs.
+
+    `hashes`: for each data set by its name, those of all texts of its pairs, (pairs, texts); 0 is no text. A pair that
+    has a text of the batch already waits for the next one, `PATIENCE` times at most: the time that an epoch takes grows
+    with the pairs, not with their square, however often a text is repeated.
+    """
+
+    def __init__(self, dataset: Dataset, *, hashes: Mapping[str, NDArray[np.uint64]], **options: Any) -> None:
+        super().__init__(dataset, **options)
+        self.hashes = hashes[self.name]
+
+    def _all_pairs(self, generator: torch.Generator) -> Iterator[list[int]]:
+        fresh = map(int, torch.randperm(len(self.hashes), generator=generator, dtype=torch.int32).numpy())
+        waiting: deque[tuple[int, int]] = deque()  # pairs, and how often each has waited
+        while True:
+            batch: list[int] = []
+            texts: set[int] = set()
+            passed_over = []
+            while len(batch) < self.batch_size:
+                pair, waited = waiting.popleft() if waiting else (next(fresh, -1), 0)
+                if pair < 0:
+                    break
+                own = [text for text in self.hashes[pair].tolist() if text]
+                if texts.isdisjoint(own):
+                    batch.append(pair)
+                    texts.update(own)
+                elif waited < PATIENCE:
+                    passed_over.append((pair, waited + 1))
+            if len(batch) == self.batch_size:
+                yield batch
+            elif not batch:
+                return
+            waiting.extendleft(reversed(passed_over))
+
+
+class SimilarPairs(_WholeEpochs):
+    """Batches of similar pairs; the columns are query, document and hard negatives, which are None where there is none.
+
+    `word_vectors` gives the vectors (texts, dim) of texts, of length 1 or 0, `prompts` what is put before the texts of
+    each data set's columns first. Pairs are left over where they do not fill the last batch of a block of `BLOCK`
+    pairs, or share their texts with too many others.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        word_vectors: Callable[[list[str]], Tensor],
+        prompts: Mapping[str, Mapping[str, str]] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(dataset, **options)
+        self.prompts = (prompts or {}).get(self.name, {})
+        self.word_vectors = word_vectors
+
+    def _all_pairs(self, generator: torch.Generator) -> Iterator[list[int]]:
         order = torch.randperm(len(self.dataset), generator=generator)
         for block in order.chunk(math.ceil(len(order) / BLOCK)):
             batches = self._batches(block)
@@ -70,12 +128,20 @@ class SimilarPairs(DefaultBatchSampler):
 
     def _batches(self, block: Tensor) -> list[list[int]]:
         """Batches of the rows `block`, as positions in it; texts and vectors are freed before training goes on."""
-        rows = self.dataset[block.tolist()]
-        vectors = [
-            self.word_vectors([self.prompts.get(name, "") + text for text in column]) for name, column in rows.items()
-        ]
-        texts = [set(row) for row in zip(*rows.values(), strict=True)]
-        return similar_groups(torch.stack(vectors), texts, self.batch_size)
+        columns = self.dataset[block.tolist()]
+        columns.pop("dataset_name", None)
+        there = [(name, texts) for name, texts in columns.items() if any(text is not None for text in texts)]
+        vectors = torch.stack([self._vectors(name, texts) for name, texts in there])
+        texts = [set(row) - {None} for row in zip(*columns.values(), strict=True)]
+        return similar_groups(vectors, texts, self.batch_size)
+
+    def _vectors(self, column: str, texts: Sequence[str | None]) -> Tensor:
+        """The vectors of a column's texts (texts, dim), 0 where there is none."""
+        prompt = self.prompts.get(column, "")
+        found = self.word_vectors([prompt + text for text in texts if text is not None])
+        vectors = found.new_zeros(len(texts), found.shape[1])
+        vectors[torch.tensor([text is not None for text in texts])] = found
+        return vectors
 
 
 def similar_groups(vectors: Tensor, texts: Sequence[set[str]], size: int) -> list[list[int]]:

@@ -3,18 +3,15 @@
     L = -log( exp(cos(q, d+) / tau) / sum over d of exp(cos(q, d) / tau) )
 
 The candidates d of a query are all positives and all hard negatives of the step. The loss is the library's own,
-unmodified; the arrangement of the data is ours, and word reconstruction, which can be added to it.
+unmodified: it takes all candidates together, so a step may have fewer hard negatives than pairs. Word reconstruction,
+which can be added to it, is ours.
 """
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any
 
-import numpy as np
-import pyarrow.compute
 import torch
-from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.losses.gradcache import RandContext
 from sentence_transformers.sentence_transformer.losses import (
@@ -182,43 +179,3 @@ class _CachedAndWords(_Words, _Cached):
         if with_backward:
             torch.autograd.backward(told)
         return loss + told.detach() if with_backward else loss + told
-
-
-def contrastive_datasets(name: str, pairs: Dataset, *, negatives: int = 1) -> dict[str, Dataset]:
-    """Data sets for sentence-transformers' trainer: columns query, positive, negative_1 .. negative_n.
-
-    `pairs` has rows of query, positive and a list of negatives. A batch needs the same columns in every row, so
-    where only some rows have `negatives` of them there are two: `name` and `name+negatives`; rows with fewer are
-    used without. A negative that is a positive of the same query in another row is left out (T16).
-    """
-    enough = _with_negatives(pairs, negatives) if negatives else []
-    with_rows = pairs.select(enough)
-    if enough:
-        with_rows = with_rows.map(_without_own_positives(pairs))
-        left = [i for i, listed in enumerate(with_rows["negatives"]) if len(listed) >= negatives]
-        with_rows, enough = with_rows.select(left), [enough[i] for i in left]
-    arranged = {}
-    if len(enough) < len(pairs):
-        without_rows = pairs.select(np.setdiff1d(np.arange(len(pairs)), enough)) if enough else pairs
-        arranged[name] = without_rows.select_columns(["query", "positive"])
-    if enough:
-        arranged[f"{name}+negatives" if name in arranged else name] = with_rows.map(
-            lambda row: {f"negative_{n + 1}": row["negatives"][n] for n in range(negatives)},
-            remove_columns=[column for column in pairs.column_names if column not in ("query", "positive")],
-        )
-    return arranged
-
-
-def _with_negatives(pairs: Dataset, negatives: int) -> list[int]:
-    """The rows that list so many negatives, found without reading these."""
-    parts = pairs.with_format("arrow").iter(batch_size=10_000)
-    counts = [pyarrow.compute.list_value_length(part["negatives"]).to_numpy() for part in parts]
-    return [int(i) for i in np.flatnonzero(np.concatenate(counts) >= negatives)]
-
-
-def _without_own_positives(dataset: Dataset) -> Callable[[dict[str, Any]], dict[str, list[str]]]:
-    """The map that drops, from each row's negatives, all positives that its query has in any row (T16)."""
-    positives = defaultdict(set)
-    for query, positive in zip(dataset["query"], dataset["positive"], strict=True):
-        positives[query].add(positive)
-    return lambda row: {"negatives": [text for text in row["negatives"] if text not in positives[row["query"]]]}

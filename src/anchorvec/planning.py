@@ -17,7 +17,7 @@ from anchorvec.engine import Engine
 from anchorvec.precision import check_one_device, default_device, resolve_precision
 from anchorvec.recipe import Recipe, dump_recipe, load_recipe
 from anchorvec.reconstruction import TokenPair
-from anchorvec.stage_data import reconstruction_dataset, reconstructs, stage_two_datasets
+from anchorvec.stage_data import reconstructs, sample_rows
 from anchorvec.stages import pair_tokenizer, stage_one_objective, stage_two_model
 from anchorvec.training import build_base, load_training_data
 
@@ -99,35 +99,27 @@ def plan(recipe: Recipe | str | Path) -> Plan:
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     check_one_device()
-    pairs = load_training_data(recipe)
-    rows = reconstruction_dataset(recipe, pairs)
+    inputs = load_training_data(recipe)
     with tempfile.TemporaryDirectory() as scratch:
         base = build_base(recipe, Path(scratch) / "base")
         tokenizer = AutoTokenizer.from_pretrained(base)
         engine = {}
         if recipe.stage_two:
-            engine["stage_two"] = stage_two_model(recipe, base, stage_two_datasets(recipe, pairs), pairs)[1]
+            engine["stage_two"] = stage_two_model(recipe, base, inputs)[1]
         tokenize = pair_tokenizer(recipe, tokenizer)
         if recipe.stage_one:
-            objective, engine["stage_one"] = stage_one_objective(recipe, base, rows, tokenize)
+            objective, engine["stage_one"] = stage_one_objective(recipe, base, inputs.reconstruction, tokenize)
             model = objective.model
         else:
             model = load_causal_lm(base)
         base_bytes = sum(path.stat().st_size for path in base.rglob("*") if path.is_file())
     stage_one = recipe.stage_one
-    sample = rows.shuffle(seed=recipe.seed).select(range(min(64, len(rows))))
-    batch = tokenize(list(sample))["pairs"]
+    batch = tokenize(sample_rows(inputs.reconstruction, 64, recipe.seed))["pairs"]
     read = sum(len(pair.query) + len(pair.document) for pair in batch) / len(batch)
     target = reconstructs(recipe)
     alpha, writes = (stage_one.alpha, target == "text") if stage_one else (0.5, False)
     per_pair = statistics.mean(pair.tokens(alpha, writes=writes) for pair in batch)
 
-    wanted = recipe.stage_two.negatives if recipe.stage_two else 0
-    rows_with_negatives = {
-        name: sum(len(listed) >= wanted for listed in part.dataset["negatives"])
-        for name, part in pairs.items()
-        if wanted
-    }
     parameters = sum(p.numel() for p in model.parameters())
     body = sum(p.numel() for p in model.base_model.parameters())
     trained, tokens, disk = {}, {}, {"base": base_bytes}
@@ -138,7 +130,8 @@ def plan(recipe: Recipe | str | Path) -> Plan:
     if recipe.stage_two:
         lora = recipe.stage_two.lora
         trained["stage_two"] = _lora_parameters(model.base_model, lora.r) if lora else body
-        with_negatives = sum(rows_with_negatives.values()) / sum(len(part.dataset) for part in pairs.values())
+        rows = sum(report.rows for report in inputs.reports.values())
+        with_negatives = sum(inputs.rows_with_negatives.values()) / rows
         # a negative is taken to be as long as a positive
         documents = statistics.mean(len(pair.document) for pair in batch)
         read += with_negatives * recipe.stage_two.negatives * documents
@@ -149,10 +142,10 @@ def plan(recipe: Recipe | str | Path) -> Plan:
         recipe=dump_recipe(recipe),
         device=str(default_device()),
         precision=resolve_precision(recipe.model.precision),
-        rows={name: len(part.dataset) for name, part in pairs.items()},
-        rows_with_negatives=rows_with_negatives,
-        ignored_columns={name: part.report.ignored_columns for name, part in pairs.items()},
-        rejected_rows={name: sum(part.report.rejected.values()) for name, part in pairs.items()},
+        rows={name: report.rows for name, report in inputs.reports.items()},
+        rows_with_negatives=inputs.rows_with_negatives,
+        ignored_columns={name: report.ignored_columns for name, report in inputs.reports.items()},
+        rejected_rows={name: sum(report.rejected.values()) for name, report in inputs.reports.items()},
         parameters=parameters,
         trained_parameters=trained,
         disk=disk,

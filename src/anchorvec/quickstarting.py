@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from anchorvec.data import DocstringData, Pairs, docstrings, read_pairs
+from anchorvec.data import DocstringData, docstrings, read_pairs
 from anchorvec.errors import AnchorvecError
 from anchorvec.evaluation import TaskScores, bm25_scores, evaluate, require_extra, scores_table
 from anchorvec.exporting import Exported, export
@@ -23,6 +23,7 @@ from anchorvec.memory import release_freed_memory
 from anchorvec.precision import resolve_precision
 from anchorvec.progress import STAGE_TITLES
 from anchorvec.recipe import Recipe, StageOne, StageTwo, load_recipe, save_recipe
+from anchorvec.stage_data import StageInputs, stage_inputs
 from anchorvec.stages import train_stage_one, train_stage_two
 from anchorvec.training import build_base, describe_run, new_run_folder
 
@@ -107,9 +108,9 @@ def quickstart(
     data = docstrings.quickstart_data(seed=seed, n_queries=n_queries, n_documents=n_documents)
     corpus = folder / "score_set"
     docstrings.write_beir(data, corpus)
-    recipe, pairs = with_pairs(recipe, data, folder / "pairs.jsonl")
+    recipe, inputs = with_pairs(recipe, data, folder / "pairs.jsonl")
     save_recipe(recipe, folder / "recipe.yaml")
-    write_json(folder / "run.json", describe_run(recipe, pairs) | {"score_set": data.description})
+    write_json(folder / "run.json", describe_run(recipe, inputs) | {"score_set": data.description})
     stage = build_base(recipe, folder / "base")
 
     scores: dict[str, TaskScores] = {}
@@ -139,7 +140,7 @@ def quickstart(
             ends -= (1 - STAGE_ONE_SHARE) * (ends - time.monotonic())
         say(f"{STAGE_TITLES[name]}: {(ends - time.monotonic()) / 60:.1f} minutes")
         train_stage = train_stage_one if name == "stage_one" else train_stage_two
-        stage = train_stage(recipe, stage, folder / name, pairs, deadline=ends)
+        stage = train_stage(recipe, stage, folder / name, inputs, deadline=ends)
         recipe = with_steps(recipe, name, steps_run(folder / "log.jsonl")[name])
         save_recipe(recipe, folder / "recipe.yaml")
         score(name)
@@ -184,13 +185,13 @@ def steps_run(log: Path) -> dict[str, int]:
     return {record["stage"]: record["step"] for record in records}
 
 
-def with_pairs(recipe: Recipe, data: DocstringData, file: Path) -> tuple[Recipe, dict[str, Pairs]]:
-    """The recipe that reads its pairs from `file`, so that a rerun sees the same ones, and these pairs."""
+def with_pairs(recipe: Recipe, data: DocstringData, file: Path) -> tuple[Recipe, StageInputs]:
+    """The recipe that reads its pairs from `file`, so that a rerun sees the same ones, and what its stages read."""
     rows = [{"query": pair.query, "positive": pair.document} for pair in data.train]
     write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     source = recipe.data.train[0].model_copy(update={"path": str(file)})
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"train": [source]})})
-    return recipe, {source.name: read_pairs(source.path)}
+    return recipe, stage_inputs(recipe, {source.name: read_pairs(source.path)})
 
 
 def embedder_scores(recipe: Recipe, stage: Path, corpus: Path) -> TaskScores:

@@ -4,14 +4,18 @@ import heapq
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow.compute
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
+from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
+from torch.utils.data import ConcatDataset
 
-from anchorvec.contrastive import contrastive_datasets
-from anchorvec.data import Pairs, weighted
+from anchorvec.data import ContrastiveRows, Pairs, ReadReport, contrastive_rows, drawn_rows
 from anchorvec.embedder import template_ids
 from anchorvec.errors import AnchorvecError
 from anchorvec.packing import reads_packed
@@ -20,27 +24,94 @@ from anchorvec.recipe import Recipe
 LENGTH_SAMPLE = 256
 """Rows from which the tokens of a step are estimated."""
 
-_NEGATIVES = "+negatives"
+Rows = ConcatDataset[dict[str, Any]]
+"""Rows of all data sets, one data set after another."""
 
 
-def stage_two_datasets(recipe: Recipe, pairs: Mapping[str, Pairs]) -> dict[str, Dataset]:
-    """All data sets, weighted, as columns of query, positive and hard negatives."""
-    assert recipe.stage_two is not None
-    datasets: dict[str, Dataset] = {}
+@dataclass(frozen=True)
+class StageInputs:
+    """What the stages read, made once from a recipe and its data. The texts stay on disk, in mapped files (T17).
+
+    `reconstruction`: query, positive, and the instructions `query_prompt` and `document_prompt`. The others are of
+    Stage II, by the name of the data set, and empty without one. `contrastive`: query, positive, and negative_1 ..
+    negative_n, which are None in rows without. `hashes` of these texts, 0 for none: (rows, columns). `prompts`: the
+    instruction of each column. `rows_with_negatives` counts before weights, and is empty where none are wanted.
+    """
+
+    reports: dict[str, ReadReport]
+    reconstruction: Rows
+    contrastive: dict[str, Dataset]
+    hashes: dict[str, NDArray[np.uint64]]
+    prompts: dict[str, dict[str, str]]
+    rows_with_negatives: dict[str, int]
+
+
+def stage_inputs(recipe: Recipe, pairs: Mapping[str, Pairs]) -> StageInputs:
+    """What the stages of `recipe` read of its data sets, `pairs`, weighted.
+
+    Raises AnchorvecError where a step of a stage needs more pairs than there are; it would be skipped silently. For
+    Stage II these must be of different texts.
+    """
+    reconstruction = []
+    contrastive: dict[str, ContrastiveRows] = {}
+    with_negatives, prompts = {}, {}
     for source in recipe.data.train:
-        parts = contrastive_datasets(source.name, pairs[source.name].dataset, negatives=recipe.stage_two.negatives)
-        datasets |= {name: weighted(part, source.weight, recipe.seed) for name, part in parts.items()}
-    return datasets
+        dataset = pairs[source.name].dataset
+        drawn = None if source.weight == 1 else drawn_rows(len(dataset), source.weight, recipe.seed)
+        texts = dataset.select_columns(["query", "positive"])
+        texts = texts if drawn is None else texts.select(drawn)
+        instructions = {"query_prompt": source.instruction, "document_prompt": source.document_instruction}
+        reconstruction.append(texts.with_transform(partial(_with_prompts, prompts=instructions)))
+        if recipe.stage_two is not None:
+            rows = contrastive_rows(dataset, negatives=recipe.stage_two.negatives)
+            if recipe.stage_two.negatives:
+                with_negatives[source.name] = rows.with_negatives
+            contrastive[source.name] = rows if drawn is None else rows.select(drawn)
+            prompts[source.name] = {
+                column: source.instruction if column == "query" else source.document_instruction
+                for column in contrastive[source.name].columns
+            }
+    if recipe.stage_one is not None:
+        _check_rows("stage_one", recipe.stage_one.pairs_per_step, sum(map(len, reconstruction)), "the data")
+    if recipe.stage_two is not None:
+        for name, rows in contrastive.items():
+            _check_rows("stage_two", recipe.stage_two.pairs_per_step, len(rows.hashes), name)
+            _check_texts(name, rows, recipe.stage_two.pairs_per_step)
+    return StageInputs(
+        reports={name: part.report for name, part in pairs.items()},
+        reconstruction=ConcatDataset(reconstruction),
+        contrastive={name: rows.dataset for name, rows in contrastive.items()},
+        hashes={name: rows.hashes for name, rows in contrastive.items()},
+        prompts=prompts,
+        rows_with_negatives=with_negatives,
+    )
 
 
-def reconstruction_dataset(recipe: Recipe, pairs: Mapping[str, Pairs]) -> Dataset:
-    """All data sets, weighted, as rows of query, positive and the two instructions."""
-    parts = []
-    for source in recipe.data.train:
-        part = weighted(pairs[source.name].dataset, source.weight, recipe.seed).select_columns(["query", "positive"])
-        part = part.add_column("query_prompt", [source.instruction] * len(part))
-        parts.append(part.add_column("document_prompt", [source.document_instruction] * len(part)))
-    return concatenate_datasets(parts)
+def sample_rows(rows: Dataset | Rows, n: int, seed: int) -> list[dict[str, Any]]:
+    """`n` different rows, or all if there are fewer, in an order that `seed` decides."""
+    return [rows[int(i)] for i in np.random.default_rng(seed).permutation(len(rows))[:n]]
+
+
+def _with_prompts(rows: dict[str, list[str]], prompts: Mapping[str, str]) -> dict[str, list[str]]:
+    """`rows`, as they are read, each with the same prompts: in no memory, and on no disk (T17)."""
+    return rows | {name: [prompt] * len(rows["query"]) for name, prompt in prompts.items()}
+
+
+def _check_rows(stage: str, pairs_per_step: int, rows: int, name: str) -> None:
+    if rows < pairs_per_step:
+        raise AnchorvecError(
+            f"{stage}.pairs_per_step: {pairs_per_step} is more than the {rows} rows of {name}; lower it"
+        )
+
+
+def _check_texts(name: str, rows: ContrastiveRows, pairs_per_step: int) -> None:
+    for column, hashes in zip(("query", "positive"), rows.hashes.T, strict=False):
+        different = len(np.unique(hashes))
+        if different < pairs_per_step:
+            raise AnchorvecError(
+                f"stage_two.pairs_per_step: {pairs_per_step} is more than the {different} different texts in the "
+                f"column {column} of {name}; a step has none twice; lower it"
+            )
 
 
 def reconstructs(recipe: Recipe) -> Literal["text", "words"] | None:
@@ -48,48 +119,6 @@ def reconstructs(recipe: Recipe) -> Literal["text", "words"] | None:
     if recipe.stage_one is not None:
         return recipe.stage_one.target
     return "words" if recipe.stage_two is not None and recipe.stage_two.words_weight else None
-
-
-def check_rows(recipe: Recipe, pairs: Mapping[str, Pairs]) -> None:
-    """Raise AnchorvecError where a step of a stage needs more pairs than there are; it would be skipped silently.
-
-    For Stage II these must be of different texts.
-    """
-    if recipe.stage_one is not None:
-        _check_rows("stage_one", recipe.stage_one.pairs_per_step, {"the data": reconstruction_dataset(recipe, pairs)})
-    if recipe.stage_two is not None:
-        datasets = stage_two_datasets(recipe, pairs)
-        _check_rows("stage_two", recipe.stage_two.pairs_per_step, datasets)
-        for name, dataset in datasets.items():
-            _check_texts(name.removesuffix(_NEGATIVES), dataset, recipe.stage_two.pairs_per_step)
-
-
-def _check_rows(stage: str, pairs_per_step: int, datasets: Mapping[str, Dataset]) -> None:
-    for name, dataset in datasets.items():
-        if len(dataset) >= pairs_per_step:
-            continue
-        rows, help_ = f"rows of {name}", "lower it"
-        source = name.removesuffix(_NEGATIVES)
-        if source + _NEGATIVES in datasets:  # its rows are in two parts, each with steps of its own
-            rows = f"rows of {source} {'without' if name == source else 'with'} hard negatives"
-            help_ = "lower it, or set stage_two.negatives=0"
-        raise AnchorvecError(
-            f"{stage}.pairs_per_step: {pairs_per_step} is more than the {len(dataset)} {rows}; {help_}"
-        )
-
-
-def _check_texts(name: str, dataset: Dataset, pairs_per_step: int) -> None:
-    for column in ("query", "positive"):
-        different: set[str] = set()
-        for rows in dataset.select_columns(column).iter(batch_size=1_000):
-            different.update(rows[column])
-            if len(different) >= pairs_per_step:
-                break
-        else:
-            raise AnchorvecError(
-                f"stage_two.pairs_per_step: {pairs_per_step} is more than the {len(different)} different texts in the "
-                f"column {column} of {name}; a step has none twice; lower it"
-            )
 
 
 def check_instructions(recipe: Recipe, tokenizer: Any) -> None:
@@ -117,40 +146,33 @@ def large_step(model: SentenceTransformer, dataset: Dataset, prompts: Mapping[st
     assert recipe.stage_two is not None
     pairs = recipe.stage_two.pairs_per_step
 
-    def lengths(column: str, texts: Iterable[str]) -> list[int]:
-        return [len(ids) for ids in model.tokenizer([prompts[column] + t for t in texts], truncation=True)["input_ids"]]
+    def lengths(texts: Iterable[tuple[str, str | None]]) -> list[int]:
+        """Of texts with their columns; None is no text."""
+        read = [prompts[column] + text for column, text in texts if text is not None]
+        return [len(ids) for ids in model.tokenizer(read, truncation=True)["input_ids"]]
 
     if not reads_packed(model):
-        query, *documents = (max(lengths(column, _longest(dataset, column))) for column in dataset.column_names)
+        query, *documents = (max(lengths((column, text) for text in _longest(dataset, column))) for column in prompts)
         return float(pairs * (query + len(documents) * max(documents)))
-    sample = dataset.shuffle(seed=recipe.seed).select(range(min(LENGTH_SAMPLE, len(dataset))))
-    rows = zip(*(lengths(column, sample[column]) for column in sample.column_names), strict=True)
-    tokens = [float(sum(row)) for row in rows]
+    sample = sample_rows(dataset, LENGTH_SAMPLE, recipe.seed)
+    tokens = [float(sum(lengths((column, row[column]) for column in prompts))) for row in sample]
     return pairs * statistics.mean(tokens) + 3 * math.sqrt(pairs) * statistics.pstdev(tokens)
 
 
 def _longest(dataset: Dataset, column: str) -> list[str]:
-    """The texts of the most bytes, found without reading the column into memory (T17)."""
+    """The texts of the most bytes in a column, found without reading it into memory (T17).
+
+    For a column of negatives, of all that are listed.
+    """
+    name = column if column in dataset.column_names else "negatives"
     longest: list[tuple[int, str]] = []
-    for table in dataset.with_format("arrow").iter(batch_size=10_000):
-        sizes = pyarrow.compute.binary_length(table[column])
+    for table in dataset.select_columns([name]).with_format("arrow").iter(batch_size=10_000):
+        texts = table[name] if name == column else pyarrow.compute.list_flatten(table[name])
+        sizes = pyarrow.compute.binary_length(texts)
         top = pyarrow.compute.sort_indices(sizes, sort_keys=[("", "descending")])[:LENGTH_SAMPLE]
-        found = zip(sizes.take(top).to_pylist(), table[column].take(top).to_pylist(), strict=True)
+        found = zip(sizes.take(top).to_pylist(), texts.take(top).to_pylist(), strict=True)
         longest = heapq.nlargest(LENGTH_SAMPLE, [*longest, *found])
     return [text for _, text in longest]
-
-
-def prompts_by_dataset(recipe: Recipe, datasets: Mapping[str, Dataset]) -> dict[str, dict[str, str]]:
-    """For each data set of Stage II, the instruction of each of its columns."""
-    prompts = {}
-    for source in recipe.data.train:
-        for name in (source.name, source.name + _NEGATIVES):
-            if name in datasets:
-                prompts[name] = {
-                    column: source.instruction if column == "query" else source.document_instruction
-                    for column in datasets[name].column_names
-                }
-    return prompts
 
 
 def without_prompt_and_end(tokenizer: Any, recipe: Recipe) -> Callable[[list[int]], list[int]]:

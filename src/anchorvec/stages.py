@@ -1,31 +1,29 @@
 """The two stages: from an embedder folder to a trained one."""
 
+import copy
 import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from peft import LoraConfig
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.training_args import (
-    BatchSamplers,
     MultiDatasetBatchSamplers,
     SentenceTransformerTrainingArguments,
 )
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PrinterCallback, TrainingArguments, set_seed
 
-from anchorvec.batches import SimilarPairs
+from anchorvec.batches import DifferentTexts, SimilarPairs
 from anchorvec.compiling import compile_decoder_layers
 from anchorvec.contrastive import contrastive_loss
-from anchorvec.data import Pairs
 from anchorvec.embedder import attention_options, load_causal_lm, save_causal_lm, save_tokenizer
 from anchorvec.engine import Engine, choose_engine, compiling_pays, packs_texts
 from anchorvec.errors import AnchorvecError
@@ -36,14 +34,7 @@ from anchorvec.precision import check_one_device, default_device, keep_frozen_in
 from anchorvec.progress import OnLog, StageProgress
 from anchorvec.recipe import Recipe, StageOne, StageTwo
 from anchorvec.reconstruction import PairTokenizer, Reconstruction, head_chunk_bytes
-from anchorvec.stage_data import (
-    large_step,
-    prompts_by_dataset,
-    reconstruction_dataset,
-    reconstructs,
-    stage_two_datasets,
-    without_prompt_and_end,
-)
+from anchorvec.stage_data import Rows, StageInputs, large_step, reconstructs, sample_rows, without_prompt_and_end
 from anchorvec.trainers import ContrastiveTrainer, ReconstructionTrainer, TimedTrainer
 from anchorvec.words import SAMPLE_PAIRS, WordLoss
 
@@ -61,7 +52,7 @@ def train_stage_one(
     recipe: Recipe,
     start: Path,
     folder: Path,
-    pairs: Mapping[str, Pairs],
+    inputs: StageInputs,
     *,
     deadline: float | None = None,
     on_log: OnLog | None = None,
@@ -75,16 +66,15 @@ def train_stage_one(
     assert stage is not None
     set_seed(recipe.seed)
     tokenizer = AutoTokenizer.from_pretrained(start)
-    dataset = reconstruction_dataset(recipe, pairs)
     progress = _progress(recipe, "stage_one", deadline, on_log)
     collate = pair_tokenizer(recipe, tokenizer)
-    objective, engine = stage_one_objective(recipe, start, dataset, collate, deadline)
+    objective, engine = stage_one_objective(recipe, start, inputs.reconstruction, collate, deadline)
     _note(recipe, "stage_one", engine)
     trainer = ReconstructionTrainer(
         model=objective,
         # in an order of its own: the pairs at the start of Stage II should be new ones
         args=TrainingArguments(**_arguments(recipe, stage, folder, deadline), data_seed=recipe.seed + 1),
-        train_dataset=dataset,
+        train_dataset=inputs.reconstruction,
         data_collator=collate,
         callbacks=[progress],
         micro_batch_tokens=engine.micro_batch_tokens,
@@ -100,7 +90,7 @@ def train_stage_two(
     recipe: Recipe,
     start: Path,
     folder: Path,
-    pairs: Mapping[str, Pairs],
+    inputs: StageInputs,
     *,
     deadline: float | None = None,
     on_log: OnLog | None = None,
@@ -112,16 +102,14 @@ def train_stage_two(
     """
     stage = recipe.stage_two
     assert stage is not None
-    datasets = stage_two_datasets(recipe, pairs)
-    model, engine, words = stage_two_model(recipe, start, datasets, pairs, deadline)
+    model, engine, words = stage_two_model(recipe, start, inputs, deadline)
     content = without_prompt_and_end(model.tokenizer, recipe)
-    prompts = prompts_by_dataset(recipe, datasets)
     _note(recipe, "stage_two", engine)
-    batch_sampler: Any = BatchSamplers.NO_DUPLICATES  # T16
+    batch_sampler: Any = partial(DifferentTexts, hashes=inputs.hashes)  # T16
     if stage.in_batch_negatives == "similar":
         assert words is not None
         vectors = _vectors_of_texts(model.tokenizer, content, words)
-        batch_sampler = partial(SimilarPairs, word_vectors=vectors, prompts=prompts)
+        batch_sampler = partial(SimilarPairs, word_vectors=vectors, prompts=inputs.prompts)
     progress = _progress(recipe, "stage_two", deadline, on_log)
     trainer = ContrastiveTrainer(
         model=model,
@@ -129,9 +117,10 @@ def train_stage_two(
             **_arguments(recipe, stage, folder, deadline),
             batch_sampler=batch_sampler,
             multi_dataset_batch_sampler=MultiDatasetBatchSamplers.PROPORTIONAL,  # one data set a batch
-            prompts=prompts,
+            prompts=inputs.prompts,
         ),
-        train_dataset=datasets,
+        # copies: the trainer adds its name to each data set in place
+        train_dataset={name: copy.copy(rows) for name, rows in inputs.contrastive.items()},
         loss=contrastive_loss(
             model,
             temperature=stage.temperature,
@@ -164,7 +153,7 @@ def pair_tokenizer(recipe: Recipe, tokenizer: Any) -> PairTokenizer:
 
 
 def stage_one_objective(
-    recipe: Recipe, start: Path, dataset: Dataset, collate: PairTokenizer, deadline: float | None = None
+    recipe: Recipe, start: Path, rows: Rows, collate: PairTokenizer, deadline: float | None = None
 ) -> tuple[Reconstruction, Engine]:
     """The objective of Stage I around the embedder in `start`, set up as the engine says."""
     stage = recipe.stage_one
@@ -176,7 +165,7 @@ def stage_one_objective(
         model, alpha=stage.alpha, packed=packs_texts(recipe.model.attention, recipe.model.precision)
     )
     if stage.target == "words":
-        objective.words = _word_loss(recipe, model, objective.encode, dataset, collate)
+        objective.words = _word_loss(recipe, model, objective.encode, rows, collate)
         head, words = model.get_output_embeddings(), model.get_input_embeddings()
         if head.weight is not words.weight:
             head.requires_grad_(False)  # nothing is written
@@ -217,15 +206,15 @@ def _word_loss(
     recipe: Recipe,
     model: Any,
     encode: Callable[[list[list[int]]], Tensor] | None,
-    dataset: Dataset,
+    rows: Rows,
     collate: PairTokenizer,
 ) -> WordLoss:
     """The loss of words, with candidates drawn from the data; `encode` gives the embeddings before the stage.
 
     Without `encode` it has no origin, and is there for its word vectors alone.
     """
-    sample = dataset.shuffle(seed=recipe.seed).select(range(min(SAMPLE_PAIRS, len(dataset))))
-    pairs = [pair for rows in sample.iter(batch_size=256) for pair in collate(_as_rows(rows))["pairs"]]
+    sample = sample_rows(rows, SAMPLE_PAIRS, recipe.seed)
+    pairs = [pair for i in range(0, len(sample), 256) for pair in collate(sample[i : i + 256])["pairs"]]
     origin = None
     if encode is not None:
         training = model.training
@@ -248,21 +237,12 @@ def _word_loss(
         ) from error
 
 
-def _as_rows(columns: Any) -> list[dict[str, str]]:
-    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-
-
 def stage_two_model(
-    recipe: Recipe,
-    start: Path,
-    datasets: Mapping[str, Dataset],
-    pairs: Mapping[str, Pairs],
-    deadline: float | None = None,
+    recipe: Recipe, start: Path, inputs: StageInputs, deadline: float | None = None
 ) -> tuple[SentenceTransformer, Engine, WordLoss | None]:
     """The embedder in `start` with what Stage II trains in it, set up as the engine says; and the loss of words.
 
-    That is there too where words only choose the negatives. The embedder reads texts up to the limit for
-    training. `datasets` are `pairs` as Stage II reads them.
+    That is there too where words only choose the negatives. The embedder reads texts up to the limit for training.
     """
     stage = recipe.stage_two
     assert stage is not None
@@ -311,11 +291,12 @@ def stage_two_model(
             max_tokens=recipe.training_tokens,
             content=without_prompt_and_end(model.tokenizer, recipe),
         )
-        rows = reconstruction_dataset(recipe, pairs)
-        words = _word_loss(recipe, model[0].model, embed if stage.words_weight else None, rows, collate)
+        encoder = embed if stage.words_weight else None
+        words = _word_loss(recipe, model[0].model, encoder, inputs.reconstruction, collate)
 
-    prompts = prompts_by_dataset(recipe, datasets)
-    step_tokens = max(large_step(model, datasets[name], prompts[name], recipe) for name in datasets)
+    step_tokens = max(
+        large_step(model, rows, inputs.prompts[name], recipe) for name, rows in inputs.contrastive.items()
+    )
     body: Any = model[0].model
     engine = choose_engine(
         body,
@@ -341,7 +322,10 @@ def _vectors_of_texts(
     """The function that gives the word vectors of texts, (texts, dim) on the CPU, as far as training reads them."""
 
     def vectors(texts: list[str]) -> Tensor:
-        return words.word_vectors([content(ids) for ids in tokenizer(texts, truncation=True)["input_ids"]]).cpu()
+        # some at a time: a tokenizer keeps 100 bytes for a character, cut ones too
+        parts = (texts[i : i + 256] for i in range(0, len(texts), 256))
+        read = (ids for part in parts for ids in tokenizer(part, truncation=True)["input_ids"])
+        return words.word_vectors([content(ids) for ids in read]).cpu()
 
     return vectors
 

@@ -3,14 +3,15 @@
 import statistics
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from sentence_transformers import SentenceTransformerTrainer
+from sentence_transformers.base.data_collator import BaseDataCollator
 from torch import Tensor, nn
 from transformers import Trainer
 
@@ -173,6 +174,12 @@ class ContrastiveTrainer(TimedTrainer, SentenceTransformerTrainer):
 
     tokens_seen = 0
 
+    def get_data_collator(self, *args: Any, **options: Any) -> BaseDataCollator:
+        """The library's own; it reads of each column the texts that are there, as a row may have no hard negative."""
+        collator = super().get_data_collator(*args, **options)
+        collator.preprocess_fn = partial(_features_of_texts, collator.preprocess_fn)
+        return collator
+
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
         """Leave out the library's model card, which encodes examples and asks the hub; `export` writes one."""
 
@@ -204,6 +211,14 @@ class ContrastiveTrainer(TimedTrainer, SentenceTransformerTrainer):
                 logs["words"] = statistics.mean(map(float, word_losses))
                 word_losses.clear()
         super().log(logs, start_time)
+
+
+def _features_of_texts(
+    preprocess: Callable[..., dict[str, Any]], texts: Sequence[str | None], **options: Any
+) -> dict[str, Any]:
+    """What `preprocess` makes of those that are no None; nothing where all are."""
+    there = [text for text in texts if text is not None]
+    return preprocess(there, **options) if there else {}
 
 
 def _out_of_memory(error: RuntimeError) -> bool:

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console, Group
 from transformers import AutoTokenizer
 
-from anchorvec.data import Pairs, read_pairs
+from anchorvec.data import read_pairs
 from anchorvec.embedder import build_embedder
 from anchorvec.errors import AnchorvecError
 from anchorvec.evaluation import TaskScores, check_test_data, evaluate, scores_table
@@ -26,7 +26,7 @@ from anchorvec.loading import load_encoder
 from anchorvec.precision import check_one_device, device_name, resolve_precision
 from anchorvec.progress import OnLog
 from anchorvec.recipe import Recipe, load_recipe, save_recipe
-from anchorvec.stage_data import check_instructions, check_rows
+from anchorvec.stage_data import StageInputs, check_instructions, stage_inputs
 from anchorvec.stages import train_stage_one, train_stage_two
 
 
@@ -57,10 +57,10 @@ def train(recipe: Recipe | str | Path, *, on_log: OnLog | None = None) -> TrainR
     output = new_run_folder(recipe)
     settings = recipe.evaluation
     check_test_data(data=settings.data, tasks=settings.tasks)
-    pairs = load_training_data(recipe)
+    inputs = load_training_data(recipe)
     stage = build_base(recipe, output / "base")
     save_recipe(recipe, output / "recipe.yaml")
-    write_json(output / "run.json", describe_run(recipe, pairs))
+    write_json(output / "run.json", describe_run(recipe, inputs))
 
     scores: dict[str, dict[str, TaskScores]] = {}
 
@@ -74,10 +74,10 @@ def train(recipe: Recipe | str | Path, *, on_log: OnLog | None = None) -> TrainR
 
     score("untrained")  # before training, so that a task that cannot be fetched costs nothing
     if recipe.stage_one is not None:
-        stage = train_stage_one(recipe, stage, output / "stage_one", pairs, on_log=on_log)
+        stage = train_stage_one(recipe, stage, output / "stage_one", inputs, on_log=on_log)
         score("stage_one")
     if recipe.stage_two is not None:
-        stage = train_stage_two(recipe, stage, output / "stage_two", pairs, on_log=on_log)
+        stage = train_stage_two(recipe, stage, output / "stage_two", inputs, on_log=on_log)
         score("stage_two")
     return TrainResult(str(output), export(output, output / "model"), scores)
 
@@ -105,8 +105,8 @@ def new_run_folder(recipe: Recipe) -> Path:
     return output
 
 
-def load_training_data(recipe: Recipe) -> dict[str, Pairs]:
-    """Every data set of the recipe by its name, before weights; what was left out of one is said on stderr.
+def load_training_data(recipe: Recipe) -> StageInputs:
+    """What the stages read of the recipe's data sets; what was left out of one is said on stderr.
 
     Raises AnchorvecError for data that cannot be read, or that have fewer pairs than a step of a stage.
     """
@@ -118,8 +118,7 @@ def load_training_data(recipe: Recipe) -> dict[str, Pairs]:
         report = loaded[source.name].report
         if report.rejected or report.dropped_negatives or report.ignored_columns:
             Console(stderr=True).print(report.summary(), highlight=False, markup=False)
-    check_rows(recipe, loaded)
-    return loaded
+    return stage_inputs(recipe, loaded)
 
 
 def stored_prompts(recipe: Recipe) -> dict[str, str]:
@@ -162,7 +161,7 @@ def build_base(recipe: Recipe, folder: Path) -> Path:
     return folder
 
 
-def describe_run(recipe: Recipe, pairs: Mapping[str, Pairs]) -> dict[str, Any]:
+def describe_run(recipe: Recipe, inputs: StageInputs) -> dict[str, Any]:
     """What a reader needs to repeat the run, beside the recipe: versions, machine, seed, data."""
     packages = [
         "anchorvec",
@@ -179,7 +178,7 @@ def describe_run(recipe: Recipe, pairs: Mapping[str, Pairs]) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "precision": resolve_precision(recipe.model.precision),
         "seed": recipe.seed,
-        "data": {name: asdict(p.report) for name, p in pairs.items()},
+        "data": {name: asdict(report) for name, report in inputs.reports.items()},
     }
 
 

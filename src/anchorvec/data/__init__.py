@@ -7,16 +7,19 @@ from anchorvec.data.docstrings import (
     quickstart_data,
     write_beir,
 )
-from anchorvec.data.pairs import Pairs, ReadReport, read_pairs, weighted
+from anchorvec.data.negatives import ContrastiveRows, contrastive_rows
+from anchorvec.data.pairs import Pairs, ReadReport, drawn_rows, read_pairs
 
 __all__ = [
+    "ContrastiveRows",
     "DocstringData",
     "DocstringPair",
     "Pairs",
     "ReadReport",
+    "contrastive_rows",
     "docstring_pairs",
+    "drawn_rows",
     "quickstart_data",
     "read_pairs",
-    "weighted",
     "write_beir",
 ]

@@ -22,6 +22,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from anchorvec.data.builtin import PREFIX, builtin_rows
 from anchorvec.errors import AnchorvecError
@@ -141,21 +142,18 @@ def read_pairs(path: str | Path, *, strict: bool = False, split: str = "train", 
     return Pairs(datasets.Dataset.from_file(str(file)), report)
 
 
-def weighted(dataset: datasets.Dataset, weight: float, seed: int) -> datasets.Dataset:
-    """The rows as often as an epoch draws them: 2 = each twice, 0.1 = a tenth, 1.5 = each, and half again.
+def drawn_rows(rows: int, weight: float, seed: int) -> NDArray[np.int64]:
+    """The numbers of `rows` rows as often as an epoch draws each: 2 = twice, 0.1 = a tenth, 1.5 = each, and half again.
 
-    The part is a sample without replacement that `seed` decides; a weight below 1 leaves one row at least.
-    Rows are referred to, not copied. Raises AnchorvecError unless the weight is a number above 0.
+    The part is a sample without replacement that `seed` decides; a weight below 1 leaves one row at least. Raises
+    AnchorvecError unless the weight is a number above 0.
     """
     if not 0 < weight < float("inf"):
         raise AnchorvecError(f"a weight is how often an epoch draws each row, a number above 0; found {weight}")
-    if weight == 1:
-        return dataset
-    rows = len(dataset)
     times = int(weight)
     part = max(round((weight - times) * rows), 0 if times else 1)
     sample = np.random.default_rng(seed).choice(rows, size=part, replace=False)
-    return dataset.select(np.concatenate([np.tile(np.arange(rows), times), np.sort(sample)]))
+    return np.concatenate([np.tile(np.arange(rows), times), np.sort(sample)])
 
 
 def _read(source: str, split: str, subset: str | None, columns: set[str]) -> _Rows:

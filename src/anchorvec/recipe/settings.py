@@ -197,7 +197,7 @@ class StageOne(_Stage):
     reads."""
     micro_batch_tokens: PositiveInt | None = None
     """Tokens in one micro-batch; the result does not depend on it. null: what fits into the free memory, at most
-    1,536 on a CPU and 16,384 on a GPU."""
+    1,536 on a CPU and 65,536 on a GPU."""
 
 
 class Lora(_Section):
@@ -238,7 +238,7 @@ class StageTwo(_Stage):
     micro_batch_tokens: PositiveInt | None = None
     """Tokens encoded at a time; the result does not depend on it, but for the random draws of LoRA's dropout. A step
     with more goes through cached gradients, which encode every text twice. null: the whole step if it fits into the
-    free memory, else at most 1,536 on a CPU and 16,384 on a GPU."""
+    free memory, else at most 1,536 on a CPU and 65,536 on a GPU."""
 
 
 class EvaluationSettings(_Section):
