@@ -61,7 +61,7 @@ def embed(model: nn.Module, ids: Ids) -> Tensor:
 
 
 def log_likelihood(model: nn.Module, e: Tensor, target: Ids) -> Tensor:
-    """log P(target | e): the embedding stands before the first token, every logit at once."""
+    """The logarithm of P(target | e): the embedding stands before the first token, every logit at once."""
     words = model.get_input_embeddings()(torch.tensor([list(target)[:-1]], dtype=torch.long))
     logits = model(inputs_embeds=torch.cat([e[None, None], words], dim=1), use_cache=False).logits[0]
     return torch.stack([logits[t].log_softmax(0)[y] for t, y in enumerate(target)]).sum()
@@ -78,7 +78,7 @@ class Pair:
 
 
 def text_loss(model: nn.Module, pairs: Sequence[Pair], alpha: float) -> tuple[Tensor, Tensor, Tensor]:
-    """alpha L_Q2D + (1 - alpha) L_D2Q of the pairs of a step, and the two losses."""
+    """The loss of a step, alpha L_Q2D + (1 - alpha) L_D2Q, and the two losses in it."""
     q2d = -sum(log_likelihood(model, embed(model, p.query), p.document_target) for p in pairs)
     d2q = -sum(log_likelihood(model, embed(model, p.document), p.query_target) for p in pairs)
     q2d = q2d / sum(len(p.document_target) for p in pairs)
@@ -117,7 +117,7 @@ class Words:
         }
 
     def vector(self, text: Ids) -> Tensor:
-        """b of a text, (dim,); 0 where no word of it weighs anything."""
+        """The vector b of a text, (dim,); 0 where no word of it weighs anything."""
         weighted = [self.idf[w] * (self.embeddings[w] - self.mean) for w in sorted(set(text)) if self.idf[w]]
         if not weighted:
             return torch.zeros_like(self.mean)
@@ -235,4 +235,4 @@ def descend(
                 if "norm" not in name:
                     p -= lr * weight_decay * p
                 p -= lr * (first / (1 - betas[0] ** t)) / ((second / (1 - betas[1] ** t)).sqrt() + eps)
-        yield float(loss), norm
+        yield loss.item(), norm

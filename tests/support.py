@@ -1,4 +1,4 @@
-"""What tests see of the package beyond its public functions: the one module that a change of its insides changes too."""
+"""What tests see of the package beyond its public functions: where a change of its insides changes the tests."""
 
 import contextlib
 import itertools
@@ -12,7 +12,7 @@ import torch
 import transformers.trainer
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 import anchorvec
 from anchorvec.contrastive import contrastive_loss
@@ -41,10 +41,14 @@ class Step:
 
 @dataclass
 class Forward:
-    """One call of the decoder: the tokens it computes, padding included, and the texts they belong to."""
+    """One call of the decoder: the tokens it computes, padding included, and the texts they belong to.
+
+    `again`: in a backward pass, where gradient checkpointing and cached gradients compute activations once more.
+    """
 
     tokens: int
     texts: int
+    again: bool
 
 
 @dataclass
@@ -54,10 +58,6 @@ class Stage:
     steps: list[Step] = field(default_factory=list)
     start: dict[str, Tensor] = field(default_factory=dict)
     forwards: list[Forward] = field(default_factory=list)
-    forwards_again: int = 0
-    """Calls of the decoder inside a backward pass, as cached gradients make them."""
-    layers_again: int = 0
-    """Calls of a layer inside a backward pass, as gradient checkpointing makes them too."""
     linear_dtypes: set[torch.dtype] = field(default_factory=set)
     """Of what linear layers give."""
     attention_weights: bool = False
@@ -135,14 +135,10 @@ def watched() -> Iterator[list[Stage]]:
         if not running:
             return
         stage, name = running[-1], type(module).__name__
-        again = torch._C._current_graph_task_id() != -1
-        if isinstance(module, PreTrainedModel) and module.base_model is module:
-            stage.forwards.append(_forward(**kwargs))
-            stage.forwards_again += again
-        elif name.endswith("DecoderLayer"):
-            stage.layers_again += again
-        elif name.endswith("Attention"):
+        if name.endswith("Attention"):
             stage.attention_weights |= output[1] is not None
+            if module.layer_idx == 0:
+                stage.forwards.append(_forward(*args, **kwargs))
         elif isinstance(module, nn.Dropout) and len(stage.adapter_inputs) < 8:
             stage.adapter_inputs.append((args[0].detach(), output.detach()))
         elif isinstance(module, nn.Linear):
@@ -178,9 +174,10 @@ def _texts(features: dict[str, Any]) -> list[list[int]]:
     return [list(itertools.compress(row, mask)) for row, mask in zip(ids, features["attention_mask"], strict=True)]
 
 
-def _forward(*, input_ids: Any = None, inputs_embeds: Any = None, cu_seq_lens_q: Any = None, **_: Any) -> Forward:
-    rows, length = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
-    return Forward(rows * length, rows if cu_seq_lens_q is None else len(cu_seq_lens_q) - 1)
+def _forward(hidden_states: Tensor, *_: Any, cu_seq_lens_q: Any = None, **__: Any) -> Forward:
+    rows, length, _ = hidden_states.shape
+    texts = rows if cu_seq_lens_q is None else len(cu_seq_lens_q) - 1
+    return Forward(rows * length, texts, again=torch._C._current_graph_task_id() != -1)
 
 
 # Stage II's loss

@@ -62,7 +62,7 @@ def expected(base):
 @pytest.mark.parametrize("negatives", [0, 2])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)], ids=["fp64", "fp32"])
 def test_equals_the_formula(base, expected, dtype, tolerance, negatives, micro_batch_tokens, packed, words):
-    """In-batch and hard negatives, the step at once and by cached gradients, padded and packed, with and without words."""
+    """In-batch and hard negatives, at once and by cached gradients, padded and packed, with words and without."""
     value, gradient, bag = expected(negatives, words)
     model = SentenceTransformer(str(base), device="cpu").to(dtype)
     loss = stage_two_loss(
