@@ -18,11 +18,13 @@ from conftest import make_tokenizer, write_rows
 from formulas import Ids, Pair, Reading, Words
 from support import Run, Step, Values
 
+ANIMALS = ["owl", "fox", "bat", "mole", "moth", "crab", "wolf", "lynx"]
+METALS = ["iron", "zinc", "gold", "lead", "tin", "copper", "silver", "nickel"]
+PLACES = ["Oslo", "Rome", "Kyiv", "Bonn", "Lima", "Riga", "Bern", "Cork"]
+
 PLAIN = [
-    {"query": f"{i} who {verb} at night?", "positive": f"{i}: {animal} {verb}{' and sleeps by day' * (i % 2)}."}
-    for i, (animal, verb) in enumerate(
-        zip("owl fox bat mole moth crab wolf lynx".split(), "hoots hunts flies digs glows jumps howls waits".split())
-    )
+    {"query": f"{i} who {animal[::-1]}s at night?", "positive": f"{i}: the {animal}{', and sleeps by day' * (i % 2)}."}
+    for i, animal in enumerate(ANIMALS)
 ]
 """Rows without hard negatives."""
 
@@ -34,9 +36,7 @@ HARD = [
         if i % 2
         else [],
     }
-    for i, (metal, place) in enumerate(
-        zip("iron zinc gold lead tin copper silver nickel".split(), "Oslo Rome Kyiv Bonn Lima Riga Bern Cork".split())
-    )
+    for i, (metal, place) in enumerate(zip(METALS, PLACES, strict=True))
 ]
 """Rows of which half have three hard negatives."""
 
