@@ -154,6 +154,22 @@ def watched() -> Iterator[list[Stage]]:
         yield stages
 
 
+@contextlib.contextmanager
+def decoder_calls() -> Iterator[list[Forward]]:
+    """All calls of a decoder in this context, whatever they are for."""
+    calls: list[Forward] = []
+
+    def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if getattr(module, "layer_idx", None) == 0 and type(module).__name__.endswith("Attention"):
+            calls.append(_forward(*args, **kwargs))
+
+    handle = nn.modules.module.register_module_forward_hook(after, with_kwargs=True)
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
 def _columns(batch: dict[str, Any]) -> dict[str, list[list[int]]]:
     """The texts of a batch by column, as token ids."""
     if "pairs" in batch:
