@@ -93,8 +93,8 @@ def recipe(values: Values, *, start: str = "debug") -> anchorvec.Recipe:
 
 
 def train(folder: Path, values: Values) -> Run:
-    """Run the recipe `debug` with other values, and watch it."""
-    asked = recipe({"output": str(folder), **values})
+    """Run the recipe `debug` with other values, in fp32 unless they say otherwise, and watch it."""
+    asked = recipe({"output": str(folder), "model.precision": "fp32", **values})
     with watched() as stages:
         anchorvec.train(asked)
     run = Run(folder, {})

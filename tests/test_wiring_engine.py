@@ -102,7 +102,7 @@ def test_no_more_tokens_are_held_at_a_time_than_asked_for(texts_run, words_run):
 @pytest.mark.parametrize("dropout", [0.25, 0.75])
 def test_what_adapters_read_is_dropped(tmp_path, data, dropout):
     """So large a share of it; the rest is scaled up. Without dropout nothing is."""
-    values = {**data, **SHORT, "stage_one": None, "stage_two.lora": {"dropout": dropout}, "model.precision": "fp32"}
+    values = {**data, **SHORT, "stage_one": None, "stage_two.lora": {"dropout": dropout}}
     run = train(tmp_path / "run", {key: value for key, value in values.items() if not key.startswith("stage_one.")})
     seen = run.stages["stage_two"].adapter_inputs
     came, given = (torch.cat([part.flatten() for part in parts]) for parts in zip(*seen, strict=True))
@@ -166,7 +166,8 @@ def test_everything_is_written_into_output(tmp_path, data, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {"a", "data"}
     written = {path.name for path in (tmp_path / "a" / "run").iterdir()}
     assert written == {"base", "stage_one", "stage_two", "model", "log.jsonl", "run.json", "recipe.yaml"}
-    assert anchorvec.load_recipe(run.folder / "recipe.yaml") == recipe({"output": "a/run", **data, **SHORT})
+    asked = {"output": "a/run", "model.precision": "fp32", **data, **SHORT}
+    assert anchorvec.load_recipe(run.folder / "recipe.yaml") == recipe(asked)
 
 
 CORPUS = {
