@@ -129,11 +129,11 @@ def test_no_negatives_are_used_where_none_are_asked_for(tmp_path):
 
 def topical_rows():
     """Pairs of four topics with letters of their own; some pairs of a topic share nearly all of theirs."""
-    draw = random.Random(1)
+    draw = random.Random(2)
     letters = string.ascii_letters + string.digits
     topics = [letters[12 * topic : 12 * topic + 12] for topic in range(4)]
     rows = [
-        {side: "".join(draw.sample(topic, 5)) for side in ("query", "positive")} for topic in topics for _ in range(14)
+        {side: "".join(draw.sample(topic, 6)) for side in ("query", "positive")} for topic in topics for _ in range(14)
     ]
     draw.shuffle(rows)
     return rows
@@ -142,14 +142,16 @@ def topical_rows():
 @pytest.mark.wires("stage_two.in_batch_negatives")
 @pytest.mark.parametrize("kind", ["similar", "random"])
 def test_the_pairs_of_a_step_are_similar_but_not_too_similar(tmp_path, kind):
-    """By the words of their texts, without the instruction; above a cosine of 0.7 they are kept apart."""
+    """By the words of their texts as they are read, but for the instruction; above a cosine of 0.7 they stay apart."""
     rows = topical_rows()
     data = [{"path": str(write_rows(tmp_path / "topics.jsonl", rows)), "instruction": "find: "}]
     values = {"data.train": data, "stage_one": None, "stage_two.in_batch_negatives": kind}
-    values |= {"stage_two.steps": 14, "stage_two.pairs_per_step": 4, "stage_two.warmup_steps": 0}
+    values |= {"stage_two.steps": 14, "stage_two.pairs_per_step": 4, "stage_two.warmup_steps": 0, "data.max_tokens": 12}
     run = train(tmp_path / "run", values)
+    assert not any("words" in record for record in run.log["stage_two"])  # they have no part in the loss
     tokenizer = make_tokenizer()
-    texts = [[tokenizer(row[side])["input_ids"] for row in rows] for side in ("query", "positive")]
+    cut = [{**row, "query": row["query"][: 12 - len("find: ") - 1]} for row in rows]
+    texts = [[tokenizer(row[side])["input_ids"] for row in cut] for side in ("query", "positive")]
     embeddings = AutoModelForCausalLM.from_pretrained(run.folder / "base").double().get_input_embeddings().weight
     words = formulas.Words(embeddings, *texts, torch.zeros(embeddings.shape[1], dtype=torch.float64))
     q, d = (torch.stack(words.candidates[side]) for side in ("query", "document"))
@@ -249,6 +251,17 @@ def test_another_seed_is_another_run(tmp_path, save_base):
     assert len(adapters[0]) == 14
     assert not any(torch.equal(weight, adapters[1][name]) for name, weight in adapters[0].items())
     assert all(torch.equal(weight, bases[1][name]) for name, weight in bases[0].items())
+
+
+@pytest.mark.wires("seed")
+@BOTH
+def test_stage_one_sees_the_pairs_in_an_order_of_its_own(name, request):
+    """That of a generator whose seed is one higher: what Stage II begins with should be other pairs."""
+    asked = request.getfixturevalue(name)
+    seen = [row["query"] for step in asked.seen["stage_one"] for _, row in step]
+    rows = [row["query"] for row in PLAIN if row["query"] in seen] + 2 * [row["query"] for row in HARD]
+    generator = torch.Generator().manual_seed(asked.values["seed"] + 1)
+    assert seen == [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()]
 
 
 @pytest.mark.wires("seed")

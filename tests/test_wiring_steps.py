@@ -87,6 +87,18 @@ def test_the_log_has_the_losses_of_the_formula(followed):
     assert ("words" in records[0]) == (len(followed.losses[0]) == 2)
 
 
+@pytest.mark.wires("stage_one.log_every")
+@pytest.mark.parametrize("name", ["texts_run", "words_run"])
+def test_what_the_embedding_is_worth_is_measured_where_it_is_logged(name, request):
+    """At the first and each `log_every`-th step; the last record repeats what was found before."""
+    run = request.getfixturevalue(name).run
+    gaps = [
+        (record["exchange_query_to_document"], record["exchange_document_to_query"]) for record in run.log["stage_one"]
+    ]
+    assert len(gaps) == len(set(gaps)) + 1
+    assert gaps[-2] == gaps[-1]
+
+
 @pytest.mark.wires("learning_rate", "warmup_steps", "schedule", of=("stage_one", "stage_two"))
 def test_the_rate_rises_and_falls_as_scheduled(followed):
     """From 0 to `learning_rate` in the warm-up, then to 0 at the end of `steps` or not at all."""
