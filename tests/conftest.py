@@ -1,5 +1,6 @@
 """Tiny real models and tokenizers: random weights, every family that the product names."""
 
+import gc
 import json
 import os
 
@@ -76,3 +77,30 @@ def save_base(tmp_path):
         return folder
 
     return save
+
+
+@pytest.fixture(scope="session")
+def cheap_collections():
+    """A run collects garbage several times; what was imported before need not be gone through each time."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def texts_run(tmp_path_factory, cheap_collections):
+    """The run with the values `wiring.TEXTS`, and what it must have done."""
+    return _watched_run(tmp_path_factory.mktemp("texts"), "TEXTS")
+
+
+@pytest.fixture(scope="session")
+def words_run(tmp_path_factory, cheap_collections):
+    """The run with the values `wiring.WORDS`, and what it must have done."""
+    return _watched_run(tmp_path_factory.mktemp("words"), "WORDS")
+
+
+def _watched_run(folder, name):
+    import support
+    import wiring
+
+    values = {"data.train": wiring.sources(folder / "data"), **getattr(wiring, name)}
+    return wiring.expected(support.train(folder / "run", values), values)

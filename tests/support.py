@@ -1,0 +1,235 @@
+"""What tests see of the package beyond its public functions: where a change of its insides changes the tests."""
+
+import contextlib
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers.trainer
+from sentence_transformers import SentenceTransformer
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+
+import anchorvec
+from anchorvec.contrastive import contrastive_loss
+from anchorvec.packing import unpad
+from anchorvec.words import WordLoss
+
+Values = Mapping[str, Any]
+"""Recipe keys, dotted, and their values."""
+
+
+# Runs, and what happens in them
+
+
+@dataclass
+class Step:
+    """One optimizer step: the texts of its batch by column, as token ids, and what the optimizer was given.
+
+    `norm` is that of the gradient after it was clipped. Stage I has the columns query, positive, query_target and
+    positive_target, Stage II query, positive, negative_1, ...
+    """
+
+    texts: dict[str, list[list[int]]]
+    rates: list[float] = field(default_factory=list)
+    norm: float = 0.0
+
+
+@dataclass
+class Forward:
+    """One call of the decoder: the tokens it computes, padding included, and the texts they belong to.
+
+    `again`: in a backward pass, where gradient checkpointing and cached gradients compute activations once more.
+    """
+
+    tokens: int
+    texts: int
+    again: bool
+
+
+@dataclass
+class Stage:
+    """One stage of a run: its steps, its trained weights before the first one, and how its decoder was called."""
+
+    steps: list[Step] = field(default_factory=list)
+    start: dict[str, Tensor] = field(default_factory=dict)
+    forwards: list[Forward] = field(default_factory=list)
+    linear_dtypes: set[torch.dtype] = field(default_factory=set)
+    """Of what linear layers give."""
+    attention_weights: bool = False
+    """Whether the attention gave its weights back, which transformers' eager one does."""
+    adapter_inputs: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """What came to the first adapters' dropout, and what it let through."""
+
+
+@dataclass
+class Run:
+    """A finished run, its records by stage, and what happened in its stages."""
+
+    folder: Path
+    stages: dict[str, Stage]
+
+    @property
+    def log(self) -> dict[str, list[dict[str, Any]]]:
+        """The records of `log.jsonl` by stage."""
+        lines = (self.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+        records = [json.loads(line) for line in lines]
+        return {stage: list(group) for stage, group in itertools.groupby(records, key=lambda record: record["stage"])}
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """`run.json`."""
+        found: dict[str, Any] = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
+        return found
+
+
+def recipe(values: Values, *, start: str = "debug") -> anchorvec.Recipe:
+    """The recipe `start` with other values."""
+    return anchorvec.load_recipe(start, [f"{key}={json.dumps(value)}" for key, value in values.items()])
+
+
+def train(folder: Path, values: Values) -> Run:
+    """Run the recipe `debug` with other values, in fp32 unless they say otherwise, and watch it."""
+    asked = recipe({"output": str(folder), "model.precision": "fp32", **values})
+    with watched() as stages:
+        anchorvec.train(asked)
+    run = Run(folder, {})
+    run.stages = dict(zip(run.log, stages, strict=True))
+    return run
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[list[Stage]]:
+    """The stages that are trained in this context, one after another, as transformers' Trainer goes through them."""
+    stages: list[Stage] = []
+    running: list[Stage] = []
+
+    class Watch(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
+            trained = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+            stages.append(Stage(start=trained))
+            running[:] = stages[-1:]
+
+        def on_pre_optimizer_step(
+            self, args: Any, state: Any, control: Any, *, model: nn.Module, optimizer: Any, **kwargs: Any
+        ) -> None:
+            step = stages[-1].steps[-1]
+            step.rates = [group["lr"] for group in optimizer.param_groups]
+            step.norm = float(torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm())
+
+        def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+            running.clear()
+
+    batches_of = Trainer.get_batch_samples
+
+    def get_batch_samples(self: Trainer, *args: Any) -> Any:
+        batches, items = batches_of(self, *args)
+        stages[-1].steps += [Step(_columns(batch)) for batch in batches]
+        return batches, items
+
+    def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if not running:
+            return
+        stage, name = running[-1], type(module).__name__
+        if name.endswith("Attention"):
+            stage.attention_weights |= output[1] is not None
+            if module.layer_idx == 0:
+                stage.forwards.append(_forward(*args, **kwargs))
+        elif isinstance(module, nn.Dropout) and len(stage.adapter_inputs) < 8:
+            stage.adapter_inputs.append((args[0].detach(), output.detach()))
+        elif isinstance(module, nn.Linear):
+            stage.linear_dtypes.add(output.dtype)
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(nn.modules.module.register_module_forward_hook(after, with_kwargs=True).remove)
+        stack.callback(setattr, Trainer, "get_batch_samples", batches_of)
+        Trainer.get_batch_samples = get_batch_samples  # type: ignore[method-assign]
+        watch = Watch()
+        transformers.trainer.DEFAULT_CALLBACKS.append(watch)
+        stack.callback(transformers.trainer.DEFAULT_CALLBACKS.remove, watch)
+        yield stages
+
+
+@contextlib.contextmanager
+def decoder_calls() -> Iterator[list[Forward]]:
+    """All calls of a decoder in this context, whatever they are for."""
+    calls: list[Forward] = []
+
+    def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if getattr(module, "layer_idx", None) == 0 and type(module).__name__.endswith("Attention"):
+            calls.append(_forward(*args, **kwargs))
+
+    handle = nn.modules.module.register_module_forward_hook(after, with_kwargs=True)
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+def _columns(batch: dict[str, Any]) -> dict[str, list[list[int]]]:
+    """The texts of a batch by column, as token ids."""
+    if "pairs" in batch:
+        names = {"query": "query", "positive": "document"}
+        names |= {f"{name}_target": f"{old}_targets" for name, old in names.items()}
+        return {name: [list(getattr(pair, old)) for pair in batch["pairs"]] for name, old in names.items()}
+    columns = [key.removesuffix("_input_ids") for key in batch if key.endswith("_input_ids")]
+    return {
+        column: _texts({key.removeprefix(f"{column}_"): value for key, value in batch.items()}) for column in columns
+    }
+
+
+def _texts(features: dict[str, Any]) -> list[list[int]]:
+    """The ids of each text of a column, padded or packed."""
+    ids = features["input_ids"].tolist()
+    if "cu_seq_lens_q" in features:
+        return [ids[0][start:end] for start, end in itertools.pairwise(features["cu_seq_lens_q"].tolist())]
+    return [list(itertools.compress(row, mask)) for row, mask in zip(ids, features["attention_mask"], strict=True)]
+
+
+def _forward(hidden_states: Tensor, *_: Any, cu_seq_lens_q: Any = None, **__: Any) -> Forward:
+    rows, length, _ = hidden_states.shape
+    texts = rows if cu_seq_lens_q is None else len(cu_seq_lens_q) - 1
+    return Forward(rows * length, texts, again=torch._C._current_graph_task_id() != -1)
+
+
+# Stage II's loss
+
+
+@dataclass(frozen=True)
+class BagOfWords:
+    """Word reconstruction beside the contrastive loss: its weight, its sample's texts as token ids, and its origin.
+
+    The last id of a text as it is read is no word of it.
+    """
+
+    weight: float
+    queries: Sequence[Sequence[int]]
+    documents: Sequence[Sequence[int]]
+    origin: Tensor
+
+
+def stage_two_loss(
+    model: SentenceTransformer,
+    columns: Sequence[Sequence[str]],
+    *,
+    temperature: float,
+    packed: bool,
+    micro_batch_tokens: int | None,
+    words: BagOfWords | None = None,
+) -> Tensor:
+    """The package's loss of the texts of a step: queries, positives, and hard negatives."""
+    if packed:
+        assert unpad(model)
+    options: dict[str, Any] = {}
+    if words is not None:
+        embeddings = model[0].model.get_input_embeddings().weight
+        options["words"] = WordLoss(embeddings, words.queries, words.documents, origin=words.origin)
+        options["words_weight"] = words.weight
+        options["content"] = lambda ids: ids[:-1]
+    loss = contrastive_loss(model, temperature=temperature, micro_batch_tokens=micro_batch_tokens, **options)
+    value: Tensor = loss([dict(model.preprocess(list(column))) for column in columns], torch.empty(0))
+    return value
