@@ -24,13 +24,13 @@ from sentence_transformers.util import pairwise_cos_sim
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from anchorvec.device import default_device, device_name, resolve_precision
 from anchorvec.errors import AnchorvecError
 from anchorvec.evaluation import check_test_data, evaluate
 from anchorvec.evaluation.beir import read_json_lines
-from anchorvec.evaluation.bootstrap import Interval, bootstrap_interval
+from anchorvec.evaluation.statistics import Interval, bootstrap_interval
 from anchorvec.files import write_json
-from anchorvec.loading import load_encoder
-from anchorvec.precision import default_device, device_name, resolve_precision
+from anchorvec.model.loading import load_encoder
 
 Scores = Mapping[str, float]
 """Query id -> nDCG@10."""

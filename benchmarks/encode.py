@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from sentence_transformers import SentenceTransformer
 
-from anchorvec.packing import unpad
-from anchorvec.precision import default_device, resolve_precision
+from anchorvec.device import default_device, resolve_precision
+from anchorvec.model.packing import unpad
 from common import in_process, parser, report, survived, timed
 from stage_two import draw_texts, save_base
 

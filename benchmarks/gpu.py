@@ -25,18 +25,18 @@ from rich.console import Console
 from sentence_transformers import SentenceTransformer
 from torch import nn
 
-from anchorvec import engine
 from anchorvec.data import read_pairs
-from anchorvec.encoding import encode_packed
+from anchorvec.device import default_device, device_name
 from anchorvec.evaluation.beir import document_text, load_beir
-from anchorvec.loading import load_encoder
-from anchorvec.packing import reads_packed, use_packed_attention
-from anchorvec.precision import default_device, device_name
+from anchorvec.model.encoding import encode_packed
+from anchorvec.model.loading import load_encoder
+from anchorvec.model.packing import reads_packed, use_packed_attention
+from anchorvec.model.working_weights import WorkingWeights
+from anchorvec.objectives.reconstruction import Reconstruction
+from anchorvec.pipeline import build_base
 from anchorvec.recipe import Recipe, load_recipe
-from anchorvec.reconstruction import Reconstruction
-from anchorvec.stages import train_stage_one, train_stage_two
-from anchorvec.training import build_base
-from anchorvec.working_weights import WorkingWeights
+from anchorvec.training import engine
+from anchorvec.training.stages import train_stage_one, train_stage_two
 from common import make_model, matmul_seconds, synchronise
 from stage_one import draw_pairs, plain_loss
 from stage_two import draw_texts, save_base

@@ -19,14 +19,14 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from anchorvec import packing
-from anchorvec.reconstruction import Reconstruction
+from anchorvec.model import attention
+from anchorvec.objectives.reconstruction import Reconstruction
 from common import make_model
 from stage_one import draw_pairs
 
 
-@torch.library.custom_op("anchorvec_benchmarks::attention", mutates_args=())
-def attention(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, scale: float) -> Tensor:
+@torch.library.custom_op("anchorvec_benchmarks::text_by_text", mutates_args=())
+def text_by_text(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, scale: float) -> Tensor:
     """Causal attention of (tokens, heads, dim) within each text: what the GPU's kernel gives, text by text."""
     outs = []
     for begin, end in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
@@ -35,13 +35,13 @@ def attention(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, scale: 
     return torch.cat(outs, dim=1).transpose(0, 1).contiguous()
 
 
-@attention.register_fake
+@text_by_text.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, scale: float) -> Tensor:
     return torch.empty_like(query)
 
 
-@torch.library.custom_op("anchorvec_benchmarks::attention_backward", mutates_args=())
-def attention_backward(
+@torch.library.custom_op("anchorvec_benchmarks::text_by_text_backward", mutates_args=())
+def text_by_text_backward(
     gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, starts: Tensor, scale: float
 ) -> list[Tensor]:
     """The gradients of query, key and value."""
@@ -61,7 +61,7 @@ def attention_backward(
     return [part.to(query.dtype) for part in (d_q, d_k, d_v)]
 
 
-@attention_backward.register_fake
+@text_by_text_backward.register_fake
 def _(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, starts: Tensor, scale: float) -> list[Tensor]:
     return [torch.empty_like(part) for part in (query, key, value)]
 
@@ -73,21 +73,21 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     query, key, value, starts = ctx.saved_tensors
-    return (*attention_backward(gradient.contiguous(), query, key, value, starts, ctx.scale), None, None)
+    return (*text_by_text_backward(gradient.contiguous(), query, key, value, starts, ctx.scale), None, None)
 
 
-attention.register_autograd(_backward, setup_context=_save)
+text_by_text.register_autograd(_backward, setup_context=_save)
 
 
 def one_kernel(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, *args: Any, scale: float, **options: Any) -> Tensor:
     """Stands for `varlen_attn`, whose arguments it takes."""
-    return attention(q, k, v, starts, scale)
+    return text_by_text(q, k, v, starts, scale)
 
 
 def on_gpu_path() -> None:
     """Have a CPU take the code path of a GPU."""
-    packing.varlen_attn = one_kernel
-    packing._kernel_dtype = lambda query, value: torch.bfloat16
+    attention.varlen_attn = one_kernel
+    attention._kernel_dtype = lambda query, value: torch.bfloat16
 
 
 VIEWS = {
@@ -145,7 +145,7 @@ def main() -> None:
     pairs = draw_pairs(chosen.pairs, 0, model.config.vocab_size)
     objective = Reconstruction(model, packed=False)
     objective.packed = True
-    model.set_attn_implementation(packing.PACKED_ATTENTION)
+    model.set_attn_implementation(attention.PACKED_ATTENTION)
 
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16):

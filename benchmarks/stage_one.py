@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from anchorvec.engine import ENOUGH_TOKENS
-from anchorvec.memory import keep_freed_memory
-from anchorvec.precision import default_device
-from anchorvec.reconstruction import Reconstruction, TokenPair, micro_batches
+from anchorvec.device import default_device
+from anchorvec.objectives.pairs import TokenPair, micro_batches
+from anchorvec.objectives.reconstruction import Reconstruction
+from anchorvec.training.engine import ENOUGH_TOKENS
+from anchorvec.training.memory import keep_freed_memory
 from common import (
     autocast,
     compare_trained,

@@ -28,11 +28,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, TrainerCallback, set_seed
 
 from anchorvec.data import read_pairs
-from anchorvec.embedder import build_embedder
-from anchorvec.precision import default_device, resolve_precision
+from anchorvec.data.stage_inputs import stage_inputs
+from anchorvec.device import default_device, resolve_precision
+from anchorvec.model.embedder import build_embedder
 from anchorvec.recipe import Recipe
-from anchorvec.stage_data import stage_inputs
-from anchorvec.stages import train_stage_two
+from anchorvec.training.stages import train_stage_two
 from common import compare_trained, describe_machine, draw_lengths, in_process, make_model, parser, report, survived
 
 WARMUP = 1

@@ -26,13 +26,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from anchorvec.commands.quickstart import STAGE_ONE_SHARE, contrastive_alone, embedder_scores, steps_run, with_pairs
 from anchorvec.data.docstrings import quickstart_data, write_beir
-from anchorvec.evaluation.bootstrap import paired_bootstrap
+from anchorvec.evaluation.statistics import paired_bootstrap
 from anchorvec.files import write_json
-from anchorvec.quickstarting import STAGE_ONE_SHARE, contrastive_alone, embedder_scores, steps_run, with_pairs
+from anchorvec.pipeline import build_base, new_run_folder
 from anchorvec.recipe import load_recipe, save_recipe
-from anchorvec.stages import train_stage_one, train_stage_two
-from anchorvec.training import build_base, new_run_folder
+from anchorvec.training.stages import train_stage_one, train_stage_two
 from common import check_scored_elsewhere, describe_machine, over_queries, over_seeds, score_more
 
 SCORED = ("scipy", "sklearn")

@@ -19,9 +19,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from anchorvec.evaluation.bootstrap import paired_bootstrap
+from anchorvec.commands.quickstart import quickstart
+from anchorvec.evaluation.statistics import paired_bootstrap
 from anchorvec.files import write_json
-from anchorvec.quickstarting import quickstart
 from common import Scores, check_scored_elsewhere, in_process, over_queries, over_seeds, score_more, survived
 
 ARMS = {"contrastive": False, "reconstruction": True}

@@ -12,7 +12,7 @@ import torch
 from tokenizers.processors import ByteLevel, Sequence, TemplateProcessing
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from anchorvec.embedder import byte_tokenizer
+from anchorvec.model.base import byte_tokenizer
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"]
 TOKENIZERS = ["plain", "bos", "chat", "left"]

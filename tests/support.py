@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 import anchorvec
-from anchorvec.contrastive import contrastive_loss
-from anchorvec.packing import unpad
-from anchorvec.words import WordLoss
+from anchorvec.model.packing import unpad
+from anchorvec.objectives.bag_of_words import WordLoss
+from anchorvec.objectives.contrastive import contrastive_loss
 
 Values = Mapping[str, Any]
 """Recipe keys, dotted, and their values."""

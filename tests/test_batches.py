@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from datasets import Dataset
 from sentence_transformers.base.sampler import NoDuplicatesBatchSampler
 
-import anchorvec.batches
-from anchorvec.batches import PATIENCE, TOO_SIMILAR, DifferentTexts, SimilarPairs, similar_groups
+import anchorvec.data.samplers
+from anchorvec.data.samplers import PATIENCE, TOO_SIMILAR, DifferentTexts, SimilarPairs, similar_groups
+from anchorvec.pipeline import load_training_data, train
 from anchorvec.recipe import load_recipe
-from anchorvec.training import load_training_data, train
 from conftest import write_rows
 
 TOPICS, PER_TOPIC = 6, 20
@@ -143,7 +143,7 @@ def test_a_batch_has_similar_pairs():
 
 def test_pairs_are_sought_in_blocks(monkeypatch):
     """Similar pairs are sought among `BLOCK` pairs at most; those that are left over of each have a second chance."""
-    monkeypatch.setattr(anchorvec.batches, "BLOCK", 50)
+    monkeypatch.setattr(anchorvec.data.samplers, "BLOCK", 50)
     seen = []
 
     def recorded(texts):
@@ -192,7 +192,7 @@ def test_texts_are_compared_as_training_reads_them():
 @pytest.mark.parametrize(("size", "columns", "considered"), [(2, 2, 8), (3, 3, 8), (8, 2, 8), (8, 3, 2), (5, 4, 1)])
 def test_groups_equal_the_plain_search(size, columns, considered, monkeypatch):
     """The groups are those of a search that goes through all pairs one at a time."""
-    monkeypatch.setattr(anchorvec.batches, "_CONSIDERED", considered)
+    monkeypatch.setattr(anchorvec.data.samplers, "_CONSIDERED", considered)
     generator = torch.Generator().manual_seed(size)
     vectors = F.normalize(torch.randn(columns, 61, 6, generator=generator, dtype=torch.float64), dim=2)
     texts = [{f"q{i % 50}", f"d{i % 45}"} for i in range(61)]
@@ -243,7 +243,7 @@ def test_pairs_that_may_answer_each_other_are_apart():
 
 def test_those_that_fill_a_group_are_apart_too(monkeypatch):
     """Where the most similar pairs may not be taken, two others that may answer each other are not taken together."""
-    monkeypatch.setattr(anchorvec.batches, "_CONSIDERED", 1)
+    monkeypatch.setattr(anchorvec.data.samplers, "_CONSIDERED", 1)
     e = torch.eye(20, dtype=torch.float64)
     documents = torch.stack([e[0], e[0], e[0], e[0], e[1], e[1], e[2]])
     vectors = torch.stack([e[10:17], documents])
@@ -272,7 +272,7 @@ def test_training_with_similar_negatives(tmp_path, monkeypatch):
             yield batch
 
     monkeypatch.setattr(SimilarPairs, "__iter__", recorded)
-    monkeypatch.setattr(anchorvec.batches, "TOO_SIMILAR", 0.99)
+    monkeypatch.setattr(anchorvec.data.samplers, "TOO_SIMILAR", 0.99)
     options = ["stage_one=null", "stage_two.in_batch_negatives=similar", "stage_two.pairs_per_step=4"]
     options += [f"data.train={data}", "stage_two.steps=20", "stage_two.warmup_steps=1"]
     run = tmp_path / "run"

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from anchorvec import packing
-from anchorvec.compiling import decoder_layers
-from anchorvec.reconstruction import Reconstruction
-from anchorvec.working_weights import WorkingWeights
+from anchorvec.model import attention
+from anchorvec.model.compiling import decoder_layers
+from anchorvec.model.working_weights import WorkingWeights
+from anchorvec.objectives.reconstruction import Reconstruction
 from conftest import FAMILIES, make_model
 from test_reconstruction import make_pairs
 
@@ -30,14 +30,14 @@ def test_compiled_is_plain(monkeypatch, family):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
     from operations import one_kernel
 
-    monkeypatch.setattr(packing, "varlen_attn", one_kernel)
-    monkeypatch.setattr(packing, "_kernel_dtype", lambda query, value: torch.bfloat16)
+    monkeypatch.setattr(attention, "varlen_attn", one_kernel)
+    monkeypatch.setattr(attention, "_kernel_dtype", lambda query, value: torch.bfloat16)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     found = []
     for compiled in (False, True):
         model = make_model(family).float().train()
-        model.set_attn_implementation(packing.PACKED_ATTENTION)
+        model.set_attn_implementation(attention.PACKED_ATTENTION)
         objective = Reconstruction(model)
         objective.packed = True
         if compiled:

@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from sentence_transformers import SentenceTransformer
 
-from anchorvec.contrastive import contrastive_loss
-from anchorvec.embedder import build_embedder
-from anchorvec.packing import unpad
-from anchorvec.words import WordLoss
+from anchorvec.model.embedder import build_embedder
+from anchorvec.model.packing import unpad
+from anchorvec.objectives.bag_of_words import WordLoss
+from anchorvec.objectives.contrastive import contrastive_loss
 from test_reconstruction import gradients
 
 

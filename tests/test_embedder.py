@@ -20,19 +20,17 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from anchorvec.embedder import (
+from anchorvec.errors import AnchorvecError
+from anchorvec.model.base import byte_tokenizer, load_base, tiny_causal_lm
+from anchorvec.model.embedder import (
     build_embedder,
-    byte_tokenizer,
     can_write,
-    load_base,
     load_causal_lm,
     save_causal_lm,
     save_tokenizer,
     stored_prompt,
-    tiny_causal_lm,
-    with_end,
 )
-from anchorvec.errors import AnchorvecError
+from anchorvec.model.end import with_end
 from conftest import FAMILIES, make_model, make_tokenizer
 from test_end_token import END, END_PROMPT, bare_ids
 

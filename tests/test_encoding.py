@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from anchorvec import encoding
-from anchorvec.embedder import build_embedder
-from anchorvec.encoding import encode_packed
-from anchorvec.loading import load_encoder, load_model
+from anchorvec.model import encoding
+from anchorvec.model.embedder import build_embedder
+from anchorvec.model.encoding import encode_packed
+from anchorvec.model.loading import load_encoder, load_model
 
 
 @pytest.mark.parametrize("most", [1, 40, 10_000])

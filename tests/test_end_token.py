@@ -14,11 +14,8 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
-from anchorvec.embedder import (
-    build_embedder,
-    template_ids,
-    with_end,
-)
+from anchorvec.model.embedder import build_embedder
+from anchorvec.model.end import template_ids, with_end
 from conftest import TOKENIZERS, make_model, make_tokenizer
 
 END, BOS = 0, 257

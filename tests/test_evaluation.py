@@ -17,7 +17,6 @@ import torch
 from rich.console import Console
 from sentence_transformers import SentenceTransformer
 
-from anchorvec.embedder import build_embedder
 from anchorvec.errors import AnchorvecError
 from anchorvec.evaluation import (
     BeirData,
@@ -30,6 +29,7 @@ from anchorvec.evaluation import (
     paired_bootstrap,
     scores_table,
 )
+from anchorvec.model.embedder import build_embedder
 
 ANIMALS = ["cat", "dog", "horse", "sheep", "goat", "cow", "duck", "goose"]  # each answers a query
 ANIMALS += ["hen", "fox", "wolf", "bear", "deer", "mouse", "owl", "crow"]

@@ -7,13 +7,13 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.model_card import BaseModelCardCallback
 
-from anchorvec.batches import SimilarPairs
-from anchorvec.embedder import build_embedder
-from anchorvec.packing import reads_packed, unpad
+from anchorvec.data.samplers import SimilarPairs
+from anchorvec.model.embedder import build_embedder
+from anchorvec.model.packing import reads_packed, unpad
+from anchorvec.objectives.reconstruction import Reconstruction
+from anchorvec.pipeline import train
 from anchorvec.recipe import load_recipe
-from anchorvec.reconstruction import Reconstruction
-from anchorvec.trainers import ContrastiveTrainer, ReconstructionTrainer, _out_of_memory
-from anchorvec.training import train
+from anchorvec.training.trainers import ContrastiveTrainer, ReconstructionTrainer, _out_of_memory
 
 STAGE_TWO = ["stage_one=null", "stage_two.steps=2", "stage_two.warmup_steps=1", "model.precision=fp32"]
 

@@ -9,9 +9,9 @@ from peft import LoraConfig
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModelForCausalLM
 
-from anchorvec.embedder import build_embedder
 from anchorvec.errors import AnchorvecError
-from anchorvec.loading import load_model, warn_of_named_prompts
+from anchorvec.model.embedder import build_embedder
+from anchorvec.model.loading import load_model, warn_of_named_prompts
 from conftest import make_model, make_tokenizer
 
 

@@ -13,17 +13,17 @@ import torch
 from datasets import Dataset
 from transformers import AutoTokenizer, TrainingArguments
 
-import anchorvec.memory
-from anchorvec.engine import ENOUGH_TOKENS
+import anchorvec.training.memory
+from anchorvec.data.stage_inputs import LENGTH_SAMPLE
+from anchorvec.device import default_device
 from anchorvec.errors import AnchorvecError
-from anchorvec.memory import ADAM_BYTES, free_memory, kept_bytes, tokens_that_fit
-from anchorvec.precision import default_device
+from anchorvec.objectives.reconstruction import Reconstruction
+from anchorvec.pipeline import build_base, load_training_data
 from anchorvec.recipe import load_recipe
-from anchorvec.reconstruction import Reconstruction
-from anchorvec.stage_data import LENGTH_SAMPLE
-from anchorvec.stages import pair_tokenizer, stage_one_objective, stage_two_model
-from anchorvec.trainers import ReconstructionTrainer
-from anchorvec.training import build_base, load_training_data
+from anchorvec.training.engine import ENOUGH_TOKENS
+from anchorvec.training.memory import ADAM_BYTES, free_memory, kept_bytes, tokens_that_fit
+from anchorvec.training.stages import pair_tokenizer, stage_one_objective, stage_two_model
+from anchorvec.training.trainers import ReconstructionTrainer
 from conftest import make_model
 from test_reconstruction import assert_same_gradients, make_pairs
 
@@ -70,7 +70,7 @@ def test_measuring_leaves_nothing_behind():
 
 def test_tokens_that_fit_leave_room_for_what_is_fixed(monkeypatch):
     """Gradients, moments and copies come off the free memory first; never below 0."""
-    monkeypatch.setattr(anchorvec.memory, "free_memory", lambda device: 12_000)
+    monkeypatch.setattr(anchorvec.training.memory, "free_memory", lambda device: 12_000)
     alone = tokens_that_fit(10, 0, CPU)
     assert 0 < alone < 1_200
     assert tokens_that_fit(10, 6_000, CPU) == alone // 2 == tokens_that_fit(20, 0, CPU)
@@ -86,7 +86,7 @@ def test_tokens_that_fit_leave_room_for_what_is_fixed(monkeypatch):
 )
 def test_a_containers_limit_counts(monkeypatch, tmp_path, folder, limit, used, cache):
     """Free memory is what the control group leaves, cached files included, where the machine has more."""
-    monkeypatch.setattr(anchorvec.memory, "_CGROUP", tmp_path)
+    monkeypatch.setattr(anchorvec.training.memory, "_CGROUP", tmp_path)
     (tmp_path / folder).mkdir(exist_ok=True)
     (tmp_path / folder / used).write_text("1000\n")
     (tmp_path / folder / "memory.stat").write_text(f"anon 7\n{cache} 300\n")
@@ -102,8 +102,8 @@ def test_a_containers_limit_counts(monkeypatch, tmp_path, folder, limit, used, c
 def test_the_limit_of_a_batch_systems_job_counts(monkeypatch, tmp_path, own, folder):
     """Slurm limits a group below the root, of which each step is a part."""
     (tmp_path / "own").write_text(f"5:cpu:/\n{own}")
-    monkeypatch.setattr(anchorvec.memory, "_CGROUP", tmp_path)
-    monkeypatch.setattr(anchorvec.memory, "_OWN_CGROUPS", tmp_path / "own")
+    monkeypatch.setattr(anchorvec.training.memory, "_CGROUP", tmp_path)
+    monkeypatch.setattr(anchorvec.training.memory, "_OWN_CGROUPS", tmp_path / "own")
     (tmp_path / folder).mkdir(parents=True)
     names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if "memory" in own else ("memory.max", "memory.current")
     for name, value in zip((*names, "memory.stat"), ("5000\n", "1000\n", "anon 7\n"), strict=True):
@@ -143,7 +143,7 @@ def test_short_memory_makes_smaller_micro_batches(setup, monkeypatch):
     one, two = setup()
     logits = 4 * 4 * 262 * 64 * 16
     room = ADAM_BYTES * 200_000 + logits + 1000 * max(one.bytes_per_token, two.bytes_per_token)
-    monkeypatch.setattr(anchorvec.memory, "free_memory", lambda device: room)
+    monkeypatch.setattr(anchorvec.training.memory, "free_memory", lambda device: room)
     for engine in setup():
         assert engine.micro_batch_tokens < ENOUGH_TOKENS[default_device().type]
         assert not engine.gradient_checkpointing
@@ -177,7 +177,7 @@ def test_checkpointing_only_where_it_is_needed_or_asked_for(setup, monkeypatch):
     asked = setup("stage_one.gradient_checkpointing=true")[0]
     assert asked.gradient_checkpointing
     assert asked.bytes_per_token < plain.bytes_per_token
-    monkeypatch.setattr(anchorvec.memory, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(anchorvec.training.memory, "free_memory", lambda device: 1000)
     assert setup()[0].gradient_checkpointing
     assert not setup("stage_one.gradient_checkpointing=false")[0].gradient_checkpointing
 
@@ -258,7 +258,7 @@ def test_out_of_memory_for_a_single_pair_is_an_error(tmp_path):
 @pytest.mark.parametrize("vocab_size", [49_152, 151_936])
 def test_memory_does_not_grow_with_vocabulary_times_length(vocab_size, monkeypatch):
     """What is kept for a further target token is far less than its logits, whatever the vocabulary."""
-    monkeypatch.setattr("anchorvec.reconstruction.HEAD_CHUNK_BYTES", {"cpu": 2**23})
+    monkeypatch.setattr("anchorvec.model.head.HEAD_CHUNK_BYTES", {"cpu": 2**23})
     model, pairs = make_model(vocab_size=vocab_size).float(), make_pairs(10)
     targets = sum(len(p.query_targets) + len(p.document_targets) for p in pairs)
     objective = Reconstruction(model)
@@ -270,7 +270,7 @@ def test_freed_memory_can_be_kept_and_given_back():
     """Kept memory stays with the process when it is freed, and goes back to the system on request."""
     script = """
 import psutil, torch
-from anchorvec.memory import keep_freed_memory, release_freed_memory
+from anchorvec.training.memory import keep_freed_memory, release_freed_memory
 resident = lambda: psutil.Process().memory_info().rss / 2**20
 before = resident()
 keep_freed_memory()

@@ -20,19 +20,14 @@ from transformers import (
     StableLmConfig,
 )
 
-from anchorvec import packing
-from anchorvec.contrastive import contrastive_loss
-from anchorvec.embedder import build_embedder, save_causal_lm
-from anchorvec.loading import load_encoder
-from anchorvec.packing import (
-    PACKED_ATTENTION,
-    packed_states,
-    padded_states,
-    reads_packed,
-    unpad,
-    use_packed_attention,
-)
-from anchorvec.reconstruction import Reconstruction, exchange_partners
+from anchorvec.model import attention, packing
+from anchorvec.model.attention import PACKED_ATTENTION
+from anchorvec.model.embedder import build_embedder, save_causal_lm
+from anchorvec.model.loading import load_encoder
+from anchorvec.model.packing import packed_states, padded_states, reads_packed, unpad, use_packed_attention
+from anchorvec.objectives.contrastive import contrastive_loss
+from anchorvec.objectives.pairs import exchange_partners
+from anchorvec.objectives.reconstruction import Reconstruction
 from conftest import FAMILIES, make_model, make_tokenizer
 from test_reconstruction import assert_same_gradients, gradients, make_pairs
 
@@ -269,7 +264,7 @@ def test_flash_attention_is_preferred_where_it_reads_packed_texts(monkeypatch, c
         called.append(kwargs.get("cu_seq_lens_q"))
         if not correct:
             kwargs["cu_seq_lens_q"] = None  # texts see each other
-        return packing.packed_attention(module, query, key, value, attention_mask, **kwargs)
+        return attention.packed_attention(module, query, key, value, attention_mask, **kwargs)
 
     monkeypatch.setitem(AttentionInterface._global_mapping, "other", other)
     monkeypatch.setattr(packing, "packed_attentions", lambda device: ["other", PACKED_ATTENTION])

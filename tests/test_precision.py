@@ -5,9 +5,9 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
 
-from anchorvec.precision import keep_frozen_in_bf16, resolve_precision
+from anchorvec.device import keep_frozen_in_bf16, resolve_precision
+from anchorvec.pipeline import train
 from anchorvec.recipe import load_recipe
-from anchorvec.training import train
 from conftest import FAMILIES, make_model
 
 

@@ -10,12 +10,12 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import TrainingArguments
 
+from anchorvec.commands.quickstart import contrastive_alone, quickstart, steps_run, with_steps
 from anchorvec.errors import AnchorvecError
-from anchorvec.quickstarting import contrastive_alone, quickstart, steps_run, with_steps
+from anchorvec.pipeline import build_base, load_training_data
 from anchorvec.recipe import load_recipe
-from anchorvec.stages import train_stage_one, train_stage_two
-from anchorvec.trainers import ReconstructionTrainer
-from anchorvec.training import build_base, load_training_data
+from anchorvec.training.stages import train_stage_one, train_stage_two
+from anchorvec.training.trainers import ReconstructionTrainer
 
 
 @pytest.mark.parametrize("stage", ["stage_one", "stage_two"])
@@ -45,7 +45,7 @@ def test_a_stage_lasts_until_its_deadline(tmp_path, stage):
 def test_the_learning_rate_follows_the_clock(monkeypatch, tmp_path, schedule, at_70_percent):
     """With a deadline the share of the time stands for the share of the steps, warm-up included; else steps count."""
     clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
-    monkeypatch.setattr("anchorvec.trainers.time", clock)
+    monkeypatch.setattr("anchorvec.training.trainers.time", clock)
     name = "constant_with_warmup" if schedule == "constant" else schedule
     arguments = TrainingArguments(
         tmp_path, max_steps=1000, warmup_steps=100, learning_rate=2.0, lr_scheduler_type=name, use_cpu=True

@@ -7,15 +7,11 @@ import pytest
 import torch
 from torch.nn.functional import log_softmax
 
-from anchorvec.embedder import with_end
-from anchorvec.reconstruction import (
-    PairTokenizer,
-    Reconstruction,
-    TokenPair,
-    exchange_partners,
-    micro_batches,
-    output_head,
-)
+from anchorvec.data.tokens import PairTokenizer
+from anchorvec.model.end import with_end
+from anchorvec.model.head import output_head
+from anchorvec.objectives.pairs import TokenPair, exchange_partners, micro_batches
+from anchorvec.objectives.reconstruction import Reconstruction
 from conftest import FAMILIES, make_model, make_tokenizer
 
 
@@ -111,7 +107,7 @@ def test_logit_chunks_change_nothing(monkeypatch):
     model, pairs = make_model("gemma2", tied=False), make_pairs()
     expected = Reconstruction(model)(pairs).loss
     expected_gradients = gradients(model, expected)
-    monkeypatch.setattr("anchorvec.reconstruction.HEAD_CHUNK_BYTES", {"cpu": 3 * 4 * 260})
+    monkeypatch.setattr("anchorvec.model.head.HEAD_CHUNK_BYTES", {"cpu": 3 * 4 * 260})
     loss = Reconstruction(model)(pairs).loss
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
     assert_same_gradients(gradients(model, loss), expected_gradients)

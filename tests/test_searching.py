@@ -8,9 +8,9 @@ import pytest
 from rich.console import Console
 from sentence_transformers import SentenceTransformer
 
-from anchorvec.embedder import build_embedder
+from anchorvec.commands.search import Hit, Index, prompt_loop, read_corpus, search
 from anchorvec.errors import AnchorvecError
-from anchorvec.searching import Hit, Index, prompt_loop, read_corpus, search
+from anchorvec.model.embedder import build_embedder
 
 DOCUMENTS = {
     "a": "The cat sleeps.",

@@ -12,16 +12,16 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from transformers import TrainingArguments
 
-from anchorvec.contrastive import contrastive_loss
-from anchorvec.decoding import decode
+from anchorvec.commands.decode import decode
+from anchorvec.commands.plan import plan
 from anchorvec.errors import AnchorvecError
-from anchorvec.exporting import export
-from anchorvec.loading import load_model
-from anchorvec.planning import plan
+from anchorvec.exporting.folder import export
+from anchorvec.model.loading import load_model
+from anchorvec.objectives.contrastive import contrastive_loss
+from anchorvec.objectives.reconstruction import Reconstruction
+from anchorvec.pipeline import stored_prompts, train
 from anchorvec.recipe import load_recipe
-from anchorvec.reconstruction import Reconstruction
-from anchorvec.trainers import ReconstructionTrainer
-from anchorvec.training import stored_prompts, train
+from anchorvec.training.trainers import ReconstructionTrainer
 from conftest import make_model, write_rows
 from test_reconstruction import make_pairs
 
@@ -193,7 +193,7 @@ def test_a_step_that_fits_goes_without_cached_gradients(tmp_path, monkeypatch, a
         asked.append(options["micro_batch_tokens"])
         return contrastive_loss(model, **options)
 
-    monkeypatch.setattr("anchorvec.stages.contrastive_loss", recorded)
+    monkeypatch.setattr("anchorvec.training.stages.contrastive_loss", recorded)
     options = ["stage_one=null", f"model.attention={attention}", f"stage_two.micro_batch_tokens={tokens}"]
     train(load_recipe("debug", [f"output={tmp_path / 'run'}", *QUICK[1::2], *options]))
     assert asked == [cached]
@@ -226,7 +226,7 @@ def test_export_merges_lora_and_is_compared(run, tmp_path):
 def test_export_fails_where_vectors_differ_and_deletes_nothing(run, tmp_path, monkeypatch):
     """If a program gives other vectors the export is refused, no folder appears, and the run stays."""
     monkeypatch.setattr(
-        "anchorvec.exporting.encode_with_transformers", lambda folder, texts: torch.randn(len(texts), 64)
+        "anchorvec.exporting.folder.encode_with_transformers", lambda folder, texts: torch.randn(len(texts), 64)
     )
     with pytest.raises(AnchorvecError, match="in transformers the vectors"):
         export(run, tmp_path / "model")

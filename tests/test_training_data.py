@@ -8,14 +8,14 @@ import pytest
 from sentence_transformers import SentenceTransformer
 from transformers import AutoTokenizer
 
+from anchorvec.commands.plan import plan
 from anchorvec.data.negatives import text_hashes
 from anchorvec.errors import AnchorvecError
-from anchorvec.packing import token_ids
-from anchorvec.planning import plan
+from anchorvec.model.packing import token_ids
+from anchorvec.pipeline import build_base, load_training_data, train
 from anchorvec.recipe import load_recipe
-from anchorvec.stages import train_stage_one, train_stage_two
-from anchorvec.trainers import ContrastiveTrainer, ReconstructionTrainer
-from anchorvec.training import build_base, load_training_data, train
+from anchorvec.training.stages import train_stage_one, train_stage_two
+from anchorvec.training.trainers import ContrastiveTrainer, ReconstructionTrainer
 from conftest import write_rows
 from test_training import QUICK
 

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from anchorvec.reconstruction import Reconstruction, exchange_partners, micro_batches
-from anchorvec.words import WordLoss
+from anchorvec.objectives.bag_of_words import WordLoss
+from anchorvec.objectives.pairs import exchange_partners, micro_batches
+from anchorvec.objectives.reconstruction import Reconstruction
 from conftest import make_model
 from test_reconstruction import assert_same_gradients, gradients, make_pairs
 

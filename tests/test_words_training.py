@@ -11,12 +11,12 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from tokenizers.pre_tokenizers import ByteLevel
 
-from anchorvec.decoding import decode
+from anchorvec.commands.decode import decode
+from anchorvec.commands.plan import plan
 from anchorvec.errors import AnchorvecError
-from anchorvec.planning import plan
+from anchorvec.objectives.bag_of_words import WordLoss
+from anchorvec.pipeline import train
 from anchorvec.recipe import load_recipe
-from anchorvec.training import train
-from anchorvec.words import WordLoss
 from conftest import make_model, make_tokenizer
 
 QUICK = ["stage_one.steps=3", "stage_two.steps=3", "stage_one.warmup_steps=1", "stage_two.warmup_steps=1"]

@@ -7,8 +7,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from anchorvec.reconstruction import Reconstruction
-from anchorvec.working_weights import WorkingWeights
+from anchorvec.model.working_weights import WorkingWeights
+from anchorvec.objectives.reconstruction import Reconstruction
 from conftest import make_model
 from test_reconstruction import make_pairs
 

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 from anchorvec.errors import AnchorvecError
 
 if TYPE_CHECKING:
-    from anchorvec.decoding import decode
-    from anchorvec.embedder import build_embedder
+    from anchorvec.commands.decode import decode
+    from anchorvec.commands.plan import plan
+    from anchorvec.commands.quickstart import quickstart
+    from anchorvec.commands.search import search
     from anchorvec.evaluation import evaluate
-    from anchorvec.exporting import export
-    from anchorvec.planning import plan
-    from anchorvec.quickstarting import quickstart
+    from anchorvec.exporting.folder import export
+    from anchorvec.model.embedder import build_embedder
+    from anchorvec.objectives.reconstruction import Reconstruction
+    from anchorvec.pipeline import train
     from anchorvec.recipe import Recipe, load_recipe
-    from anchorvec.reconstruction import Reconstruction
-    from anchorvec.searching import search
-    from anchorvec.training import train
 
 __all__ = [
     "AnchorvecError",
@@ -37,16 +37,16 @@ __all__ = [
 
 _HOMES = {
     "Recipe": "recipe",
-    "Reconstruction": "reconstruction",
-    "build_embedder": "embedder",
-    "decode": "decoding",
+    "Reconstruction": "objectives.reconstruction",
+    "build_embedder": "model.embedder",
+    "decode": "commands.decode",
     "evaluate": "evaluation",
-    "export": "exporting",
+    "export": "exporting.folder",
     "load_recipe": "recipe",
-    "plan": "planning",
-    "quickstart": "quickstarting",
-    "search": "searching",
-    "train": "training",
+    "plan": "commands.plan",
+    "quickstart": "commands.quickstart",
+    "search": "commands.search",
+    "train": "pipeline",
 }
 
 

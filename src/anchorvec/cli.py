@@ -88,8 +88,8 @@ def quickstart(
     """The whole job on this machine: train, score before and after, export, and a search prompt to try it."""
     import psutil
 
-    from anchorvec.quickstarting import quickstart as run
-    from anchorvec.searching import search as ask
+    from anchorvec.commands.quickstart import quickstart as run
+    from anchorvec.commands.search import search as ask
 
     _quiet()
     started = psutil.Process().create_time()
@@ -103,8 +103,8 @@ def quickstart(
 @app.command(epilog="Example: anchorvec train debug output=runs/debug stage_one.steps=50")
 def train(recipe: RecipeName, overrides: Overrides = None, json_file: JsonFile = None) -> None:
     """Stage I, then Stage II, then the export, as the recipe says; KEY=null switches a stage off."""
+    from anchorvec.pipeline import train as run
     from anchorvec.recipe import load_recipe
-    from anchorvec.training import train as run
 
     _quiet()
     result = run(load_recipe(recipe, overrides or []))
@@ -114,7 +114,7 @@ def train(recipe: RecipeName, overrides: Overrides = None, json_file: JsonFile =
 @app.command(epilog="Example: anchorvec plan paper/llama-3.2-1b 'data.train=[{path: pairs.jsonl}]'")
 def plan(recipe: RecipeName, overrides: Overrides = None, json_file: JsonFile = None) -> None:
     """Show what a recipe would do: recipe, parameters, tokens, disk, a decoded batch. Trains nothing."""
-    from anchorvec.planning import plan as run
+    from anchorvec.commands.plan import plan as run
     from anchorvec.recipe import load_recipe
 
     _quiet()
@@ -164,8 +164,8 @@ def search(
     """Ask a corpus in the terminal."""
     from dataclasses import asdict
 
-    from anchorvec.searching import print_hits
-    from anchorvec.searching import search as run
+    from anchorvec.commands.search import print_hits
+    from anchorvec.commands.search import search as run
 
     _quiet()
     found = run(model, corpus, query, top_k, instruction=instruction, show_progress_bar=True)
@@ -188,7 +188,7 @@ def decode(
     json_file: JsonFile = None,
 ) -> None:
     """Show what an embedding says: the text the model writes from the vector alone."""
-    from anchorvec.decoding import decode as run
+    from anchorvec.commands.decode import decode as run
 
     _quiet()
     _finish(run(model, text, side=side, max_tokens=max_tokens, beams=beams), json_file)
@@ -201,7 +201,7 @@ def export(
     json_file: JsonFile = None,
 ) -> None:
     """Write one self-contained folder with LoRA merged, compared with the run vector by vector."""
-    from anchorvec.exporting import export as run_export
+    from anchorvec.exporting.folder import export as run_export
 
     _quiet()
     _finish(run_export(run, out), json_file)

@@ -1,9 +1,9 @@
 """Scores of embedders and BM25 on test collections, with intervals over queries."""
 
 from anchorvec.evaluation.beir import BeirData, load_beir
-from anchorvec.evaluation.bootstrap import Interval, bootstrap_interval, paired_bootstrap
 from anchorvec.evaluation.evaluate import bm25_scores, check_test_data, evaluate, require_extra
 from anchorvec.evaluation.scores import TaskScores, scores_table
+from anchorvec.evaluation.statistics import Interval, bootstrap_interval, paired_bootstrap
 
 __all__ = [
     "BeirData",

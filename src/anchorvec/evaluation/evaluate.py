@@ -14,8 +14,8 @@ import numpy as np
 
 from anchorvec.errors import AnchorvecError
 from anchorvec.evaluation.beir import BeirData, load_beir
-from anchorvec.evaluation.bootstrap import bootstrap_interval
 from anchorvec.evaluation.scores import METRICS, TaskScores
+from anchorvec.evaluation.statistics import bootstrap_interval
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -49,7 +49,7 @@ def evaluate(
     results: dict[str, TaskScores] = {}
     with _side_effects_undone():
         from anchorvec.evaluation import _mteb
-        from anchorvec.loading import load_encoder, warn_of_named_prompts
+        from anchorvec.model.loading import load_encoder, warn_of_named_prompts
 
         # Names are looked up before anything is loaded or run, so that a misspelt one fails at once.
         all_tasks = [_mteb.BeirTask(part) for part in collections] + [_mteb.named_task(name) for name in tasks]

@@ -8,7 +8,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from anchorvec.evaluation.bootstrap import Interval
+from anchorvec.evaluation.statistics import Interval
 
 METRICS = {"ndcg_at_10": "nDCG@10", "recall_at_10": "Recall@10", "mrr_at_10": "MRR@10"}
 

@@ -18,7 +18,7 @@ from anchorvec.files import write_text
 from anchorvec.recipe.settings import END_FORM_TAGS, Key, Recipe, dotted, sections
 from anchorvec.recipe.yaml12 import dump, parse, show
 
-SHIPPED = Path(__file__).parent.parent / "recipes"
+SHIPPED = Path(__file__).parent / "shipped"
 _COMMAND_LINE = "command line"
 _Layer = tuple[str, dict[Any, Any]]  # what to call the source in a message, and what it sets
 

@@ -9,10 +9,10 @@ import torch
 from rich.text import Text
 from transformers import AutoTokenizer, GenerationConfig
 
-from anchorvec.embedder import load_causal_lm, stored_prompt
-from anchorvec.precision import default_device
+from anchorvec.device import default_device
+from anchorvec.model.embedder import load_causal_lm, stored_prompt
+from anchorvec.objectives.reconstruction import Reconstruction
 from anchorvec.recipe import run_recipe
-from anchorvec.reconstruction import Reconstruction
 
 
 @dataclass(frozen=True)

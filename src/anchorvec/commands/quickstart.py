@@ -14,18 +14,18 @@ from rich.console import Console
 from rich.table import Table
 
 from anchorvec.data import DocstringData, docstrings, read_pairs
+from anchorvec.data.stage_inputs import StageInputs, stage_inputs
+from anchorvec.device import resolve_precision
 from anchorvec.errors import AnchorvecError
 from anchorvec.evaluation import TaskScores, bm25_scores, evaluate, require_extra, scores_table
-from anchorvec.exporting import Exported, export
+from anchorvec.exporting.folder import Exported, export
 from anchorvec.files import write_json, write_text
-from anchorvec.loading import load_encoder
-from anchorvec.memory import release_freed_memory
-from anchorvec.precision import resolve_precision
-from anchorvec.progress import STAGE_TITLES
+from anchorvec.model.loading import load_encoder
+from anchorvec.pipeline import build_base, describe_run, new_run_folder
 from anchorvec.recipe import Recipe, StageOne, StageTwo, load_recipe, save_recipe
-from anchorvec.stage_data import StageInputs, stage_inputs
-from anchorvec.stages import train_stage_one, train_stage_two
-from anchorvec.training import build_base, describe_run, new_run_folder
+from anchorvec.training.memory import release_freed_memory
+from anchorvec.training.progress import STAGE_TITLES
+from anchorvec.training.stages import train_stage_one, train_stage_two
 
 STAGE_ONE_SHARE = 0.1
 """Of the time for training; the rest is Stage II's."""

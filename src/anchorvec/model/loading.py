@@ -11,7 +11,7 @@ from sentence_transformers import SentenceTransformer
 
 from anchorvec.errors import AnchorvecError
 from anchorvec.files import user_path
-from anchorvec.packing import packing_pays, unpad
+from anchorvec.model.packing import packing_pays, unpad
 
 
 def load_model(model: SentenceTransformer | str | Path, *, merge: bool = True) -> SentenceTransformer:

@@ -12,57 +12,22 @@ the target tokens of the whole optimizer step. No pair depends on another and ea
 may be cut into micro-batches in any way without changing its gradient.
 """
 
-import copy
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers import PreTrainedModel
 
-from anchorvec.compiling import compile_decoder_layers, compiled
-from anchorvec.packing import packed_states, padded_states, padded_tokens, to_device, use_packed_attention
-from anchorvec.words import WordLoss
-
-HEAD_CHUNK_BYTES = {"cpu": 2**28, "cuda": 2**31}
-"""Logits that exist at one time, in fp32, by device: on a CPU 523 target tokens over a vocabulary of 128,256."""
-
-
-def head_chunk_bytes(device: torch.device) -> int:
-    """`HEAD_CHUNK_BYTES` of `device`; of one that is not named, what a CPU takes."""
-    return HEAD_CHUNK_BYTES.get(device.type, HEAD_CHUNK_BYTES["cpu"])
-
-
-@dataclass(frozen=True)
-class TokenPair:
-    """One pair as token ids: each text as it is read (closed by its end) and as it is written."""
-
-    query: list[int]
-    document: list[int]
-    query_targets: list[int]
-    document_targets: list[int]
-
-    def read(self, alpha: float = 0.5) -> list[list[int]]:
-        """The texts that are read, in the directions that `alpha` trains."""
-        return [*([self.query] if alpha > 0 else []), *([self.document] if alpha < 1 else [])]
-
-    def written(self, alpha: float = 0.5) -> list[list[int]]:
-        """The targets that are written from the embeddings of `read`."""
-        return [*([self.document_targets] if alpha > 0 else []), *([self.query_targets] if alpha < 1 else [])]
-
-    def tokens(self, alpha: float = 0.5, *, writes: bool = True) -> int:
-        """Tokens in all passes over this pair: four, or two where `alpha` trains one direction alone.
-
-        Half of the passes are those that write; without `writes` they are left out.
-        """
-        written = self.written(alpha) if writes else []
-        return sum(map(len, self.read(alpha))) + sum(map(len, written))
+from anchorvec.model.compiling import compile_decoder_layers, compiled
+from anchorvec.model.head import head_chunk_bytes, output_head, token_losses
+from anchorvec.model.packing import packed_states, padded_states, to_device, use_packed_attention
+from anchorvec.objectives.bag_of_words import WordLoss
+from anchorvec.objectives.pairs import TokenPair
 
 
 @dataclass(frozen=True)
@@ -209,156 +174,6 @@ class Reconstruction(nn.Module):
         return torch.cat([checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks])
 
 
-def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of `logits` (tokens, vocabulary) against `targets` (tokens,), for each token, in fp32 at least."""
-    # bf16 sums too coarsely over a vocabulary
-    logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-    return F.cross_entropy(logits, targets, reduction="none")
-
-
 def _by_direction(texts: Sequence[Sequence[list[int]]]) -> list[list[int]]:
     """The texts of each pair, ordered: all of the first direction, then all of the second."""
     return [text for direction in zip(*texts, strict=True) for text in direction]
-
-
-def output_head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
-    """The function from final states (tokens, dim) to logits (tokens, vocabulary) that `model` itself applies.
-
-    It is the causal LM's own forward with the decoder taken out, so soft caps and scales around the LM head are
-    the model's (T19).
-    """
-    head = copy.copy(model)  # shallow: the same LM head module and the same parameters
-    head._modules = dict(model._modules)
-    decoder = _GivenStates()
-    head._modules[model.base_model_prefix] = decoder
-
-    def project(states: Tensor) -> Tensor:
-        decoder.states = states[None]
-        logits: Tensor = head.forward(inputs_embeds=states[None], use_cache=False, return_dict=True).logits
-        return logits[0]
-
-    return project
-
-
-class _GivenStates(nn.Module):
-    """Stands where the decoder was: gives back the states it was handed."""
-
-    states: Tensor
-
-    def forward(self, *args: object, **kwargs: object) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=self.states)
-
-
-class PairTokenizer:
-    """Texts of a batch of rows -> `TokenPair`s, for a data loader's `collate_fn`.
-
-    A row has `query`, `positive`, and the instructions `query_prompt` and `document_prompt` (may be empty).
-    What is read is exactly what sentence-transformers will read when it encodes: prompt + text through the
-    tokenizer, truncated to `max_tokens`, by default its `model_max_length`. What is written is the text alone (T5):
-    no prompt, no BOS, and no more of it than was read; with `end_token_target` the end token closes it where all of it
-    was read.
-
-    With `content`, the function from the ids that are read to those of the text in them, the targets are these instead:
-    for words, which are told as they were read, without an end token.
-    """
-
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        end_token_target: bool = True,
-        max_target_tokens: int | None = None,
-        max_tokens: int | None = None,
-        content: Callable[[list[int]], list[int]] | None = None,
-    ) -> None:
-        self.tokenizer = tokenizer
-        self.content = content
-        self.end_token_target = end_token_target
-        self.max_target_tokens = max_target_tokens
-        self.max_tokens = max_tokens or tokenizer.model_max_length
-
-    def __call__(self, rows: Sequence[dict[str, str]]) -> dict[str, list[TokenPair]]:
-        """`{"pairs": [...]}`, in the order of the rows."""
-        queries, query_targets = self.read_and_write(
-            [row["query"] for row in rows], [row["query_prompt"] for row in rows]
-        )
-        documents, document_targets = self.read_and_write(
-            [row["positive"] for row in rows], [row["document_prompt"] for row in rows]
-        )
-        columns = zip(queries, documents, query_targets, document_targets, strict=True)
-        return {"pairs": [TokenPair(*column) for column in columns]}
-
-    def read_and_write(self, texts: Sequence[str], prompts: Sequence[str]) -> tuple[list[list[int]], list[list[int]]]:
-        """The ids by which each text is encoded, and the ids that are to be written for it."""
-        prompted = [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
-        limit = {"truncation": True, "max_length": self.max_tokens}
-        if self.content is not None:
-            ids = self.tokenizer(prompted, **limit)["input_ids"]
-            return ids, [self.content(text)[: self.max_target_tokens] for text in ids]
-        read = self.tokenizer(
-            prompted,
-            **limit,
-            return_offsets_mapping=True,
-            return_special_tokens_mask=True,
-        )
-        alone = self.tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        targets = []
-        for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
-            seen = _characters_read(read["offset_mapping"][i], read["special_tokens_mask"][i]) - len(prompt)
-            ids = [
-                token
-                for token, (_, stop) in zip(alone["input_ids"][i], alone["offset_mapping"][i], strict=True)
-                if stop <= seen
-            ]
-            if self.end_token_target and seen >= len(text.rstrip()):
-                ids.append(self.tokenizer.eos_token_id)
-            targets.append(ids[: self.max_target_tokens])
-        return read["input_ids"], targets
-
-
-def micro_batches(
-    pairs: Sequence[TokenPair], max_tokens: int, *, packed: bool, alpha: float = 0.5, writes: bool = True
-) -> list[list[TokenPair]]:
-    """`pairs` ordered by length and cut so that all passes over a group have at most `max_tokens` tokens.
-
-    Unless `packed`, padding counts too. A single pair longer than that makes a group of its own.
-    """
-    groups: list[list[TokenPair]] = []
-    held = 0  # tokens of the last group
-    for pair in sorted(pairs, key=lambda p: (p.tokens(alpha, writes=writes), p.document, p.query), reverse=True):
-        own = pair.tokens(alpha, writes=writes)
-        grown = held + own
-        if groups and not packed:
-            grown = tokens_at_once([*groups[-1], pair], packed=packed, alpha=alpha, writes=writes)
-        if groups and grown <= max_tokens:
-            groups[-1].append(pair)
-            held = grown
-        else:
-            groups.append([pair])
-            held = own
-    return groups
-
-
-def tokens_at_once(group: Sequence[TokenPair], *, packed: bool, alpha: float = 0.5, writes: bool = True) -> int:
-    """Tokens in all passes over a group, padding included unless `packed`: what holds activations at one time."""
-    if packed:
-        return sum(pair.tokens(alpha, writes=writes) for pair in group)
-    read = [len(text) for pair in group for text in pair.read(alpha)]
-    written = [len(text) for pair in group for text in pair.written(alpha) if text and writes]
-    return padded_tokens(read) + padded_tokens(written)
-
-
-def exchange_partners(pairs: Sequence[TokenPair]) -> list[TokenPair] | None:
-    """For each pair the next one, in a circle, that has another query and another document; None if one has none."""
-    partners = []
-    for i, pair in enumerate(pairs):
-        others = itertools.chain(itertools.islice(pairs, i + 1, None), itertools.islice(pairs, i))
-        partner = next((p for p in others if p.query != pair.query and p.document != pair.document), None)
-        if partner is None:
-            return None
-        partners.append(partner)
-    return partners
-
-
-def _characters_read(offsets: Sequence[tuple[int, int]], special: Sequence[int]) -> int:
-    return max((stop for (_, stop), added in zip(offsets, special, strict=True) if not added), default=0)

@@ -8,8 +8,8 @@ import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
-from anchorvec.compiling import compile_decoder_layers
-from anchorvec.packing import packed_row, reads_packed, to_device
+from anchorvec.model.compiling import compile_decoder_layers
+from anchorvec.model.packing import packed_row, reads_packed, to_device
 
 BATCH_TOKENS = {"cpu": 2_048, "cuda": 32_768}
 """Tokens that are encoded at a time, by device."""

@@ -20,8 +20,8 @@ from sentence_transformers.sentence_transformer.losses import (
 )
 from torch import Tensor
 
-from anchorvec.packing import part_of_row, reads_packed, side_by_side, token_ids
-from anchorvec.words import WordLoss
+from anchorvec.model.packing import part_of_row, reads_packed, side_by_side, token_ids
+from anchorvec.objectives.bag_of_words import WordLoss
 
 
 def contrastive_loss(

@@ -17,17 +17,17 @@ from rich.console import Console, Group
 from transformers import AutoTokenizer
 
 from anchorvec.data import read_pairs
-from anchorvec.embedder import build_embedder
+from anchorvec.data.stage_inputs import StageInputs, check_instructions, stage_inputs
+from anchorvec.device import check_one_device, device_name, resolve_precision
 from anchorvec.errors import AnchorvecError
 from anchorvec.evaluation import TaskScores, check_test_data, evaluate, scores_table
-from anchorvec.exporting import Exported, export
+from anchorvec.exporting.folder import Exported, export
 from anchorvec.files import write_json
-from anchorvec.loading import load_encoder
-from anchorvec.precision import check_one_device, device_name, resolve_precision
-from anchorvec.progress import OnLog
+from anchorvec.model.embedder import build_embedder
+from anchorvec.model.loading import load_encoder
 from anchorvec.recipe import Recipe, load_recipe, save_recipe
-from anchorvec.stage_data import StageInputs, check_instructions, stage_inputs
-from anchorvec.stages import train_stage_one, train_stage_two
+from anchorvec.training.progress import OnLog
+from anchorvec.training.stages import train_stage_one, train_stage_two
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from anchorvec.memory import ADAM_BYTES, kept_bytes, tokens_that_fit
-from anchorvec.packing import packing_pays
-from anchorvec.precision import default_device, resolve_precision
+from anchorvec.device import default_device, resolve_precision
+from anchorvec.model.packing import packing_pays
+from anchorvec.training.memory import ADAM_BYTES, kept_bytes, tokens_that_fit
 
 ENOUGH_TOKENS = {"cpu": 1_536, "cuda": 65_536}
 """The largest micro-batch by default: matrix products of so many rows run at full speed."""

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anchorvec.packing import to_device
+from anchorvec.model.packing import to_device
 
 SAMPLE_PAIRS = 8_192
 """Pairs in the sample, at most."""

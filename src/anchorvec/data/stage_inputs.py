@@ -16,9 +16,9 @@ from sentence_transformers import SentenceTransformer
 from torch.utils.data import ConcatDataset
 
 from anchorvec.data import ContrastiveRows, Pairs, ReadReport, contrastive_rows, drawn_rows
-from anchorvec.embedder import template_ids
 from anchorvec.errors import AnchorvecError
-from anchorvec.packing import reads_packed
+from anchorvec.model.end import template_ids
+from anchorvec.model.packing import reads_packed
 from anchorvec.recipe import Recipe
 
 LENGTH_SAMPLE = 256

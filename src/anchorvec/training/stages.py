@@ -21,22 +21,24 @@ from sentence_transformers.sentence_transformer.training_args import (
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PrinterCallback, TrainingArguments, set_seed
 
-from anchorvec.batches import DifferentTexts, SimilarPairs
-from anchorvec.compiling import compile_decoder_layers
-from anchorvec.contrastive import contrastive_loss
-from anchorvec.embedder import attention_options, load_causal_lm, save_causal_lm, save_tokenizer
-from anchorvec.engine import Engine, choose_engine, compiling_pays, packs_texts
+from anchorvec.data.samplers import DifferentTexts, SimilarPairs
+from anchorvec.data.stage_inputs import Rows, StageInputs, large_step, reconstructs, sample_rows, without_prompt_and_end
+from anchorvec.data.tokens import PairTokenizer
+from anchorvec.device import check_one_device, default_device, keep_frozen_in_bf16, resolve_precision
 from anchorvec.errors import AnchorvecError
 from anchorvec.files import new_folder, write_json
-from anchorvec.memory import free_memory, keep_freed_memory, release_freed_memory
-from anchorvec.packing import packed_features, unpad
-from anchorvec.precision import check_one_device, default_device, keep_frozen_in_bf16, resolve_precision
-from anchorvec.progress import OnLog, StageProgress
+from anchorvec.model.compiling import compile_decoder_layers
+from anchorvec.model.embedder import attention_options, load_causal_lm, save_causal_lm, save_tokenizer
+from anchorvec.model.head import head_chunk_bytes
+from anchorvec.model.packing import packed_features, unpad
+from anchorvec.objectives.bag_of_words import SAMPLE_PAIRS, WordLoss
+from anchorvec.objectives.contrastive import contrastive_loss
+from anchorvec.objectives.reconstruction import Reconstruction
 from anchorvec.recipe import Recipe, StageOne, StageTwo
-from anchorvec.reconstruction import PairTokenizer, Reconstruction, head_chunk_bytes
-from anchorvec.stage_data import Rows, StageInputs, large_step, reconstructs, sample_rows, without_prompt_and_end
-from anchorvec.trainers import ContrastiveTrainer, ReconstructionTrainer, TimedTrainer
-from anchorvec.words import SAMPLE_PAIRS, WordLoss
+from anchorvec.training.engine import Engine, choose_engine, compiling_pays, packs_texts
+from anchorvec.training.memory import free_memory, keep_freed_memory, release_freed_memory
+from anchorvec.training.progress import OnLog, StageProgress
+from anchorvec.training.trainers import ContrastiveTrainer, ReconstructionTrainer, TimedTrainer
 
 ORIGIN_PAIRS = 16
 """Pairs whose mean embedding before training is the origin of word reconstruction."""

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from anchorvec.errors import AnchorvecError
-from anchorvec.reconstruction import TokenPair, exchange_partners, micro_batches, tokens_at_once
-from anchorvec.working_weights import WorkingWeights
+from anchorvec.model.working_weights import WorkingWeights
+from anchorvec.objectives.pairs import TokenPair, exchange_partners, micro_batches, tokens_at_once
 
 _OUT_OF_MEMORY_HELP = "set {stage}.gradient_checkpointing=true, or lower {stage}.micro_batch_tokens or data.max_tokens"
 

@@ -12,14 +12,14 @@ from rich.table import Table
 from rich.text import Text
 from transformers import AutoTokenizer
 
-from anchorvec.embedder import load_causal_lm
-from anchorvec.engine import Engine
-from anchorvec.precision import check_one_device, default_device, resolve_precision
+from anchorvec.data.stage_inputs import reconstructs, sample_rows
+from anchorvec.device import check_one_device, default_device, resolve_precision
+from anchorvec.model.embedder import load_causal_lm
+from anchorvec.objectives.pairs import TokenPair
+from anchorvec.pipeline import build_base, load_training_data
 from anchorvec.recipe import Recipe, dump_recipe, load_recipe
-from anchorvec.reconstruction import TokenPair
-from anchorvec.stage_data import reconstructs, sample_rows
-from anchorvec.stages import pair_tokenizer, stage_one_objective, stage_two_model
-from anchorvec.training import build_base, load_training_data
+from anchorvec.training.engine import Engine
+from anchorvec.training.stages import pair_tokenizer, stage_one_objective, stage_two_model
 
 SHOWN_PAIRS = 3
 

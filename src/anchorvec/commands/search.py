@@ -87,7 +87,7 @@ def search(
     `model` is a SentenceTransformer, its folder, or its
     hub id; `corpus_path` is what `read_corpus` reads.
     """
-    from anchorvec.loading import load_encoder, warn_of_named_prompts
+    from anchorvec.model.loading import load_encoder, warn_of_named_prompts
 
     documents = read_corpus(corpus_path)
     encoder = load_encoder(model)

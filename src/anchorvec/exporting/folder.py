@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from transformers import AutoModel, AutoTokenizer
 
-from anchorvec.embedder import can_write, load_causal_lm, save_tokenizer
 from anchorvec.errors import AnchorvecError
+from anchorvec.exporting.card import model_card
 from anchorvec.files import new_folder, user_path, write_text
-from anchorvec.loading import is_embedder, load_model
-from anchorvec.model_card import model_card
+from anchorvec.model.embedder import can_write, load_causal_lm, save_tokenizer
+from anchorvec.model.loading import is_embedder, load_model
 from anchorvec.recipe import run_recipe
 
 LEAST_COSINE = 0.9999

@@ -1,0 +1,145 @@
+"""Attention over packed texts, registered with transformers.
+
+It takes the lengths of the texts that stand in one row, and attends within each. Called without them it is ordinary
+attention, so that a model set to it can still be used in every other way.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+from transformers.utils.import_utils import is_flash_attn_2_available
+
+PACKED_ATTENTION = "anchorvec_packed"
+
+
+_GROUPED_HEADS: dict[str, Any] = (
+    {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+)
+"""How PyTorch is told of fewer heads for keys than for queries: 2.13 wants it said, 2.11's kernel just takes them."""
+
+
+def packed_attentions(device: torch.device) -> list[str]:
+    """The attentions that read packed texts on `device`, the preferred one first."""
+    flash = device.type == "cuda" and is_flash_attn_2_available()
+    return [*(["flash_attention_2"] if flash else []), PACKED_ATTENTION]
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int = 0,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention within each text: query (1, heads, tokens, dim) to (1, tokens, heads, dim).
+
+    `cu_seq_lens_q`: where each text starts, and the number of tokens, (texts + 1,). In half precision on a GPU it is
+    one kernel, PyTorch's own for texts of different lengths; in fp32, with dropout, or on a CPU it runs text by text.
+    Without `cu_seq_lens_q` every row is a text, `attention_mask` says what it may see.
+
+    Raises NotImplementedError for a soft cap on a GPU, and for a layer that keeps its window to itself.
+    """
+    # Compiled, the question would make a graph of its own of each layer; the layers were checked before.
+    asked = cu_seq_lens_q is not None and sliding_window is None and not torch.compiler.is_compiling()
+    if asked and _has_window(module):
+        raise NotImplementedError("this layer's window is in its mask only; packed texts have none")
+    if cu_seq_lens_q is not None and not dropout and (dtype := _kernel_dtype(query, value)) is not None:
+        if softcap is not None:
+            raise NotImplementedError("no kernel for packed texts with a soft cap")
+        # (tokens, heads, dim); rotary embedding leaves query and key in fp32 under autocast
+        q, k, v = (part[0].transpose(0, 1).to(dtype).contiguous() for part in (query, key, value))
+        together = varlen_attn(
+            q,
+            k,
+            v,
+            cu_seq_lens_q,
+            cu_seq_lens_q,
+            max_length_q,
+            max_length_q,
+            scale=scaling,
+            window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
+            **_GROUPED_HEADS,
+        )
+        assert isinstance(together, Tensor)
+        return together[None].to(value.dtype), None
+    repeats = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+    if cu_seq_lens_q is None:
+        out = _attend(query, key, value, scaling, dropout, sliding_window, softcap, attention_mask)
+        return out.transpose(1, 2), None
+    lengths = cu_seq_lens_q.diff().tolist()
+    outs = [
+        _attend(q, k, v, scaling, dropout, sliding_window, softcap)
+        for q, k, v in zip(*(torch.split(part, lengths, dim=2) for part in (query, key, value)), strict=True)
+    ]
+    return torch.cat(outs, dim=2).transpose(1, 2), None
+
+
+def _kernel_dtype(query: Tensor, value: Tensor) -> torch.dtype | None:
+    """The half precision in which one kernel attends to all packed texts of this device; None: there is none."""
+    if not query.is_cuda:
+        return None
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else value.dtype
+    return None if dtype == torch.float32 or dtype == torch.float64 else dtype
+
+
+def _has_window(module: Any) -> bool:
+    """Whether the configuration says that this attention layer does not see the whole text."""
+    config = getattr(module, "config", None)
+    kinds, layer = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
+    if kinds is not None and layer is not None:
+        return bool(kinds[layer] != "full_attention")
+    return getattr(config, "sliding_window", None) is not None
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scaling: float | None,
+    dropout: float,
+    window: int | None,
+    softcap: float | None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Attention of (texts, heads, length, dim): causal, unless a `mask` says what is seen (True, or 0 to be added)."""
+    length, keys = q.shape[2], k.shape[2]
+    banded = window is not None and keys > window
+    if mask is None and (banded or softcap is not None):
+        mask = torch.ones(length, keys, dtype=torch.bool, device=q.device).tril(keys - length)
+        if window is not None and banded:
+            mask = mask.triu(keys - length + 1 - window)
+    if mask is None or softcap is None:
+        causal = mask is None and length == keys  # a single query after cached keys sees all of them
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scaling, dropout_p=dropout)
+    scores = q @ k.transpose(2, 3) * (q.shape[3] ** -0.5 if scaling is None else scaling)
+    scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
+    return nn.functional.dropout(scores.softmax(-1), dropout) @ v
+
+
+def _mask(*, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+    """The mask of a padded batch or beside a cache, as for PyTorch's own attention; packed texts have none."""
+    if attention_mask is None and kwargs.get("q_length") == kwargs.get("kv_length"):
+        return None
+    return sdpa_mask(attention_mask=attention_mask, **kwargs)
+
+
+AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+
+
+AttentionMaskInterface.register(PACKED_ATTENTION, _mask)

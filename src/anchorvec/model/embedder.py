@@ -1,0 +1,147 @@
+"""From a decoder LLM to a sentence-transformers model whose pooled position is guaranteed.
+
+An embedder folder is two things at once: a causal LM (`AutoModelForCausalLM`, head included) and a
+sentence-transformers model `[Transformer, Pooling("lasttoken")]`. What ends a text is written into the
+tokenizer's own post-processor, so `tokenizer.json` carries it into every program that reads the folder.
+"""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from anchorvec.errors import AnchorvecError
+from anchorvec.files import new_folder, write_json
+from anchorvec.model.base import check_causal, check_fit, load_base
+from anchorvec.model.end import EndPrompt, with_end
+
+
+def build_embedder(
+    base: str | Path,
+    folder: str | Path,
+    *,
+    max_tokens: int = 512,
+    end_prompt: EndPrompt | None = None,
+    prompts: Mapping[str, str] | None = None,
+    revision: str | None = None,
+    seed: int = 0,
+) -> Path:
+    """Write `base` as an untrained embedder into `folder` and return the folder.
+
+    `base` is a hub id, a local folder, a GGUF file, `smollm2`, or `tiny` (a random model for trials).
+    `max_tokens` counts everything: what the tokenizer adds, the prompt, the text and its end.
+    With `end_prompt` None each text ends in the tokenizer's end token; otherwise in the prompt's words.
+    `prompts` are stored with the model under sentence-transformers' names (`query`, `document`, ...).
+    `seed` matters for `tiny` alone. Raises AnchorvecError if the base is no decoder, has no end token or
+    fewer positions than `max_tokens`, or if `folder` is in use.
+    """
+    folder = Path(folder)
+    with new_folder(folder) as scratch:
+        model, tokenizer = load_base(base, revision=revision, seed=seed)
+        check_causal(model, base)
+        tokenizer = with_end(tokenizer, max_tokens=max_tokens, end_prompt=end_prompt)
+        check_fit(model, tokenizer, base)
+        # A model never trains the embedding of its config's pad token, which is often the end token (T2).
+        model.config.get_text_config().pad_token_id = None
+        model.save_pretrained(scratch)
+        save_tokenizer(tokenizer, scratch)
+        _add_sentence_transformers_files(scratch, prompts or {})
+    return folder
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Save `tokenizer` with its own truncation and without padding, whatever the last call used (T25)."""
+    tokenizer.backend_tokenizer.enable_truncation(tokenizer.model_max_length)
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.save_pretrained(folder)
+    # The general class reads tokenizer.json as it is; a family's own class would rebuild the post-processor.
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    write_json(path, config)
+
+
+def save_causal_lm(model: PreTrainedModel, like: str | Path, folder: str | Path) -> None:
+    """Save a trained causal LM, head included (T12), as an embedder with the other files of `like`."""
+    like, folder = Path(like), Path(folder)
+    model.save_pretrained(folder)
+    for path in like.iterdir():
+        if path.is_dir():
+            shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
+        elif not path.name.startswith(("model", "config.json", "generation_config", "README")):
+            shutil.copy2(path, folder / path.name)
+
+
+def load_causal_lm(folder: str | Path, *, attention: str = "auto") -> PreTrainedModel:
+    """The causal LM of an embedder folder with fp32 weights.
+
+    `attention` is transformers' `attn_implementation`; `auto` leaves the choice to it.
+
+    Raises AnchorvecError if the folder has no LM head to write with (T26).
+    """
+    folder = Path(folder)
+    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise AnchorvecError(f"{folder}: no config.json; name an embedder's folder, such as a run's stage_one")
+    if not can_write(folder):
+        raise AnchorvecError(
+            f"{folder}: this folder can no longer write: it holds an embedder without the LM head; "
+            "name the run's stage_one folder"
+        )
+    options = attention_options(attention)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **options)
+
+
+def attention_options(attention: str) -> dict[str, Any]:
+    """Keyword arguments of `from_pretrained` for the recipe's `model.attention`."""
+    return {} if attention == "auto" else {"attn_implementation": attention}
+
+
+def can_write(folder: str | Path) -> bool:
+    """Whether the folder holds a causal LM, head included, rather than a decoder body alone (T26)."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():  # a LoRA adapter
+        return False
+    architectures = json.loads(path.read_text(encoding="utf-8")).get("architectures") or []
+    return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures)
+
+
+def stored_prompt(folder: str | Path, name: str) -> str:
+    """The prompt that is stored with the embedder under `name`; empty if there is none."""
+    path = Path(folder) / "config_sentence_transformers.json"
+    if not path.is_file():
+        raise AnchorvecError(f"{folder}: not an embedder, no {path.name}; name a folder that anchorvec wrote")
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    return str(settings["prompts"].get(name) or "")
+
+
+def _add_sentence_transformers_files(folder: Path, prompts: Mapping[str, str]) -> None:
+    """Write modules.json and the module folders beside the causal LM, which stays as it is (T26)."""
+    transformer = Transformer(
+        str(folder),
+        # Texts go to the tokenizer as they are; a chat template would move the pooled position (T21).
+        modality_config={"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
+        module_output_name="token_embeddings",
+        model_kwargs={"dtype": "auto"},
+    )
+    model = SentenceTransformer(
+        modules=[transformer, Pooling(transformer.get_embedding_dimension(), pooling_mode="lasttoken")],
+        prompts={"query": "", "document": "", **prompts},
+        similarity_fn_name="cosine",
+        device="cpu",
+    )
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        model.save_pretrained(scratch, create_model_card=False)
+        for name in ["modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"]:
+            shutil.copy2(Path(scratch) / name, folder / name)
+        shutil.copytree(Path(scratch) / "1_Pooling", folder / "1_Pooling")

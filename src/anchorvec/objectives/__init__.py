@@ -1,0 +1,1 @@
+"""What trains an embedder: modules whose forward gives the loss of a batch."""

@@ -1,0 +1,1 @@
+"""Stages: an embedder folder and an objective become a trained folder."""
