@@ -25,18 +25,20 @@ from rich.console import Console
 from sentence_transformers import SentenceTransformer
 from torch import nn
 
-from anchorvec.data import read_pairs
 from anchorvec.device import default_device, device_name
 from anchorvec.evaluation.beir import document_text, load_beir
 from anchorvec.model.encoding import encode_packed
 from anchorvec.model.loading import load_encoder
 from anchorvec.model.packing import reads_packed, use_packed_attention
 from anchorvec.model.working_weights import WorkingWeights
-from anchorvec.objectives.reconstruction import Reconstruction
-from anchorvec.pipeline import build_base
+from anchorvec.objectives.reconstruction import TextReconstruction
+from anchorvec.pipeline import build_base, load_training_data
 from anchorvec.recipe import Recipe, load_recipe
+from anchorvec.run import STAGES, Run, StageName
 from anchorvec.training import engine
-from anchorvec.training.stages import train_stage_one, train_stage_two
+from anchorvec.training.stage import Stage
+from anchorvec.training.stage_one import train_stage_one
+from anchorvec.training.stage_two import train_stage_two
 from common import make_model, matmul_seconds, synchronise
 from stage_one import draw_pairs, plain_loss
 from stage_two import draw_texts, save_base
@@ -77,7 +79,7 @@ def recipe(scratch: Path, settings: Mapping[str, Any]) -> Recipe:
     )
 
 
-def stage(which: str, shape: str, pairs: int, max_tokens: int, **settings: Any) -> dict[str, Any]:
+def stage(which: StageName, shape: str, pairs: int, max_tokens: int, **settings: Any) -> dict[str, Any]:
     """Tokens a second of a stage as `anchorvec train` runs it: from the first record of its log to the last."""
     log_every, steps = 6, 13
     with tempfile.TemporaryDirectory() as name:
@@ -94,13 +96,9 @@ def stage(which: str, shape: str, pairs: int, max_tokens: int, **settings: Any) 
         train = train_stage_one if which == "stage_one" else train_stage_two
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        train(
-            asked,
-            base,
-            scratch / "run" / which,
-            {"pairs": read_pairs(str(scratch / "pairs.jsonl"))},
-            on_log=lambda record: ends.append((time.perf_counter(), record)),
-        )
+        run = Run(scratch / "run")
+        inputs = load_training_data(asked)
+        train(Stage(which, asked, run, base, inputs, None, lambda r: ends.append((time.perf_counter(), r))))
         chosen = json.loads((scratch / "run" / "run.json").read_text())["engine"][which]
     logged = [(end, record) for end, record in ends if "loss" in record]
     (begin, first), (end, last) = logged[-2], logged[-1]
@@ -120,7 +118,7 @@ def same_step(shape: str) -> dict[str, Any]:
     for cast_once, compiled in ((False, False), (True, False), (True, True)):
         model = make_model(shape, 0)
         pairs = draw_pairs(16, 0, model.config.vocab_size)
-        objective = Reconstruction(model, packed=True)
+        objective = TextReconstruction(model, packed=True)
         working = WorkingWeights(objective) if cast_once else None
         if compiled:
             objective.compile_layers()
@@ -172,7 +170,7 @@ def against_plain(shape: str, pairs: int, parts: int, peak: float) -> dict[str, 
         return {"seconds": (time.perf_counter() - start) / 3, "peak_gb": memory}
 
     found: dict[str, Any] = {"plain": measured(plain)}
-    objective = Reconstruction(model, packed=True)
+    objective = TextReconstruction(model, packed=True)
     working = WorkingWeights(objective)
 
     def here() -> None:
@@ -253,15 +251,15 @@ def pipeline(chosen: argparse.Namespace, seconds: float) -> dict[str, Any]:
             "stage_two.log_every=10",
         ],
     )
-    pairs = {"pairs": read_pairs(chosen.pairs)}
-    output.mkdir(parents=True)
-    stage = build_base(asked, output / "base")
+    inputs = load_training_data(asked)
+    run = Run.create(output)
+    stage = build_base(asked, run.base)
     found: dict[str, Any] = {}
-    for name, share in (("stage_one", 0.15), ("stage_two", 0.85)):
+    for name, share in zip(STAGES, (0.15, 0.85), strict=True):
         records: list[Mapping[str, Any]] = []
         train = train_stage_one if name == "stage_one" else train_stage_two
         start = time.monotonic()
-        stage = train(asked, stage, output / name, pairs, deadline=start + share * seconds, on_log=records.append)
+        stage = train(Stage(name, asked, run, stage, inputs, start + share * seconds, records.append))
         last = [record for record in records if "loss" in record][-1]
         found[name] = {key: last[key] for key in ("step", "loss", "tokens")} | {"seconds": time.monotonic() - start}
         encoder = load_encoder(stage, torch.bfloat16)

@@ -20,7 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from anchorvec.model import attention
-from anchorvec.objectives.reconstruction import Reconstruction
+from anchorvec.objectives.reconstruction import TextReconstruction
 from common import make_model
 from stage_one import draw_pairs
 
@@ -143,7 +143,7 @@ def main() -> None:
     on_gpu_path()
     model = make_model(chosen.shape, 0)
     pairs = draw_pairs(chosen.pairs, 0, model.config.vocab_size)
-    objective = Reconstruction(model, packed=False)
+    objective = TextReconstruction(model, packed=False)
     objective.packed = True
     model.set_attn_implementation(attention.PACKED_ATTENTION)
 

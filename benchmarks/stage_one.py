@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 
 from anchorvec.device import default_device
 from anchorvec.objectives.pairs import TokenPair, micro_batches
-from anchorvec.objectives.reconstruction import Reconstruction
+from anchorvec.objectives.reconstruction import TextReconstruction
 from anchorvec.training.engine import ENOUGH_TOKENS
 from anchorvec.training.memory import keep_freed_memory
 from common import (
@@ -110,7 +110,7 @@ def engine_side(settings: dict[str, Any]) -> dict[str, Any]:
     """The same of this engine; and its share of the peak of matrix multiplication."""
     model = make_model(settings["shape"], settings["seed"], settings["vocabulary"])
     pairs = draw_pairs(settings["pairs"], settings["seed"], model.config.vocab_size)
-    objective = Reconstruction(model, alpha=ALPHA, packed=True)
+    objective = TextReconstruction(model, alpha=ALPHA, packed=True)
     keep_freed_memory()  # as in training
     budget = settings["micro_batch_tokens"] or ENOUGH_TOKENS[default_device().type]
     counts = {

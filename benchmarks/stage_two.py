@@ -27,12 +27,13 @@ from sentence_transformers.sentence_transformer.training_args import BatchSample
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, TrainerCallback, set_seed
 
-from anchorvec.data import read_pairs
-from anchorvec.data.stage_inputs import stage_inputs
 from anchorvec.device import default_device, resolve_precision
 from anchorvec.model.embedder import build_embedder
+from anchorvec.pipeline import load_training_data
 from anchorvec.recipe import Recipe
-from anchorvec.training.stages import train_stage_two
+from anchorvec.run import Run
+from anchorvec.training.stage import Stage
+from anchorvec.training.stage_two import train_stage_two
 from common import compare_trained, describe_machine, draw_lengths, in_process, make_model, parser, report, survived
 
 WARMUP = 1
@@ -92,11 +93,14 @@ def engine_side(scratch: Path, settings: dict[str, Any]) -> dict[str, Any]:
     (scratch / "run").mkdir()
     records: list[Mapping[str, Any]] = []
     train_stage_two(
-        recipe,
-        scratch / "base",
-        scratch / "run" / "stage_two",
-        stage_inputs(recipe, {"pairs": read_pairs(str(data))}),
-        on_log=lambda record: records.append({**record, "ended": time.perf_counter()}),
+        Stage(
+            "stage_two",
+            recipe,
+            Run(scratch / "run"),
+            scratch / "base",
+            load_training_data(recipe),
+            on_log=lambda record: records.append({**record, "ended": time.perf_counter()}),
+        )
     )
     ends = [record["ended"] for record in records]
     return {

@@ -16,7 +16,6 @@ the stages included. To try two arms at the same time, give each the same cores 
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,13 +25,17 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from anchorvec.commands.quickstart import STAGE_ONE_SHARE, contrastive_alone, embedder_scores, steps_run, with_pairs
+from anchorvec.commands.quickstart import contrastive_alone, with_pairs
 from anchorvec.data.docstrings import quickstart_data, write_beir
+from anchorvec.device import resolve_precision
+from anchorvec.evaluation import evaluate
 from anchorvec.evaluation.statistics import paired_bootstrap
 from anchorvec.files import write_json
-from anchorvec.pipeline import build_base, new_run_folder
-from anchorvec.recipe import load_recipe, save_recipe
-from anchorvec.training.stages import train_stage_one, train_stage_two
+from anchorvec.model.loading import load_encoder
+from anchorvec.pipeline import EXPORT_SECONDS, STAGE_ONE_SHARE, Budget, load_training_data, run_stages
+from anchorvec.recipe import load_recipe
+from anchorvec.recipe.settings import EvaluationSettings
+from anchorvec.run import Run
 from common import check_scored_elsewhere, describe_machine, over_queries, over_seeds, score_more
 
 SCORED = ("scipy", "sklearn")
@@ -46,30 +49,25 @@ def run(
     """Train the recipe `quickstart` with `own` and other overrides by the clock, and write the figures."""
     recipe = load_recipe("quickstart", [*own, *overrides])
     recipe = contrastive_alone(recipe) if no_stage_one else recipe
-    folder = new_run_folder(recipe)
+    run = Run.create(recipe.output)
     data = quickstart_data(seed=0, held_out=SCORED, n_queries=PAIRS, n_documents=PAIRS)
-    write_beir(data, folder / "score_set")
+    write_beir(data, run.score_set)
     data = replace(data, train=[pair for pair in data.train if pair.package not in LEFT_OUT])
-    recipe, pairs = with_pairs(recipe, data, folder / "pairs.jsonl")
-    save_recipe(recipe, folder / "recipe.yaml")
-    stage = build_base(recipe, folder / "base")
-    began = time.monotonic()
-    share = 1.0 if recipe.stage_two is None else stage_one_share
-    if recipe.stage_one is not None:
-        deadline = began + 60 * minutes * share
-        stage = train_stage_one(recipe, stage, folder / "stage_one", pairs, deadline=deadline)
-    if recipe.stage_two is not None:
-        stage = train_stage_two(recipe, stage, folder / "stage_two", pairs, deadline=began + 60 * minutes)
-    trained = (time.monotonic() - began) / 60
-    scores = embedder_scores(recipe, stage, folder / "score_set")
+    recipe = with_pairs(recipe, data, run.pairs)
+    unscored = recipe.model_copy(update={"evaluation": EvaluationSettings()})
+    budget = Budget(minutes + EXPORT_SECONDS / 60, stage_one_share=stage_one_share)
+    trained = run_stages(unscored, run, load_training_data(recipe), budget=budget)
+    bf16 = resolve_precision(recipe.model.precision) == "bf16"
+    model = load_encoder(run.newest(), torch.bfloat16 if bf16 else torch.float32)
+    [scores] = evaluate(model, data=[run.score_set]).values()
     found = {
         "minutes": minutes,
         "stage_one_share": stage_one_share,
         "no_stage_one": no_stage_one,
         "overrides": list(overrides),
-        "minutes_trained": trained,
+        "minutes_trained": trained.minutes,
         "seed": recipe.seed,
-        "steps": steps_run(folder / "log.jsonl"),
+        "steps": trained.steps,
         "train_pairs": len(data.train),
         "fingerprint": data.fingerprint,
         "machine": describe_machine(recipe.model.precision),
@@ -78,7 +76,7 @@ def run(
         "scores": {},
         "spearman": {},
     }
-    write_json(folder / "trial.json", found)
+    write_json(run.folder / "trial.json", found)
 
 
 def same_data(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

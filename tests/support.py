@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback
 
 import anchorvec
 from anchorvec.model.packing import unpad
-from anchorvec.objectives.bag_of_words import WordLoss
+from anchorvec.objectives.bag_of_words import BagOfWordsLoss
 from anchorvec.objectives.contrastive import contrastive_loss
 
 Values = Mapping[str, Any]
@@ -219,16 +219,17 @@ def stage_two_loss(
     temperature: float,
     packed: bool,
     micro_batch_tokens: int | None,
-    words: BagOfWords | None = None,
+    bag_of_words: BagOfWords | None = None,
 ) -> Tensor:
     """The package's loss of the texts of a step: queries, positives, and hard negatives."""
     if packed:
         assert unpad(model)
     options: dict[str, Any] = {}
-    if words is not None:
+    if bag_of_words is not None:
+        words = bag_of_words
         embeddings = model[0].model.get_input_embeddings().weight
-        options["words"] = WordLoss(embeddings, words.queries, words.documents, origin=words.origin)
-        options["words_weight"] = words.weight
+        options["bag_of_words"] = BagOfWordsLoss(embeddings, words.queries, words.documents, origin=words.origin)
+        options["bag_of_words_weight"] = words.weight
         options["content"] = lambda ids: ids[:-1]
     loss = contrastive_loss(model, temperature=temperature, micro_batch_tokens=micro_batch_tokens, **options)
     value: Tensor = loss([dict(model.preprocess(list(column))) for column in columns], torch.empty(0))

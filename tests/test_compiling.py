@@ -8,7 +8,7 @@ import torch
 from anchorvec.model import attention
 from anchorvec.model.compiling import decoder_layers
 from anchorvec.model.working_weights import WorkingWeights
-from anchorvec.objectives.reconstruction import Reconstruction
+from anchorvec.objectives.reconstruction import TextReconstruction
 from conftest import FAMILIES, make_model
 from test_reconstruction import make_pairs
 
@@ -38,7 +38,7 @@ def test_compiled_is_plain(monkeypatch, family):
     for compiled in (False, True):
         model = make_model(family).float().train()
         model.set_attn_implementation(attention.PACKED_ATTENTION)
-        objective = Reconstruction(model)
+        objective = TextReconstruction(model)
         objective.packed = True
         if compiled:
             objective.compile_layers()

@@ -7,7 +7,7 @@ from sentence_transformers import SentenceTransformer
 
 from anchorvec.model.embedder import build_embedder
 from anchorvec.model.packing import unpad
-from anchorvec.objectives.bag_of_words import WordLoss
+from anchorvec.objectives.bag_of_words import BagOfWordsLoss
 from anchorvec.objectives.contrastive import contrastive_loss
 from test_reconstruction import gradients
 
@@ -20,8 +20,8 @@ def test_the_cached_loss_equals_the_plain_one(tmp_path, weight):
     losses, found, words = [], [], {}
     if weight is not None:
         read = [model.tokenizer(column)["input_ids"] for column in texts]
-        word_loss = WordLoss(model[0].model.get_input_embeddings().weight, *read[:2])
-        words = {"words": word_loss, "words_weight": weight}
+        word_loss = BagOfWordsLoss(model[0].model.get_input_embeddings().weight, *read[:2])
+        words = {"bag_of_words": word_loss, "bag_of_words_weight": weight}
     for size in (None, 1, 70):
         loss = contrastive_loss(model, temperature=0.1, micro_batch_tokens=size, **words)
         value = loss([dict(model.tokenize(column)) for column in texts], None)
@@ -42,8 +42,8 @@ def test_one_pass_over_all_columns_changes_nothing(tmp_path, weight, micro_batch
     words = {}
     if weight is not None:
         read = [model.tokenizer(column)["input_ids"] for column in texts]
-        word_loss = WordLoss(model[0].model.get_input_embeddings().weight, *read[:2])
-        words = {"words": word_loss, "words_weight": weight}
+        word_loss = BagOfWordsLoss(model[0].model.get_input_embeddings().weight, *read[:2])
+        words = {"bag_of_words": word_loss, "bag_of_words_weight": weight}
     assert unpad(model)
     found = []
     for one_pass in (False, True):
@@ -64,13 +64,13 @@ def test_words_are_added_to_the_contrastive_loss(tmp_path):
     model = SentenceTransformer(str(build_embedder("tiny", tmp_path / "base", max_tokens=32)), device="cpu").double()
     texts = [["one", "two two", "three"], ["a", "bb bb", "ccc"]]
     queries, documents = (model.tokenizer(column)["input_ids"] for column in texts)
-    word_loss = WordLoss(model[0].model.get_input_embeddings().weight, queries, documents)
+    word_loss = BagOfWordsLoss(model[0].model.get_input_embeddings().weight, queries, documents)
     e_Q, e_D = (model.encode(column, convert_to_tensor=True) for column in texts)
     told = sum(word_loss(e_Q, queries, documents, to="document")) / 3
     told += sum(word_loss(e_D, documents, queries, to="query")) / 3
     features = [dict(model.tokenize(column)) for column in texts]
     plain = contrastive_loss(model)([dict(column) for column in features], None)
-    both = contrastive_loss(model, words=word_loss, words_weight=0.3)(features, None)
+    both = contrastive_loss(model, bag_of_words=word_loss, bag_of_words_weight=0.3)(features, None)
     torch.testing.assert_close(both, plain + 0.3 * told / 2)
 
 

@@ -10,7 +10,7 @@ from sentence_transformers.base.model_card import BaseModelCardCallback
 from anchorvec.data.samplers import SimilarPairs
 from anchorvec.model.embedder import build_embedder
 from anchorvec.model.packing import reads_packed, unpad
-from anchorvec.objectives.reconstruction import Reconstruction
+from anchorvec.objectives.reconstruction import TextReconstruction
 from anchorvec.pipeline import train
 from anchorvec.recipe import load_recipe
 from anchorvec.training.trainers import ContrastiveTrainer, ReconstructionTrainer, _out_of_memory
@@ -70,7 +70,7 @@ def test_the_tokens_of_a_step_are_counted_packed_and_padded(tmp_path):
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_stage_one_computes_in_bf16_where_it_is_asked_for(tmp_path, monkeypatch, precision):
     """The context that transformers' trainer gives its own steps is autocast to bf16; weights stay fp32."""
-    seen, encode = set(), Reconstruction.encode
+    seen, encode = set(), TextReconstruction.encode
 
     def recorded(self, texts):
         if torch.is_grad_enabled() and self.training:
@@ -79,7 +79,7 @@ def test_stage_one_computes_in_bf16_where_it_is_asked_for(tmp_path, monkeypatch,
 
     def step(*args, **options):
         with monkeypatch.context() as patch:
-            patch.setattr(Reconstruction, "encode", recorded)
+            patch.setattr(TextReconstruction, "encode", recorded)
             return training_step(*args, **options)
 
     training_step = ReconstructionTrainer.training_step

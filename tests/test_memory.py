@@ -17,12 +17,15 @@ import anchorvec.training.memory
 from anchorvec.data.stage_inputs import LENGTH_SAMPLE
 from anchorvec.device import default_device
 from anchorvec.errors import AnchorvecError
-from anchorvec.objectives.reconstruction import Reconstruction
+from anchorvec.objectives.reconstruction import TextReconstruction
 from anchorvec.pipeline import build_base, load_training_data
 from anchorvec.recipe import load_recipe
+from anchorvec.run import Run
 from anchorvec.training.engine import ENOUGH_TOKENS
 from anchorvec.training.memory import ADAM_BYTES, free_memory, kept_bytes, tokens_that_fit
-from anchorvec.training.stages import pair_tokenizer, stage_one_objective, stage_two_model
+from anchorvec.training.stage import Stage
+from anchorvec.training.stage_one import pair_tokenizer, stage_one_objective
+from anchorvec.training.stage_two import stage_two_model
 from anchorvec.training.trainers import ReconstructionTrainer
 from conftest import make_model
 from test_reconstruction import assert_same_gradients, make_pairs
@@ -119,13 +122,12 @@ def setup(tmp_path):
         own = ["stage_one.micro_batch_tokens=null", "stage_two.micro_batch_tokens=null"]
         recipe = load_recipe("debug", [f"output={tmp_path / 'run'}", *own, *options])
         inputs = load_training_data(recipe)
-        base = tmp_path / "base"
-        if not base.exists():
-            build_base(recipe, base)
-        tokenize = pair_tokenizer(recipe, AutoTokenizer.from_pretrained(base))
-        _, one = stage_one_objective(recipe, base, inputs.reconstruction, tokenize)
-        _, two, _ = stage_two_model(recipe, base, inputs)
-        return one, two
+        run = Run(tmp_path)
+        if not run.base.exists():
+            build_base(recipe, run.base)
+        tokenize = pair_tokenizer(recipe, AutoTokenizer.from_pretrained(run.base))
+        _, one = stage_one_objective(Stage("stage_one", recipe, run, run.base, inputs), tokenize)
+        return one, stage_two_model(Stage("stage_two", recipe, run, run.base, inputs)).engine
 
     return engines
 
@@ -167,8 +169,9 @@ def test_a_padded_step_is_as_wide_as_the_longest_text(tmp_path, longest, cached)
             "stage_two.micro_batch_tokens=80",
         ],
     )
-    base = build_base(recipe, tmp_path / "base")
-    assert stage_two_model(recipe, base, load_training_data(recipe))[1].cached_gradients == cached
+    run = Run(tmp_path)
+    stage = Stage("stage_two", recipe, run, build_base(recipe, run.base), load_training_data(recipe))
+    assert stage_two_model(stage).engine.cached_gradients == cached
 
 
 def test_checkpointing_only_where_it_is_needed_or_asked_for(setup, monkeypatch):
@@ -182,7 +185,7 @@ def test_checkpointing_only_where_it_is_needed_or_asked_for(setup, monkeypatch):
     assert not setup("stage_one.gradient_checkpointing=false")[0].gradient_checkpointing
 
 
-class RunsOutOfMemory(Reconstruction):
+class RunsOutOfMemory(TextReconstruction):
     """Out of memory for more than `room` tokens at a time, as a GPU would be."""
 
     room = 0
@@ -210,7 +213,7 @@ def one_step(objective, folder, budget=1000):
 def test_out_of_memory_halves_the_budget_and_changes_nothing(tmp_path):
     """The step is done again in smaller micro-batches, with the same loss and gradient, and a warning."""
     start = make_model()
-    _, loss, expected = one_step(Reconstruction(copy.deepcopy(start)), tmp_path)
+    _, loss, expected = one_step(TextReconstruction(copy.deepcopy(start)), tmp_path)
     objective = RunsOutOfMemory(start)
     objective.room = 100
     with pytest.warns(UserWarning, match="out of memory: Stage I goes on with micro-batches of"):
@@ -223,7 +226,7 @@ def test_out_of_memory_halves_the_budget_and_changes_nothing(tmp_path):
 
 def test_the_exchange_gap_does_not_depend_on_the_cut(tmp_path):
     """Partners come from the whole step, so that pairs alone in their micro-batch have one too."""
-    gaps = [one_step(Reconstruction(make_model()), tmp_path, budget)[0].exchange for budget in (1, 60, 1000)]
+    gaps = [one_step(TextReconstruction(make_model()), tmp_path, budget)[0].exchange for budget in (1, 60, 1000)]
     assert gaps[0].keys() == {"exchange_query_to_document", "exchange_document_to_query"}
     for gap in gaps[:2]:
         assert gap == pytest.approx(gaps[2], abs=1e-5)  # sums are kept in fp32
@@ -231,7 +234,7 @@ def test_the_exchange_gap_does_not_depend_on_the_cut(tmp_path):
 
 def test_a_step_without_partners_has_no_gap(tmp_path):
     """The gap of an earlier step is not shown as that of a later one."""
-    trainer = one_step(Reconstruction(make_model()), tmp_path)[0]
+    trainer = one_step(TextReconstruction(make_model()), tmp_path)[0]
     assert trainer.exchange
     trainer.exchange_every = 1
     trainer.training_step(trainer.model, {"pairs": [make_pairs(1)[0]] * 2})
@@ -241,7 +244,7 @@ def test_a_step_without_partners_has_no_gap(tmp_path):
 @pytest.mark.parametrize(("alpha", "direction"), [(1.0, "query_to_document"), (0.0, "document_to_query")])
 def test_a_direction_that_is_off_is_neither_logged_nor_counted(tmp_path, alpha, direction):
     """With one direction alone there is one loss, one gap, and two passes' tokens."""
-    trainer = one_step(Reconstruction(make_model(), alpha=alpha), tmp_path)[0]
+    trainer = one_step(TextReconstruction(make_model(), alpha=alpha), tmp_path)[0]
     assert trainer.directions[0].keys() == {direction}
     assert trainer.exchange.keys() == {f"exchange_{direction}"}
     one, other = ("query", "document_targets") if alpha else ("document", "query_targets")
@@ -261,7 +264,7 @@ def test_memory_does_not_grow_with_vocabulary_times_length(vocab_size, monkeypat
     monkeypatch.setattr("anchorvec.model.head.HEAD_CHUNK_BYTES", {"cpu": 2**23})
     model, pairs = make_model(vocab_size=vocab_size).float(), make_pairs(10)
     targets = sum(len(p.query_targets) + len(p.document_targets) for p in pairs)
-    objective = Reconstruction(model)
+    objective = TextReconstruction(model)
     per_target, _ = kept_bytes(model, lambda n: (objective(pairs * n).loss, n * targets))
     assert 0 < per_target < 0.2 * 4 * vocab_size
 

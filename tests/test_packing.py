@@ -27,7 +27,7 @@ from anchorvec.model.loading import load_encoder
 from anchorvec.model.packing import packed_states, padded_states, reads_packed, unpad, use_packed_attention
 from anchorvec.objectives.contrastive import contrastive_loss
 from anchorvec.objectives.pairs import exchange_partners
-from anchorvec.objectives.reconstruction import Reconstruction
+from anchorvec.objectives.reconstruction import TextReconstruction
 from conftest import FAMILIES, make_model, make_tokenizer
 from test_reconstruction import assert_same_gradients, gradients, make_pairs
 
@@ -52,9 +52,9 @@ def test_loss_and_gradient_do_not_depend_on_packing(family, tied):
     """Packed and padded Stage I agree: value, and every parameter's gradient."""
     tolerance = 1e-5 if family.startswith("gemma") else 1e-10  # Gemma computes in fp32 inside
     model, pairs = make_model(family, tied=tied), make_pairs(8)
-    plain = Reconstruction(model)(pairs, exchange=exchange_partners(pairs))
+    plain = TextReconstruction(model)(pairs, exchange=exchange_partners(pairs))
     expected = gradients(model, plain.loss)
-    objective = Reconstruction(model, packed=True)
+    objective = TextReconstruction(model, packed=True)
     assert objective.packed
     packed = objective(pairs, exchange=exchange_partners(pairs))
     torch.testing.assert_close(packed.loss, plain.loss, rtol=tolerance, atol=0)
@@ -81,7 +81,7 @@ def test_a_window_shorter_than_a_text_is_kept():
 def test_checkpointed_activations_change_nothing():
     """Gradient checkpointing passes the packed lengths on when it computes again."""
     model, pairs = make_model().train(), make_pairs()
-    objective = Reconstruction(model, packed=True)
+    objective = TextReconstruction(model, packed=True)
     expected = gradients(model, objective(pairs).loss)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     assert_same_gradients(gradients(model, objective(pairs).loss), expected)
@@ -179,7 +179,7 @@ def test_a_packed_model_can_be_used_in_every_other_way(family):
             assert known.any()
             torch.testing.assert_close(found[known], wanted[known], atol=1e-6, rtol=1e-6)
         torch.testing.assert_close(
-            Reconstruction(model)(make_pairs()).loss, Reconstruction(make_model(family))(make_pairs()).loss
+            TextReconstruction(model)(make_pairs()).loss, TextReconstruction(make_model(family))(make_pairs()).loss
         )
 
 
@@ -293,7 +293,7 @@ def test_on_a_gpu_packed_equals_padded(family):
     found = []
     for packed in (False, True):
         with torch.autocast("cuda", torch.bfloat16):
-            objective = Reconstruction(model, packed=packed)
+            objective = TextReconstruction(model, packed=packed)
             loss = objective(pairs).loss
         assert objective.packed == (packed and family != "gemma2")  # there is no kernel with its soft cap
         found.append((loss, gradients(model, loss)))

@@ -19,7 +19,9 @@ def test_a_named_precision_is_taken_and_auto_is_stable():
     assert resolve_precision("auto") == resolve_precision("auto")
 
 
-@pytest.mark.parametrize("words", [[], ["stage_one.target=words", "stage_two.words_weight=1"]], ids=["text", "words"])
+@pytest.mark.parametrize(
+    "words", [[], ["stage_one.target=bag_of_words", "stage_two.bag_of_words_weight=1"]], ids=["text", "words"]
+)
 def test_bf16_training_keeps_fp32_weights(tmp_path, words):
     """Under bf16 autocast both stages train fp32 master weights, and updates below bf16's resolution survive (T9)."""
     small_steps = ["stage_one.learning_rate=1e-5", "stage_two.learning_rate=1e-5", "model.precision=bf16"]

@@ -10,11 +10,14 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import TrainingArguments
 
-from anchorvec.commands.quickstart import contrastive_alone, quickstart, steps_run, with_steps
+from anchorvec.commands.quickstart import contrastive_alone, quickstart
 from anchorvec.errors import AnchorvecError
-from anchorvec.pipeline import build_base, load_training_data
+from anchorvec.pipeline import build_base, load_training_data, with_steps
 from anchorvec.recipe import load_recipe
-from anchorvec.training.stages import train_stage_one, train_stage_two
+from anchorvec.run import Run
+from anchorvec.training.stage import Stage
+from anchorvec.training.stage_one import train_stage_one
+from anchorvec.training.stage_two import train_stage_two
 from anchorvec.training.trainers import ReconstructionTrainer
 
 
@@ -22,17 +25,14 @@ from anchorvec.training.trainers import ReconstructionTrainer
 def test_a_stage_lasts_until_its_deadline(tmp_path, stage):
     """It makes as many steps as fit, and its learning rate reaches 0 with the last of them, by the clock (T13)."""
     recipe = load_recipe("debug", [f"output={tmp_path / 'run'}", f"{stage}.steps=2", f"{stage}.warmup_steps=0"])
-    start = build_base(recipe, tmp_path / "base")
-    pairs = load_training_data(recipe)
+    run = Run(tmp_path / "run")
+    start = build_base(recipe, run.base)
+    inputs = load_training_data(recipe)
     records = []
-    began = time.monotonic()
-    options = {"deadline": began + 6, "on_log": records.append}
-    if stage == "stage_one":
-        train_stage_one(recipe, start, tmp_path / "run" / stage, pairs, **options)
-    else:
-        train_stage_two(recipe, start, tmp_path / "run" / stage, pairs, **options)
+    train_stage = train_stage_one if stage == "stage_one" else train_stage_two
+    train_stage(Stage(stage, recipe, run, start, inputs, time.monotonic() + 6, records.append))
     assert records[-1]["step"] > 2  # more than the recipe's
-    assert steps_run(tmp_path / "run" / "log.jsonl") == {stage: records[-1]["step"]}
+    assert run.steps() == {stage: records[-1]["step"]}
     rates = [record["learning_rate"] for record in records]
     assert rates == sorted(rates, reverse=True)
     assert rates[-1] < 0.3 * getattr(recipe, stage).learning_rate
@@ -70,11 +70,12 @@ def test_the_learning_rate_follows_the_clock(monkeypatch, tmp_path, schedule, at
 def test_a_stage_whose_time_is_over_makes_one_step(tmp_path):
     """A folder is there to go on from, however long the set-up took; its learning rate has reached 0 (T13)."""
     recipe = load_recipe("debug", [f"output={tmp_path / 'run'}"])
-    start = build_base(recipe, tmp_path / "base")
-    folder = train_stage_one(recipe, start, tmp_path / "run" / "stage_one", load_training_data(recipe), deadline=0.0)
+    run = Run(tmp_path / "run")
+    start = build_base(recipe, run.base)
+    folder = train_stage_one(Stage("stage_one", recipe, run, start, load_training_data(recipe), deadline=0.0))
     before, after = (load_file(stage / "model.safetensors") for stage in (start, folder))
     assert all(torch.equal(after[name], weights) for name, weights in before.items())
-    assert steps_run(tmp_path / "run" / "log.jsonl") == {"stage_one": 1}
+    assert run.steps() == {"stage_one": 1}
 
 
 def test_the_saved_recipe_has_the_steps_that_were_made():
@@ -90,9 +91,9 @@ def test_the_contrastive_arm_has_no_words():
     recipe = load_recipe("quickstart")
     alone = contrastive_alone(recipe)
     assert recipe.stage_one is not None
-    assert recipe.stage_two.words_weight > 0
+    assert recipe.stage_two.bag_of_words_weight > 0
     assert alone.stage_one is None
-    assert alone.stage_two == recipe.stage_two.model_copy(update={"words_weight": 0.0})
+    assert alone.stage_two == recipe.stage_two.model_copy(update={"bag_of_words_weight": 0.0})
     assert (alone.model, alone.data) == (recipe.model, recipe.data)
     with pytest.raises(AnchorvecError, match="both stages are off"):
         contrastive_alone(recipe.model_copy(update={"stage_two": None}))
@@ -120,7 +121,7 @@ def test_steps_that_ran_are_read_from_the_log(tmp_path):
     log.write_text(
         '{"stage": "stage_one", "step": 1}\n{"stage": "stage_one", "step": 2}\n{"stage": "stage_two", "step": 9}\n'
     )
-    assert steps_run(log) == {"stage_one": 2, "stage_two": 9}
+    assert Run(tmp_path).steps() == {"stage_one": 2, "stage_two": 9}
 
 
 @pytest.mark.slow

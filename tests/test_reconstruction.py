@@ -11,7 +11,7 @@ from anchorvec.data.tokens import PairTokenizer
 from anchorvec.model.end import with_end
 from anchorvec.model.head import output_head
 from anchorvec.objectives.pairs import TokenPair, exchange_partners, micro_batches
-from anchorvec.objectives.reconstruction import Reconstruction
+from anchorvec.objectives.reconstruction import TextReconstruction
 from conftest import FAMILIES, make_model, make_tokenizer
 
 
@@ -68,7 +68,7 @@ def test_equals_the_formulas(family, tied):
     model, pairs = make_model(family, tied=tied), make_pairs()
     expected = plain_loss(model, pairs, alpha=0.2)
     expected_gradients = gradients(model, expected)
-    out = Reconstruction(model, alpha=0.2)(pairs)
+    out = TextReconstruction(model, alpha=0.2)(pairs)
     torch.testing.assert_close(out.loss, expected, rtol=tolerance, atol=0)
     assert_same_gradients(gradients(model, out.loss), expected_gradients, tolerance)
 
@@ -77,7 +77,7 @@ def test_equals_the_formulas(family, tied):
 def test_one_direction_alone(alpha):
     """Alpha 1 trains query-to-document alone, alpha 0 document-to-query alone."""
     model, pairs = make_model(), make_pairs()
-    out = Reconstruction(model, alpha=alpha)(pairs)
+    out = TextReconstruction(model, alpha=alpha)(pairs)
     torch.testing.assert_close(out.loss, plain_loss(model, pairs, alpha), rtol=1e-12, atol=0)
     assert (out.query_to_document == 0) == (alpha == 0)
     assert (out.document_to_query == 0) == (alpha == 1)
@@ -87,7 +87,7 @@ def test_one_direction_alone(alpha):
 def test_any_cut_gives_the_same_gradient(budget):
     """The micro-batch budget and the order of the pairs change neither loss nor gradient."""
     model, pairs = make_model(tied=False), make_pairs(8)
-    objective = Reconstruction(model)
+    objective = TextReconstruction(model)
     whole = objective(pairs).loss
     expected = gradients(model, whole)
     counts = {
@@ -105,10 +105,10 @@ def test_any_cut_gives_the_same_gradient(budget):
 def test_logit_chunks_change_nothing(monkeypatch):
     """Projecting the targets in small checkpointed chunks gives the same loss and gradient."""
     model, pairs = make_model("gemma2", tied=False), make_pairs()
-    expected = Reconstruction(model)(pairs).loss
+    expected = TextReconstruction(model)(pairs).loss
     expected_gradients = gradients(model, expected)
     monkeypatch.setattr("anchorvec.model.head.HEAD_CHUNK_BYTES", {"cpu": 3 * 4 * 260})
-    loss = Reconstruction(model)(pairs).loss
+    loss = TextReconstruction(model)(pairs).loss
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
     assert_same_gradients(gradients(model, loss), expected_gradients)
 
@@ -125,7 +125,7 @@ def test_output_head_is_the_models_own(family):
 def test_first_token_depends_on_the_embedding():
     """The first content token is predicted from the embedding, and its gradient reaches the encoding pass (T4)."""
     model = make_model()
-    objective = Reconstruction(model)
+    objective = TextReconstruction(model)
     embeddings = objective.encode([[7, 8, 9, 0], [7, 30, 0]])
     first = objective.decode(embeddings[:1], [[11]])
     assert first != objective.decode(embeddings[1:], [[11]])
@@ -138,7 +138,7 @@ def test_first_token_depends_on_the_embedding():
 
 def test_exchange_rises_above_zero_only_when_embeddings_matter():
     """Equal embeddings exchange without effect; different ones change the loss."""
-    objective = Reconstruction(make_model())
+    objective = TextReconstruction(make_model())
     pairs = make_pairs(4)
     out = objective(pairs, exchange=exchange_partners(pairs))
     assert out.exchanged_query_to_document != out.query_to_document
@@ -151,7 +151,7 @@ def test_exchange_rises_above_zero_only_when_embeddings_matter():
 @pytest.mark.parametrize("alpha", [0.0, 0.2, 1.0])
 def test_the_exchanged_loss_is_that_of_the_partners_embeddings(alpha):
     """Each text of a pair is written from the embedding of its partner's other text."""
-    objective, pairs = Reconstruction(make_model(), alpha=alpha), make_pairs(4)
+    objective, pairs = TextReconstruction(make_model(), alpha=alpha), make_pairs(4)
     partners = exchange_partners(pairs)
     out = objective(pairs, exchange=partners)
     if alpha > 0:

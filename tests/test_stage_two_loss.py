@@ -71,7 +71,7 @@ def test_equals_the_formula(base, expected, dtype, tolerance, negatives, micro_b
         temperature=TEMPERATURE,
         packed=packed,
         micro_batch_tokens=micro_batch_tokens,
-        words=bag,
+        bag_of_words=bag,
     )
     loss.backward()
     assert loss.item() == pytest.approx(value.item(), rel=tolerance, abs=0)

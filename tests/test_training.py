@@ -18,7 +18,7 @@ from anchorvec.errors import AnchorvecError
 from anchorvec.exporting.folder import export
 from anchorvec.model.loading import load_model
 from anchorvec.objectives.contrastive import contrastive_loss
-from anchorvec.objectives.reconstruction import Reconstruction
+from anchorvec.objectives.reconstruction import TextReconstruction
 from anchorvec.pipeline import stored_prompts, train
 from anchorvec.recipe import load_recipe
 from anchorvec.training.trainers import ReconstructionTrainer
@@ -146,7 +146,7 @@ def test_the_micro_batch_budget_does_not_change_training(tmp_path):
     for budget in (30, 100, 100_000):
         model = copy.deepcopy(start)
         trainer = ReconstructionTrainer(
-            model=Reconstruction(model),
+            model=TextReconstruction(model),
             args=TrainingArguments(
                 output_dir=str(tmp_path),
                 max_steps=5,
@@ -176,7 +176,7 @@ def test_training_on_packed_and_on_padded_texts_is_the_same(tmp_path):
     for attention in ("auto", "sdpa"):
         output = tmp_path / attention
         options = [f"model.attention={attention}", "stage_one.log_every=1", "stage_two.log_every=1"]
-        options += ["stage_two.words_weight=0.5", "model.precision=fp32"]  # bf16 would round 1e-3 off
+        options += ["stage_two.bag_of_words_weight=0.5", "model.precision=fp32"]  # bf16 would round 1e-3 off
         train(load_recipe("debug", [f"output={output}", *QUICK, *options]))
         records = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
         losses[attention] = [record["loss"] for record in records]
@@ -193,7 +193,7 @@ def test_a_step_that_fits_goes_without_cached_gradients(tmp_path, monkeypatch, a
         asked.append(options["micro_batch_tokens"])
         return contrastive_loss(model, **options)
 
-    monkeypatch.setattr("anchorvec.training.stages.contrastive_loss", recorded)
+    monkeypatch.setattr("anchorvec.training.stage_two.contrastive_loss", recorded)
     options = ["stage_one=null", f"model.attention={attention}", f"stage_two.micro_batch_tokens={tokens}"]
     train(load_recipe("debug", [f"output={tmp_path / 'run'}", *QUICK[1::2], *options]))
     assert asked == [cached]
@@ -316,7 +316,7 @@ def test_stage_one_learns_to_write_documents_back(tmp_path):
 def test_one_batch_overfits():
     """Adam on a single batch drives the loss towards zero: the embeddings carry whole texts."""
     model, pairs = make_model().float().train(), make_pairs(4)
-    objective = Reconstruction(model, alpha=0.5)
+    objective = TextReconstruction(model, alpha=0.5)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for _ in range(150):
         loss = objective(pairs).loss

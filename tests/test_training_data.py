@@ -14,7 +14,10 @@ from anchorvec.errors import AnchorvecError
 from anchorvec.model.packing import token_ids
 from anchorvec.pipeline import build_base, load_training_data, train
 from anchorvec.recipe import load_recipe
-from anchorvec.training.stages import train_stage_one, train_stage_two
+from anchorvec.run import Run
+from anchorvec.training.stage import Stage
+from anchorvec.training.stage_one import train_stage_one
+from anchorvec.training.stage_two import train_stage_two
 from anchorvec.training.trainers import ContrastiveTrainer, ReconstructionTrainer
 from conftest import write_rows
 from test_training import QUICK
@@ -136,9 +139,9 @@ def test_texts_stay_on_disk_and_are_hashed_once(tmp_path, monkeypatch):
     assert inputs.hashes["long"].nbytes == 8 * 3 * 1.5 * n
     assert pyarrow.total_allocated_bytes() - before < 50 * n  # which rows are drawn, for each stage
     assert sorted(hashed) == sorted(text for row in rows for text in (row["query"], row["positive"], *row["negatives"]))
-    start = build_base(recipe, tmp_path / "run" / "base")
-    one = train_stage_one(recipe, start, tmp_path / "run" / "stage_one", inputs)
-    train_stage_two(recipe, one, tmp_path / "run" / "stage_two", inputs)
+    run = Run(tmp_path / "run")
+    one = train_stage_one(Stage("stage_one", recipe, run, build_base(recipe, run.base), inputs))
+    train_stage_two(Stage("stage_two", recipe, run, one, inputs))
     assert len(hashed) == 2.5 * n
     assert inputs.contrastive["long"][0].keys() == {"query", "positive", "negative_1"}
     assert [path.suffix for path in (tmp_path / "cache").rglob("*") if path.is_file()] == [".arrow"]

@@ -35,7 +35,13 @@ def data(tmp_path):
 @pytest.mark.wires("model.precision")
 def test_bf16_is_the_arithmetic_and_not_the_weights(tmp_path, data, texts_run, words_run):
     """Linear layers give bf16 where that is asked for, fp32 else; what is trained and saved is fp32 either way."""
-    values = {**data, **SHORT, "model.precision": "bf16", "stage_two.lora": {"r": 2}, "stage_two.words_weight": 0.5}
+    values = {
+        **data,
+        **SHORT,
+        "model.precision": "bf16",
+        "stage_two.lora": {"r": 2},
+        "stage_two.bag_of_words_weight": 0.5,
+    }
     run = train(tmp_path / "run", values)
     for stage in STAGES:
         assert run.stages[stage].linear_dtypes == {torch.bfloat16}
@@ -221,7 +227,7 @@ def test_each_model_of_a_run_is_scored_on_what_the_recipe_names(tmp_path, data, 
 
 @pytest.mark.wires("steps", "pairs_per_step", "micro_batch_tokens", "gradient_checkpointing", of=STAGES)
 @pytest.mark.wires("stage_one.alpha", "stage_one.target", "stage_one.max_target_tokens", "stage_one.end_token_target")
-@pytest.mark.wires("stage_two.negatives", "stage_two.words_weight", "stage_two.in_batch_negatives")
+@pytest.mark.wires("stage_two.negatives", "stage_two.bag_of_words_weight", "stage_two.in_batch_negatives")
 @pytest.mark.wires("stage_two.lora", "stage_two.lora.r", "data.max_tokens", "seed")
 @pytest.mark.parametrize("name", ["texts_run", "words_run"])
 def test_a_plan_counts_what_the_run_did(name, request):
@@ -231,7 +237,7 @@ def test_a_plan_counts_what_the_run_did(name, request):
     plan = anchorvec.plan(recipe({"stage_two.in_batch_negatives": "similar", **values}))
     assert plan.rows == {"plain": 8, "hard": 8}
     assert plan.rows_with_negatives == {"plain": 0, "hard": 4}
-    assert (plan.target, plan.words_weight) == (values["stage_one.target"], values["stage_two.words_weight"])
+    assert (plan.target, plan.words_weight) == (values["stage_one.target"], values["stage_two.bag_of_words_weight"])
     assert plan.in_batch_negatives == "similar"
     for stage in STAGES:
         assert plan.trained_parameters[stage] == sum(w.numel() for w in run.stages[stage].start.values())

@@ -69,7 +69,7 @@ def followed(request):
 
 @pytest.mark.wires("steps", "pairs_per_step", "log_every", of=("stage_one", "stage_two"))
 @pytest.mark.wires("stage_one.alpha", "stage_one.target", "stage_one.end_token_target", "stage_one.max_target_tokens")
-@pytest.mark.wires("stage_two.temperature", "stage_two.words_weight")
+@pytest.mark.wires("stage_two.temperature", "stage_two.bag_of_words_weight")
 def test_the_log_has_the_losses_of_the_formula(followed):
     """Of the first step, each `log_every`-th and the last: the mean since the record before, and its parts."""
     steps, every = followed.values["steps"], followed.values["log_every"]
@@ -159,8 +159,8 @@ CHANGES = [
     ("texts_run", "stage_one", "stage_one.target", "words"),
     ("texts_run", "stage_one", "data.max_tokens", None),
     ("texts_run", "stage_two", "stage_two.temperature", 0.05),
-    ("texts_run", "stage_two", "stage_two.words_weight", 0),
-    ("texts_run", "stage_two", "stage_two.words_weight", 1),
+    ("texts_run", "stage_two", "stage_two.bag_of_words_weight", 0),
+    ("texts_run", "stage_two", "stage_two.bag_of_words_weight", 1),
     ("texts_run", "stage_two", "data.max_tokens", None),
     ("texts_run", "stage_two", "seed", 0),
     ("words_run", "stage_one", "stage_one.alpha", 0.2),
@@ -170,13 +170,13 @@ CHANGES = [
     ("words_run", "stage_one", "seed", 0),
     ("words_run", "stage_two", "model.end", "token"),
     ("words_run", "stage_two", "stage_two.temperature", 0.05),
-    ("words_run", "stage_two", "stage_two.words_weight", 0.3),
+    ("words_run", "stage_two", "stage_two.bag_of_words_weight", 0.3),
 ]
 
 
 @pytest.mark.wires("model.end.before", "model.end.after", "data.max_tokens")
 @pytest.mark.wires("stage_one.alpha", "stage_one.target", "stage_one.end_token_target", "stage_one.max_target_tokens")
-@pytest.mark.wires("stage_two.temperature", "stage_two.words_weight", "seed")
+@pytest.mark.wires("stage_two.temperature", "stage_two.bag_of_words_weight", "seed")
 @pytest.mark.parametrize(("run", "stage", "key", "other"), CHANGES)
 def test_another_value_would_give_another_loss(run, stage, key, other, request):
     """The first loss of a stage is that of the recipe's value, and not that of the key's default or a near value."""

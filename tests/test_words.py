@@ -5,17 +5,23 @@ import math
 import pytest
 import torch
 
-from anchorvec.objectives.bag_of_words import WordLoss
+from anchorvec.objectives.bag_of_words import BagOfWordsLoss, BagOfWordsReconstruction
 from anchorvec.objectives.pairs import exchange_partners, micro_batches
-from anchorvec.objectives.reconstruction import Reconstruction
 from conftest import make_model
 from test_reconstruction import assert_same_gradients, gradients, make_pairs
+
+
+def make_objective(model, bag_of_words, alpha=0.2):
+    """The objective of Stage I with this loss, texts packed."""
+    objective = BagOfWordsReconstruction(model, alpha=alpha, packed=True)
+    objective.bag_of_words = bag_of_words
+    return objective
 
 
 def make_word_loss(model, pairs, origin=None):
     """The loss whose candidates are the texts of `pairs`."""
     queries, documents = [p.query_targets for p in pairs], [p.document_targets for p in pairs]
-    return WordLoss(model.get_input_embeddings().weight, queries, documents, origin=origin)
+    return BagOfWordsLoss(model.get_input_embeddings().weight, queries, documents, origin=origin)
 
 
 def plain_vectors(embeddings, texts, sample):
@@ -67,7 +73,7 @@ def test_equals_the_formulas(alpha):
     origin = torch.randn(model.config.hidden_size, dtype=torch.float64)
     expected = plain_loss(model, pairs[:6], sample, alpha, origin)
     expected_gradients = gradients(model, expected)
-    objective = Reconstruction(model, alpha=alpha, packed=True, words=make_word_loss(model, sample, origin))
+    objective = make_objective(model, make_word_loss(model, sample, origin), alpha=alpha)
     out = objective(pairs[:6])
     torch.testing.assert_close(out.loss, expected, rtol=1e-9, atol=0)
     assert_same_gradients(gradients(model, out.loss), expected_gradients, tolerance=1e-8)
@@ -79,7 +85,7 @@ def test_equals_the_formulas(alpha):
 def test_any_cut_gives_the_same_gradient(budget):
     """The micro-batch budget changes nothing, and only what is read counts against it."""
     model, pairs = make_model(), make_pairs(8)
-    objective = Reconstruction(model, packed=True, words=make_word_loss(model, pairs))
+    objective = make_objective(model, make_word_loss(model, pairs))
     whole = objective(pairs).loss
     expected = gradients(model, whole)
     cut = micro_batches(pairs, budget, **objective.cut)
@@ -93,12 +99,12 @@ def test_a_word_of_all_texts_weighs_nothing():
     """A text of such words has no vector: it has no loss, and is no candidate."""
     model = make_model()
     queries, documents = [[9, 10], [9, 11], [9, 12, 12], [9]], [[9, 13], [9, 14], [9, 15], [9, 16]]
-    word_loss = WordLoss(model.get_input_embeddings().weight, queries, documents)
+    word_loss = BagOfWordsLoss(model.get_input_embeddings().weight, queries, documents)
     assert word_loss.weights[9] == 0
     assert word_loss.weights[12].item() == pytest.approx(math.log(4))
-    vectors = word_loss.word_vectors([[9], [9, 10], [10], []])
+    vectors = word_loss.vectors([[9], [9, 10], [10], []])
     assert vectors.norm(dim=1).tolist() == pytest.approx([0, 1, 1, 0])
-    assert word_loss.word_vectors([]).shape == (0, vectors.shape[1])
+    assert word_loss.vectors([]).shape == (0, vectors.shape[1])
     torch.testing.assert_close(vectors[1], vectors[2])
     e = torch.randn(2, vectors.shape[1], dtype=torch.float64)
     assert word_loss(e, [[13], [13]], [[9], []], to="query").tolist() == [0, 0]
@@ -110,13 +116,13 @@ def test_what_is_also_right_is_no_candidate():
     """A candidate with the same words, the text that was read, or the partner of a text with its words (T16)."""
     model = make_model()
     queries, documents = [[10, 11], [11, 10], [12, 13], [14, 15]], [[20], [21], [22], [23]]
-    word_loss = WordLoss(model.get_input_embeddings().weight, queries, documents)
-    e = word_loss.word_vectors([[10, 11]])
-    scores = (e @ word_loss.word_vectors([[10, 11], [12, 13], [14, 15]]).T)[0] / 0.05
+    word_loss = BagOfWordsLoss(model.get_input_embeddings().weight, queries, documents)
+    e = word_loss.vectors([[10, 11]])
+    scores = (e @ word_loss.vectors([[10, 11], [12, 13], [14, 15]]).T)[0] / 0.05
     torch.testing.assert_close(word_loss(e, [[20]], [[10, 11]], to="query")[0], -scores.log_softmax(0)[0])
-    scores = (e @ word_loss.word_vectors([[20], [22], [23]]).T)[0] / 0.05  # [21] answers the same query
+    scores = (e @ word_loss.vectors([[20], [22], [23]]).T)[0] / 0.05  # [21] answers the same query
     torch.testing.assert_close(word_loss(e, [[10, 11]], [[20]], to="document")[0], -scores.log_softmax(0)[0])
-    scores = (e @ word_loss.word_vectors([[20], [21], [23]]).T)[0] / 0.05  # [22] itself was read, as a query
+    scores = (e @ word_loss.vectors([[20], [21], [23]]).T)[0] / 0.05  # [22] itself was read, as a query
     torch.testing.assert_close(word_loss(e, [[22]], [[20]], to="document")[0], -scores.log_softmax(0)[0])
 
 
@@ -127,13 +133,13 @@ def test_what_is_also_right_is_no_candidate():
 def test_a_sample_without_two_texts_is_refused(queries, documents):
     """One pair, columns of different length, one word, or one side whose words are those of all its texts."""
     with pytest.raises(ValueError, match="sample"):
-        WordLoss(make_model().get_input_embeddings().weight, queries, documents)
+        BagOfWordsLoss(make_model().get_input_embeddings().weight, queries, documents)
 
 
 def test_words_under_autocast():
     """In bf16 the embeddings are rounded; the words' vectors and the loss are fp32."""
     model, pairs = make_model().float(), make_pairs(8)
-    objective = Reconstruction(model, packed=True, words=make_word_loss(model, pairs))
+    objective = make_objective(model, make_word_loss(model, pairs))
     expected = objective(pairs).loss
     with torch.autocast("cpu", torch.bfloat16):
         found = objective(pairs).loss
@@ -145,10 +151,10 @@ def test_training_does_not_move_the_candidates():
     """The words' vectors are made of the token embeddings that the stage started with."""
     model, pairs = make_model(), make_pairs()
     word_loss = make_word_loss(model, pairs)
-    before = word_loss.word_vectors([[10, 11]])
+    before = word_loss.vectors([[10, 11]])
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(-1)
-    torch.testing.assert_close(word_loss.word_vectors([[10, 11]]), before)
+    torch.testing.assert_close(word_loss.vectors([[10, 11]]), before)
     assert not list(word_loss.parameters())
     assert not word_loss.state_dict()
 
@@ -157,8 +163,8 @@ def test_exchanged_embeddings_tell_less():
     """An embedding that says its own words has a lower loss with them than with another pair's."""
     model, pairs = make_model(), make_pairs()
     word_loss = make_word_loss(model, pairs)
-    objective = Reconstruction(model, words=word_loss)
-    told = word_loss.word_vectors([p.document_targets for p in pairs] + [p.query_targets for p in pairs])
+    objective = make_objective(model, word_loss)
+    told = word_loss.vectors([p.document_targets for p in pairs] + [p.query_targets for p in pairs])
     objective.encode = lambda texts: told
     own = objective(pairs)
     objective.encode = lambda texts: told if texts[0] == pairs[0].query else told.roll(1, 0)

@@ -14,7 +14,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from anchorvec.commands.decode import decode
 from anchorvec.commands.plan import plan
 from anchorvec.errors import AnchorvecError
-from anchorvec.objectives.bag_of_words import WordLoss
+from anchorvec.objectives.bag_of_words import BagOfWordsLoss
 from anchorvec.pipeline import train
 from anchorvec.recipe import load_recipe
 from conftest import make_model, make_tokenizer
@@ -24,18 +24,18 @@ QUICK = ["stage_one.steps=3", "stage_two.steps=3", "stage_one.warmup_steps=1", "
 
 def test_words_in_place_of_texts(tmp_path):
     """Stage I with words as its target learns, logs both directions with their gaps, and reads half the passes."""
-    words = [*QUICK, "stage_one.steps=12", "stage_one.target=words", "stage_one.log_every=1", "stage_two=null"]
+    words = [*QUICK, "stage_one.steps=12", "stage_one.target=bag_of_words", "stage_one.log_every=1", "stage_two=null"]
     train(load_recipe("debug", [f"output={tmp_path / 'run'}", *words]))
     records = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert records[-1]["loss"] < records[0]["loss"]
     assert records[-1]["exchange_query_to_document"] > 0
     texts = plan(load_recipe("debug", QUICK))
-    told = plan(load_recipe("debug", [*QUICK, "stage_one.target=words"]))
+    told = plan(load_recipe("debug", [*QUICK, "stage_one.target=bag_of_words"]))
     assert told.tokens["stage_one"] < 0.8 * texts.tokens["stage_one"]
     assert told.pairs[0].document_written == texts.pairs[0].document_written[:-1]  # the end token is no word
     without = plan(load_recipe("debug", [*QUICK[1::2], "stage_one=null"]))
-    assert (texts.target, told.target, without.target) == ("text", "words", None)
-    beside = plan(load_recipe("debug", [*QUICK[1::2], "stage_one=null", "stage_two.words_weight=1"]))
+    assert (texts.target, told.target, without.target) == ("text", "bag_of_words", None)
+    beside = plan(load_recipe("debug", [*QUICK[1::2], "stage_one=null", "stage_two.bag_of_words_weight=1"]))
     assert (beside.target, beside.pairs) == ("words", told.pairs)
     quick = plan(load_recipe("quickstart", [*QUICK[1::2], "model.base=tiny", "data.train=[{path: 'builtin:debug'}]"]))
     console = Console(width=200)
@@ -48,7 +48,7 @@ def test_words_in_place_of_texts(tmp_path):
 def test_an_untied_head_is_not_trained_by_words(tmp_path, save_base):
     """Nothing is written, so the LM head stays what it was, weight decay or not; the token embeddings learn."""
     base = save_base(make_model(tied=False), make_tokenizer())
-    options = [f"model.base={base}", "stage_one.target=words", "stage_one.weight_decay=0.1", "stage_two=null"]
+    options = [f"model.base={base}", "stage_one.target=bag_of_words", "stage_one.weight_decay=0.1", "stage_two=null"]
     train(load_recipe("debug", [f"output={tmp_path / 'run'}", *QUICK[::2], *options]))
     before, after = (load_file(tmp_path / "run" / name / "model.safetensors") for name in ("base", "stage_one"))
     assert torch.equal(after["lm_head.weight"], before["lm_head.weight"])
@@ -68,15 +68,20 @@ def test_prompts_and_ends_are_no_words(tmp_path, monkeypatch):
         {"path": str(tmp_path / "two.jsonl"), "instruction": "what is ", "document_instruction": "text "},
     ]
     options = ["data.train=" + json.dumps(sources), "model.end={before: '<', after: '>'}", "stage_one=null"]
-    options += [*QUICK[1::2], "stage_two.pairs_per_step=4", "stage_two.words_weight=1", "stage_two.log_every=1"]
+    options += [
+        *QUICK[1::2],
+        "stage_two.pairs_per_step=4",
+        "stage_two.bag_of_words_weight=1",
+        "stage_two.log_every=1",
+    ]
     told = []
-    forward = WordLoss.forward
+    forward = BagOfWordsLoss.forward
 
     def recorded(self, embeddings, read, words, *, to):
         told.extend(zip(read, words, strict=True))
         return forward(self, embeddings, read, words, to=to)
 
-    monkeypatch.setattr(WordLoss, "forward", recorded)
+    monkeypatch.setattr(BagOfWordsLoss, "forward", recorded)
     run = tmp_path / "run"
     train(load_recipe("debug", [f"output={run}", *options]))
     tokenizer = SentenceTransformer(str(run / "base"), device="cpu").tokenizer
@@ -105,18 +110,18 @@ def test_the_words_of_a_step_are_those_of_its_candidates(tmp_path, save_base, mo
     assert tokenizer.tokenize("find: alpha")[-1] != tokenizer.tokenize("alpha")[0]
     base = save_base(make_model(vocab_size=len(tokenizer)), tokenizer)
     found = []
-    forward = WordLoss.forward
+    forward = BagOfWordsLoss.forward
 
     def recorded(self, embeddings, read, told, *, to):
         candidates = self.document_candidates if to == "document" else self.query_candidates
-        found.extend((self.word_vectors(told) @ candidates.T).amax(dim=1).tolist())
+        found.extend((self.vectors(told) @ candidates.T).amax(dim=1).tolist())
         return forward(self, embeddings, read, told, to=to)
 
-    monkeypatch.setattr(WordLoss, "forward", recorded)
+    monkeypatch.setattr(BagOfWordsLoss, "forward", recorded)
     limit = "data.max_tokens=8"
     assert max(len(tokenizer("find: " + pair["query"])["input_ids"]) for pair in pairs) > 8
     data = json.dumps([{"path": str(tmp_path / "pairs.jsonl"), "instruction": "find: "}])
-    for name, on in [("one", "stage_one.target=words"), ("two", "stage_two.words_weight=1")]:
+    for name, on in [("one", "stage_one.target=bag_of_words"), ("two", "stage_two.bag_of_words_weight=1")]:
         off = "stage_two=null" if name == "one" else "stage_one=null"
         steps = [step for step in QUICK if not step.startswith(off.removesuffix("=null"))]
         train(
@@ -134,7 +139,7 @@ def test_a_cut_step_of_stage_two_trains_the_same(tmp_path):
     losses = []
     for tokens in (9_999, 128):
         output = tmp_path / str(tokens)
-        options = ["stage_one=null", "stage_two.words_weight=0.5", "stage_two.in_batch_negatives=similar"]
+        options = ["stage_one=null", "stage_two.bag_of_words_weight=0.5", "stage_two.in_batch_negatives=similar"]
         options += [
             "data.train.0.instruction='Find: '",
             f"stage_two.micro_batch_tokens={tokens}",
@@ -152,7 +157,7 @@ def test_a_cut_step_of_stage_two_trains_the_same(tmp_path):
 
 def test_a_folder_that_tells_words_does_not_promise_to_write(tmp_path):
     """Its card says so, and `decode` warns."""
-    words = [*QUICK[::2], "stage_one.target=words", "stage_two=null"]
+    words = [*QUICK[::2], "stage_one.target=bag_of_words", "stage_two=null"]
     train(load_recipe("debug", [f"output={tmp_path / 'run'}", *words]))
     card = (tmp_path / "run" / "model" / "README.md").read_text()
     assert "not trained to write" in card
@@ -171,4 +176,6 @@ def test_words_need_two_pairs(tmp_path):
     (tmp_path / "one.jsonl").write_text(json.dumps({"query": "a", "positive": "b"}))
     options = [f"data.train=[{{path: {tmp_path / 'one.jsonl'}}}]", "stage_one.pairs_per_step=1", "stage_two=null"]
     with pytest.raises(AnchorvecError, match=r"data\.train.*give more pairs"):
-        train(load_recipe("debug", [f"output={tmp_path / 'run'}", *QUICK[::2], *options, "stage_one.target=words"]))
+        train(
+            load_recipe("debug", [f"output={tmp_path / 'run'}", *QUICK[::2], *options, "stage_one.target=bag_of_words"])
+        )

@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from anchorvec.model.working_weights import WorkingWeights
-from anchorvec.objectives.reconstruction import Reconstruction
+from anchorvec.objectives.reconstruction import TextReconstruction
 from conftest import make_model
 from test_reconstruction import make_pairs
 
@@ -19,7 +19,7 @@ def test_cast_once_is_autocast(tied):
     found = []
     for cast_once in (False, True):
         model = make_model(tied=tied).float().train()
-        objective = Reconstruction(model, packed=True)
+        objective = TextReconstruction(model, packed=True)
         working = WorkingWeights(objective) if cast_once else None
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         losses = []

@@ -73,7 +73,7 @@ TEXTS: Values = {
     "stage_two.log_every": 2,
     "stage_two.temperature": 0.2,
     "stage_two.lora": None,
-    "stage_two.words_weight": 0.3,
+    "stage_two.bag_of_words_weight": 0.3,
     "stage_two.negatives": 2,
     "stage_two.micro_batch_tokens": 130,
 }
@@ -87,7 +87,7 @@ WORDS: Values = {
     "model.precision": "fp32",
     "model.attention": "eager",
     "data.max_tokens": 40,
-    "stage_one.target": "words",
+    "stage_one.target": "bag_of_words",
     "stage_one.steps": 5,
     "stage_one.pairs_per_step": 4,
     "stage_one.learning_rate": 2e-3,
@@ -110,7 +110,7 @@ WORDS: Values = {
     "stage_two.log_every": 4,
     "stage_two.temperature": 0.1,
     "stage_two.lora": {"r": 3, "alpha": 5, "dropout": 0.0},
-    "stage_two.words_weight": 0,
+    "stage_two.bag_of_words_weight": 0,
     "stage_two.negatives": 3,
     "stage_two.micro_batch_tokens": None,
 }
@@ -179,7 +179,7 @@ class Expected:
         return [partial(formulas.words_loss, model, pairs, alpha, words) for pairs in steps]
 
     def _stage_two(self, model: nn.Module) -> Losses:
-        weight, negatives = self.values["stage_two.words_weight"], self.values["stage_two.negatives"]
+        weight, negatives = self.values["stage_two.bag_of_words_weight"], self.values["stage_two.negatives"]
         pair = partial(self.pair, most=None, end=None)
         words = self._words(model, pair) if weight else None
         found: Losses = []

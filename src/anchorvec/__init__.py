@@ -38,6 +38,7 @@ __all__ = [
 _HOMES = {
     "Recipe": "recipe",
     "Reconstruction": "objectives.reconstruction",
+    "TextReconstruction": "objectives.reconstruction",
     "build_embedder": "model.embedder",
     "decode": "commands.decode",
     "evaluate": "evaluation",

@@ -1,13 +1,16 @@
-"""Runs a recipe: from a base model to a folder per stage, scores, and an export.
+"""Runs a recipe: from a base model to a folder per stage, scores, and an export, within steps or within a time.
 
-A run folder holds `recipe.yaml` (resolved), `run.json` (versions, device, data), and `base/`, `stage_one/`,
-`stage_two/`: embedder folders, each the start of the next. Both stages go through transformers' Trainer.
+`train`, `quickstart` and the benchmarks' trials are this pipeline with a recipe and a budget; `plan` is it up to the
+first step. Both stages go through transformers' Trainer.
 """
 
+import math
 import platform
 import shutil
+import sys
+import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,89 +23,186 @@ from anchorvec.data import read_pairs
 from anchorvec.data.stage_inputs import StageInputs, check_instructions, stage_inputs
 from anchorvec.device import check_one_device, device_name, resolve_precision
 from anchorvec.errors import AnchorvecError
-from anchorvec.evaluation import TaskScores, check_test_data, evaluate, scores_table
+from anchorvec.evaluation import TaskScores, bm25_scores, check_test_data, evaluate, scores_table
 from anchorvec.exporting.folder import Exported, export
 from anchorvec.files import write_json
 from anchorvec.model.embedder import build_embedder
 from anchorvec.model.loading import load_encoder
-from anchorvec.recipe import Recipe, load_recipe, save_recipe
+from anchorvec.recipe import Recipe, StageOne, StageTwo, load_recipe, save_recipe
+from anchorvec.run import STAGE_TITLES, STAGES, Run, StageName
+from anchorvec.training.memory import release_freed_memory
 from anchorvec.training.progress import OnLog
-from anchorvec.training.stages import train_stage_one, train_stage_two
+from anchorvec.training.stage import Stage
+from anchorvec.training.stage_one import train_stage_one
+from anchorvec.training.stage_two import train_stage_two
+
+TITLES: dict[str, str] = {
+    "bm25": "BM25",
+    "untrained": "untrained",
+    **{str(name): f"after {title}" for name, title in STAGE_TITLES.items()},
+}
+"""What tables call a system: the keys of a run's scores."""
+
+STAGE_ONE_SHARE = 0.1
+"""Of the time for training, where a budget is a time; the rest is Stage II's."""
+
+EXPORT_SECONDS = 30.0
+"""Of a time that are kept for the export."""
+
+_LEAST_SECONDS = 60.0
+"""For training, set-up of the stages included."""
+
+Scored = dict[str, dict[str, TaskScores]]
+"""Scores by system, an untrained or a trained model or BM25, and task."""
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run made: its folder, the exported model, and the scores that its recipe asked for, by stage."""
+    """What a run made: its folder, the exported model, the scores that its recipe asked for by system and task.
+
+    `steps` are those that each stage made, `minutes` is the wall time of it all.
+    """
 
     output: str
     export: Exported
-    scores: dict[str, dict[str, TaskScores]]
+    scores: Scored
+    steps: dict[str, int]
+    minutes: float
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain JSON values."""
         return asdict(self) | {"scores": _plain(self.scores)}
 
     def __rich__(self) -> Group:
-        tables = [scores_table(of_stage, title=stage) for stage, of_stage in self.scores.items()]
+        tables = [scores_table(of_system, title=system) for system, of_system in self.scores.items()]
         return Group(*tables, self.export)
 
 
-def train(recipe: Recipe | str | Path, *, on_log: OnLog | None = None) -> TrainResult:
+@dataclass(frozen=True)
+class Budget:
+    """How long a run lasts: the steps of its recipe, or `minutes` of wall time from `began`, a `time.monotonic()`.
+
+    What scoring and the export leave of the time is for training, `stage_one_share` of it for Stage I. A stage then
+    makes as many steps as fit, and its learning rate follows the clock.
+    """
+
+    minutes: float | None = None
+    began: float = field(default_factory=time.monotonic)
+    stage_one_share: float = STAGE_ONE_SHARE
+
+    def check(self, stages: int, scoring: float) -> None:
+        """Raise AnchorvecError where less than a minute is left to train so many `stages`.
+
+        After each of them a scoring takes `scoring` seconds.
+        """
+        left = self._left(stages, scoring)
+        if self.minutes is not None and left < _LEAST_SECONDS:
+            raise AnchorvecError(
+                f"the time is too short: {max(0.0, left):.0f} s are left for training, since a scoring takes "
+                f"{scoring:.0f} s here; give {math.ceil(self.minutes + (_LEAST_SECONDS - left) / 60)} minutes or more"
+            )
+
+    def deadline(self, stages: int, scoring: float) -> float | None:
+        """When the first of so many `stages` that are left must end, a `time.monotonic()`; None: with its steps.
+
+        After each of them a scoring takes `scoring` seconds.
+        """
+        if self.minutes is None:
+            return None
+        return time.monotonic() + self._left(stages, scoring) * (self.stage_one_share if stages > 1 else 1.0)
+
+    def _left(self, stages: int, scoring: float) -> float:
+        """Seconds for training, from now on."""
+        minutes = math.inf if self.minutes is None else self.minutes
+        return self.began + 60 * minutes - EXPORT_SECONDS - stages * scoring - time.monotonic()
+
+
+def train(recipe: Recipe | str | Path, *, budget: Budget | None = None, on_log: OnLog | None = None) -> TrainResult:
     """Run the stages that `recipe` switches on, score them, and export the last one to `model` in the run folder.
 
-    The run folder is `recipe.output`. `on_log` is called with every record that is also appended to `log.jsonl`.
-    Raises AnchorvecError if the folder already holds a run, or if the recipe or its data cannot be used.
+    The run folder is `recipe.output`. The `budget` is a time, or by default the steps of the recipe. `on_log` is called
+    with every record that is also appended to `log.jsonl`. Raises AnchorvecError if the folder already holds a run, if
+    the recipe or its data cannot be used, or if the time is too short.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    output = new_run_folder(recipe)
-    settings = recipe.evaluation
-    check_test_data(data=settings.data, tasks=settings.tasks)
-    inputs = load_training_data(recipe)
-    stage = build_base(recipe, output / "base")
-    save_recipe(recipe, output / "recipe.yaml")
-    write_json(output / "run.json", describe_run(recipe, inputs))
-
-    scores: dict[str, dict[str, TaskScores]] = {}
-
-    def score(name: str) -> None:
-        if settings.data or settings.tasks:
-            model = load_encoder(stage, torch.float32)
-            scores[name] = evaluate(
-                model, data=settings.data, tasks=settings.tasks, batch_size=settings.batch_size, show_progress_bar=True
-            )
-            write_json(output / "scores.json", _plain(scores))
-
-    score("untrained")  # before training, so that a task that cannot be fetched costs nothing
-    if recipe.stage_one is not None:
-        stage = train_stage_one(recipe, stage, output / "stage_one", inputs, on_log=on_log)
-        score("stage_one")
-    if recipe.stage_two is not None:
-        stage = train_stage_two(recipe, stage, output / "stage_two", inputs, on_log=on_log)
-        score("stage_two")
-    return TrainResult(str(output), export(output, output / "model"), scores)
-
-
-def new_run_folder(recipe: Recipe) -> Path:
-    """Create `recipe.output` and return it.
-
-    Raises AnchorvecError rather than write into a used folder, and where a run could not train: on several devices.
-    """
+    budget = budget or Budget()
     check_one_device()
-    output = recipe.output
-    if output is None:
-        raise AnchorvecError("output: the recipe names no folder for the run; add output=FOLDER")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        help_ = "name a new folder"
-        if (output / "base").is_dir() and not (output / "model").is_dir():
-            help_ = "it holds a run that did not finish; delete it, or name a new folder"
-            if (output / "stage_one").is_dir():
-                help_ += f" and go on from its Stage I with model.base={output / 'stage_one'} stage_one=null"
-        raise AnchorvecError(f"output: {output} is in use; {help_}")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise AnchorvecError(f"output: {output} cannot be made: {error.strerror}") from error
-    return output
+    run = Run.create(recipe.output)
+    check_test_data(data=recipe.evaluation.data, tasks=recipe.evaluation.tasks)
+    return run_stages(recipe, run, load_training_data(recipe), budget=budget, on_log=on_log)
+
+
+def run_stages(
+    recipe: Recipe,
+    run: Run,
+    inputs: StageInputs,
+    *,
+    budget: Budget,
+    record: Mapping[str, Any] | None = None,
+    on_log: OnLog | None = None,
+) -> TrainResult:
+    """`train` in the new folder of `run`, on data that are read already; `record` is added to the run's record."""
+    stage = build_base(recipe, run.base)
+    save_recipe(recipe, run.recipe)
+    write_json(run.record, describe_run(recipe, inputs) | dict(record or {}))
+    scores: Scored = {}
+    if recipe.evaluation.bm25:
+        _score(recipe, run, scores, "bm25", None)
+    # before training, so that a task that cannot be fetched costs nothing
+    scoring = _score(recipe, run, scores, "untrained", stage)
+    stages = [name for name in STAGES if getattr(recipe, name) is not None]
+    budget.check(len(stages), scoring)
+    for i, name in enumerate(stages):
+        deadline = budget.deadline(len(stages) - i, scoring)
+        if deadline is not None:
+            _say(f"{STAGE_TITLES[name]}: {(deadline - time.monotonic()) / 60:.1f} minutes")
+        train_stage = train_stage_one if name == "stage_one" else train_stage_two
+        stage = train_stage(Stage(name, recipe, run, stage, inputs, deadline, on_log))
+        if deadline is not None:
+            recipe = with_steps(recipe, name, run.steps()[name])
+            save_recipe(recipe, run.recipe)
+        _score(recipe, run, scores, name, stage)
+    _say("exporting, and comparing the export with the run")
+    exported = export(run.folder, run.model)
+    return TrainResult(
+        str(run.folder), exported, scores, steps=run.steps(), minutes=(time.monotonic() - budget.began) / 60
+    )
+
+
+def _score(recipe: Recipe, run: Run, scores: Scored, system: str, model: Path | None) -> float:
+    """Add the scores of `model`, or of BM25, and write all; the seconds it took, 0 where nothing is scored."""
+    settings = recipe.evaluation
+    if not settings.data and not settings.tasks:
+        return 0.0
+    start = time.monotonic()
+    _say(f"scoring: {TITLES[system]}")
+    release_freed_memory()  # of a finished stage
+    if model is None:
+        scores[system] = {Path(folder).resolve().name: bm25_scores(folder) for folder in settings.data}
+    else:
+        bf16 = resolve_precision(settings.precision) == "bf16"
+        scores[system] = evaluate(
+            load_encoder(model, torch.bfloat16 if bf16 else torch.float32),
+            data=settings.data,
+            tasks=settings.tasks,
+            batch_size=settings.batch_size,
+            show_progress_bar=sys.stderr.isatty(),
+        )
+    write_json(run.scores, _plain(scores))
+    for task, found in scores[system].items():
+        _say(f"  {task}: {found.main_score:.3f}")
+    return time.monotonic() - start
+
+
+def with_steps(recipe: Recipe, name: StageName, steps: int) -> Recipe:
+    """`recipe` with so many `steps` of the stage `name`; its warm-up keeps its share of them."""
+    stage: StageOne | StageTwo = getattr(recipe, name)
+    changed = {"steps": steps, "warmup_steps": round(steps * stage.warmup_steps / stage.steps)}
+    return recipe.model_copy(update={name: stage.model_copy(update=changed)})
+
+
+def _say(line: str) -> None:
+    Console(stderr=True).print(line, highlight=False, markup=False)
 
 
 def load_training_data(recipe: Recipe) -> StageInputs:

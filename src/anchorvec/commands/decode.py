@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from anchorvec.device import default_device
 from anchorvec.model.embedder import load_causal_lm, stored_prompt
-from anchorvec.objectives.reconstruction import Reconstruction
+from anchorvec.objectives.reconstruction import TextReconstruction
 from anchorvec.recipe import run_recipe
 
 
@@ -44,20 +44,20 @@ def decode(
 
     The embedding is the only thing the decoder is given: it stands where the first token would (T4). Search is greedy,
     or over `beams` beams. Raises AnchorvecError if the folder holds an embedder that can no longer write (T26); warns
-    of a run's stage_one that was trained to tell words instead.
+    of a run's stage_one that was trained on bags of words instead.
     """
     model: Any = load_causal_lm(folder).eval()
-    if _tells_words(Path(folder)):
+    if _tells_bags(Path(folder)):
         warnings.warn(
-            f"{folder}: Stage I told words here (stage_one.target: words), it did not write; what is written now says "
-            "little of the text",
+            f"{folder}: Stage I told bags of words here (stage_one.target: bag_of_words), it did not write; what is "
+            "written now says little of the text",
             stacklevel=2,
         )
     model = model.to(default_device())
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer(stored_prompt(folder, side) + text, truncation=True, max_length=tokenizer.model_max_length)
     with torch.no_grad():
-        prefix = Reconstruction(model).encode([ids["input_ids"]])[:, None]  # (1, 1, dim)
+        prefix = TextReconstruction(model).encode([ids["input_ids"]])[:, None]  # (1, 1, dim)
         prefix = prefix.to(model.get_input_embeddings().weight.dtype)
         logits = model(inputs_embeds=prefix, use_cache=False).logits[0, -1].float()
         written = model.generate(
@@ -81,8 +81,8 @@ def decode(
     )
 
 
-def _tells_words(folder: Path) -> bool:
+def _tells_bags(folder: Path) -> bool:
     """Whether `folder` is the Stage I of a run whose recipe says so."""
     folder = folder.resolve()
     stage_one = run_recipe(folder.parent).get("stage_one") if folder.name == "stage_one" else None
-    return isinstance(stage_one, dict) and stage_one.get("target") == "words"
+    return isinstance(stage_one, dict) and stage_one.get("target") == "bag_of_words"

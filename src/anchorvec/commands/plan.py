@@ -10,18 +10,26 @@ from rich.console import Group
 from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
+from torch import nn
 from transformers import AutoTokenizer
 
-from anchorvec.data.stage_inputs import reconstructs, sample_rows
+from anchorvec.data.stage_inputs import StageInputs, reconstructs, sample_rows
+from anchorvec.data.tokens import PairTokenizer
 from anchorvec.device import check_one_device, default_device, resolve_precision
 from anchorvec.model.embedder import load_causal_lm
 from anchorvec.objectives.pairs import TokenPair
 from anchorvec.pipeline import build_base, load_training_data
 from anchorvec.recipe import Recipe, dump_recipe, load_recipe
+from anchorvec.run import Run
 from anchorvec.training.engine import Engine
-from anchorvec.training.stages import pair_tokenizer, stage_one_objective, stage_two_model
+from anchorvec.training.stage import Stage
+from anchorvec.training.stage_one import pair_tokenizer, stage_one_objective
+from anchorvec.training.stage_two import stage_two_model
 
 SHOWN_PAIRS = 3
+
+_SAMPLED_PAIRS = 64
+"""From which the tokens of a pair are estimated."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +59,8 @@ class Plan:
     tokens_per_pair: float
     tokens: dict[str, int]
     engine: dict[str, Engine]
-    target: Literal["text", "words"] | None
-    words_weight: float
+    target: Literal["text", "bag_of_words"] | None
+    bag_of_words_weight: float
     in_batch_negatives: Literal["random", "similar"] | None
     pairs: list[ShownPair]
 
@@ -77,8 +85,10 @@ class Plan:
             table.add_row(f"trained in {stage}", f"{count:,} ({count / self.parameters:.1%})")
         for stage, count in self.tokens.items():
             table.add_row(f"tokens in {stage}", f"about {count:,}")
-        if self.words_weight:
-            table.add_row("stage_two tells words", f"beside its contrastive loss, weight {self.words_weight:g}")
+        if self.bag_of_words_weight:
+            table.add_row(
+                "stage_two, bag of words", f"beside its contrastive loss, weight {self.bag_of_words_weight:g}"
+            )
         if self.in_batch_negatives == "similar":
             table.add_row("pairs of a step", "similar ones in stage_two")
         for stage, engine in self.engine.items():
@@ -100,44 +110,25 @@ def plan(recipe: Recipe | str | Path) -> Plan:
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     check_one_device()
     inputs = load_training_data(recipe)
-    with tempfile.TemporaryDirectory() as scratch:
-        base = build_base(recipe, Path(scratch) / "base")
-        tokenizer = AutoTokenizer.from_pretrained(base)
-        engine = {}
-        if recipe.stage_two:
-            engine["stage_two"] = stage_two_model(recipe, base, inputs)[1]
-        tokenize = pair_tokenizer(recipe, tokenizer)
-        if recipe.stage_one:
-            objective, engine["stage_one"] = stage_one_objective(recipe, base, inputs.reconstruction, tokenize)
-            model = objective.model
-        else:
-            model = load_causal_lm(base)
-        base_bytes = sum(path.stat().st_size for path in base.rglob("*") if path.is_file())
-    stage_one = recipe.stage_one
-    batch = tokenize(sample_rows(inputs.reconstruction, 64, recipe.seed))["pairs"]
-    read = sum(len(pair.query) + len(pair.document) for pair in batch) / len(batch)
     target = reconstructs(recipe)
-    alpha, writes = (stage_one.alpha, target == "text") if stage_one else (0.5, False)
+    with tempfile.TemporaryDirectory() as scratch:
+        run = Run(Path(scratch))
+        base = build_base(recipe, run.base)
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        tokenize = pair_tokenizer(recipe, tokenizer)
+        prepared = _prepared(recipe, run, inputs, tokenize)
+        base_bytes = sum(path.stat().st_size for path in base.rglob("*") if path.is_file())
+    batch = tokenize(sample_rows(inputs.reconstruction, _SAMPLED_PAIRS, recipe.seed))["pairs"]
+    alpha, writes = (recipe.stage_one.alpha, target == "text") if recipe.stage_one else (0.5, False)
     per_pair = statistics.mean(pair.tokens(alpha, writes=writes) for pair in batch)
-
-    parameters = sum(p.numel() for p in model.parameters())
-    body = sum(p.numel() for p in model.base_model.parameters())
-    trained, tokens, disk = {}, {}, {"base": base_bytes}
-    if stage_one:
-        trained["stage_one"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        tokens["stage_one"] = round(per_pair * stage_one.pairs_per_step * stage_one.steps)
-        disk["stage_one"] = 4 * parameters
-    if recipe.stage_two:
-        lora = recipe.stage_two.lora
-        trained["stage_two"] = _lora_parameters(model.base_model, lora.r) if lora else body
-        rows = sum(report.rows for report in inputs.reports.values())
-        with_negatives = sum(inputs.rows_with_negatives.values()) / rows
-        # a negative is taken to be as long as a positive
-        documents = statistics.mean(len(pair.document) for pair in batch)
-        read += with_negatives * recipe.stage_two.negatives * documents
-        tokens["stage_two"] = round(read * recipe.stage_two.pairs_per_step * recipe.stage_two.steps)
+    stage_two = recipe.stage_two
+    trained = {name: stage.trained for name, stage in prepared.stages.items()}
+    disk = {"base": base_bytes}
+    if "stage_one" in trained:
+        disk["stage_one"] = 4 * prepared.parameters
+    if "stage_two" in trained:
         disk["stage_two"] = 4 * trained["stage_two"]
-    disk["export"] = 4 * (body if recipe.stage_two else parameters)
+    disk["export"] = 4 * (prepared.body_parameters if stage_two else prepared.parameters)
     return Plan(
         recipe=dump_recipe(recipe),
         device=str(default_device()),
@@ -146,25 +137,70 @@ def plan(recipe: Recipe | str | Path) -> Plan:
         rows_with_negatives=inputs.rows_with_negatives,
         ignored_columns={name: report.ignored_columns for name, report in inputs.reports.items()},
         rejected_rows={name: sum(report.rejected.values()) for name, report in inputs.reports.items()},
-        parameters=parameters,
+        parameters=prepared.parameters,
         trained_parameters=trained,
         disk=disk,
         tokens_per_pair=per_pair,
-        tokens=tokens,
-        engine=dict(sorted(engine.items())),
+        tokens=_tokens(recipe, inputs, batch, per_pair),
+        engine={name: stage.engine for name, stage in prepared.stages.items()},
         target=target,
-        words_weight=recipe.stage_two.words_weight if recipe.stage_two else 0.0,
-        in_batch_negatives=recipe.stage_two.in_batch_negatives if recipe.stage_two else None,
+        bag_of_words_weight=stage_two.bag_of_words_weight if stage_two else 0.0,
+        in_batch_negatives=stage_two.in_batch_negatives if stage_two else None,
         pairs=[_decoded(pair, tokenizer) for pair in batch[:SHOWN_PAIRS]],
     )
 
 
-def _lora_parameters(body: Any, rank: int) -> int:
-    """Parameters of LoRA adapters of `rank` on every linear layer."""
-    from torch import nn
+@dataclass(frozen=True)
+class _PreparedStage:
+    """The engine of a stage, and the number of parameters that it trains."""
 
-    layers = [m for m in body.modules() if isinstance(m, nn.Linear)]
-    return sum(rank * (layer.in_features + layer.out_features) for layer in layers)
+    engine: Engine
+    trained: int
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """The stages as they would start, the parameters of the causal LM, and those of its decoder."""
+
+    stages: dict[str, _PreparedStage]
+    parameters: int
+    body_parameters: int
+
+
+def _prepared(recipe: Recipe, run: Run, inputs: StageInputs, tokenize: PairTokenizer) -> _Prepared:
+    """Both stages set up on the base of `run`, one after the other."""
+    stages = {}
+    if recipe.stage_two:
+        two = stage_two_model(Stage("stage_two", recipe, run, run.base, inputs))
+        stages["stage_two"] = _PreparedStage(two.engine, _trained(two.model))
+        del two
+    if recipe.stage_one:
+        objective, engine = stage_one_objective(Stage("stage_one", recipe, run, run.base, inputs), tokenize)
+        model: Any = objective.model
+        stages["stage_one"] = _PreparedStage(engine, _trained(model))
+    else:
+        model = load_causal_lm(run.base)
+    counts = (sum(p.numel() for p in part.parameters()) for part in (model, model.base_model))
+    return _Prepared(dict(sorted(stages.items())), *counts)
+
+
+def _trained(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def _tokens(recipe: Recipe, inputs: StageInputs, batch: list[TokenPair], per_pair: float) -> dict[str, int]:
+    """Tokens of each stage, from a sample of its pairs and the tokens of a pair in Stage I."""
+    tokens = {}
+    if one := recipe.stage_one:
+        tokens["stage_one"] = round(per_pair * one.pairs_per_step * one.steps)
+    if two := recipe.stage_two:
+        read = statistics.mean(len(pair.query) + len(pair.document) for pair in batch)
+        rows = sum(report.rows for report in inputs.reports.values())
+        with_negatives = sum(inputs.rows_with_negatives.values()) / rows
+        # a negative is taken to be as long as a positive
+        read += with_negatives * two.negatives * statistics.mean(len(pair.document) for pair in batch)
+        tokens["stage_two"] = round(read * two.pairs_per_step * two.steps)
+    return tokens
 
 
 def _decoded(pair: TokenPair, tokenizer: Any) -> ShownPair:
@@ -188,7 +224,7 @@ def _show_engine(engine: Engine, stage: str) -> str:
 
 def _show_pair(pair: ShownPair, target: str | None) -> Text:
     text = Text()
-    verb = "tell words of" if target == "words" else "write"
+    verb = "tell words of" if target == "bag_of_words" else "write"
     lines = [("read query", pair.query_read, "dim"), ("read document", pair.document_read, "dim")]
     if target is not None:
         lines += [

@@ -2,8 +2,9 @@
 
 In a batch of random pairs most negatives have nothing to do with the query. A batch of similar pairs has in-batch
 negatives that are hard, found by the texts' words before anything is encoded: it starts with a random pair and takes
-the pairs most like it that are left, by the words of both their texts (`words.py`). A pair so like another of the batch
-that its document may answer the other's query too is left for another batch, where there are others.
+the pairs most like it that are left, by the words of both their texts (`objectives/bag_of_words.py`). A pair so like
+another of the batch that its document may answer the other's query too is left for another batch, where there are
+others.
 """
 
 import math

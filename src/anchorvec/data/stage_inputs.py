@@ -114,11 +114,11 @@ def _check_texts(name: str, rows: ContrastiveRows, pairs_per_step: int) -> None:
             )
 
 
-def reconstructs(recipe: Recipe) -> Literal["text", "words"] | None:
+def reconstructs(recipe: Recipe) -> Literal["text", "bag_of_words"] | None:
     """What is reconstructed from an embedding, in Stage I or else beside Stage II's loss; None: nothing."""
     if recipe.stage_one is not None:
         return recipe.stage_one.target
-    return "words" if recipe.stage_two is not None and recipe.stage_two.words_weight else None
+    return "bag_of_words" if recipe.stage_two is not None and recipe.stage_two.bag_of_words_weight else None
 
 
 def check_instructions(recipe: Recipe, tokenizer: Any) -> None:

@@ -78,10 +78,10 @@ def model_card(stage: Path, model: SentenceTransformer, *, name: str, writes: bo
     stage_one, stage_two = recipe.get("stage_one"), recipe.get("stage_two")
     trained = []
     if stage_one:
-        of_words = " of words" if stage_one.get("target") == "words" else ""
+        of_words = " of bags of words" if stage_one.get("target") == "bag_of_words" else ""
         trained.append(f"Stage I, bidirectional reconstruction{of_words}")
     if stage_two:
-        beside = " with reconstruction of words beside it" if stage_two.get("words_weight") else ""
+        beside = " with bag-of-words reconstruction beside it" if stage_two.get("bag_of_words_weight") else ""
         trained.append(f"Stage II, contrastive learning{beside}")
     if stage.name in ("base", "stage_one"):
         trained = trained[: ("base", "stage_one").index(stage.name)]

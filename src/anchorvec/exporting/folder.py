@@ -15,8 +15,9 @@ from anchorvec.errors import AnchorvecError
 from anchorvec.exporting.card import model_card
 from anchorvec.files import new_folder, user_path, write_text
 from anchorvec.model.embedder import can_write, load_causal_lm, save_tokenizer
-from anchorvec.model.loading import is_embedder, load_model
+from anchorvec.model.loading import load_model
 from anchorvec.recipe import run_recipe
+from anchorvec.run import is_embedder
 
 LEAST_COSINE = 0.9999
 """What two fp32 programs must agree on for every text; one pad or prompt too many gives 0.99 or less."""

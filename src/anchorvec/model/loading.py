@@ -12,6 +12,7 @@ from sentence_transformers import SentenceTransformer
 from anchorvec.errors import AnchorvecError
 from anchorvec.files import user_path
 from anchorvec.model.packing import packing_pays, unpad
+from anchorvec.run import Run, is_embedder
 
 
 def load_model(model: SentenceTransformer | str | Path, *, merge: bool = True) -> SentenceTransformer:
@@ -74,14 +75,9 @@ def warn_of_named_prompts(model: SentenceTransformer, names: Sequence[str] = ())
         )
 
 
-def is_embedder(folder: Path) -> bool:
-    """Whether the folder holds an embedder, whole or as an adapter."""
-    return (folder / "modules.json").is_file()
-
-
 def _start_of(stage: Path) -> Path:
     """The embedder folder beside an adapter that its training started from."""
-    for start in (stage.parent / "stage_one", stage.parent / "base"):
-        if is_embedder(start):
-            return start
-    raise AnchorvecError(f"{stage}: a LoRA adapter whose start, stage_one or base, is not beside it any more")
+    start = Run(stage.parent).start_of("stage_two")
+    if start is None:
+        raise AnchorvecError(f"{stage}: a LoRA adapter whose start, stage_one or base, is not beside it any more")
+    return start

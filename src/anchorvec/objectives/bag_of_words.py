@@ -1,4 +1,4 @@
-"""Word reconstruction: an embedding must tell the words of the pair's other text, among those of thousands of texts.
+"""Bag-of-words reconstruction: an embedding must tell the words of the pair's other text among thousands of texts.
 
 A decoder that writes a text predicts most words from those before, and soon does without the embedding. Here all words
 are told at once, and are judged against other texts instead of against the vocabulary, so that nothing is learned from
@@ -15,6 +15,10 @@ the sample, the same at every step, but for texts with the same words, texts wit
 documents of a query that was read and other queries of a document that was read (T16), and texts without a vector; a
 text that the sample has twice counts twice. They are not encoded, so thousands of them cost little,
 and no pair depends on another pair of its step. e_0 is the mean embedding before the stage, which tells no text.
+
+Its parts are known ones: a bag of words told from one embedding (LLaMA2Vec, arXiv 2312.15503, against the vocabulary),
+inverse document frequencies, whitening (arXiv 2103.15316), and candidates that are a sample (sampled softmax, arXiv
+1412.2007). "Words" are what a text consists of, here the tokens of the model.
 """
 
 from collections.abc import Sequence
@@ -26,6 +30,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anchorvec.model.packing import to_device
+from anchorvec.objectives.pairs import TokenPair
+from anchorvec.objectives.reconstruction import Reconstruction
 
 SAMPLE_PAIRS = 8_192
 """Pairs in the sample, at most."""
@@ -37,7 +43,7 @@ _SAME_WORDS = 1 - 1e-4
 """Cosine similarity from which on a candidate has the words of the right text, and is none."""
 
 
-class WordLoss(nn.Module):
+class BagOfWordsLoss(nn.Module):
     """-log p(T | e) as above, from a model's token embeddings (vocabulary, dim) and the texts of a sample of pairs.
 
     `queries` and `documents`: the token ids of the sample's texts, without prompts and ends. The token embeddings are
@@ -86,12 +92,12 @@ class WordLoss(nn.Module):
         self.register_buffer("weights", torch.log(len(queries) / torch.maximum(*texts_with).clamp(min=1)), False)
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("whitening", ((directions / variances.sqrt()) @ directions.T).to(mean), persistent=False)
-        self.register_buffer("query_candidates", self.word_vectors(queries), persistent=False)
-        self.register_buffer("document_candidates", self.word_vectors(documents), persistent=False)
+        self.register_buffer("query_candidates", self.vectors(queries), persistent=False)
+        self.register_buffer("document_candidates", self.vectors(documents), persistent=False)
         if not self.query_candidates.any() or not self.document_candidates.any():
             raise ValueError("the words of the sample's queries, or of its documents, are those of all texts")
 
-    def word_vectors(self, texts: Sequence[Sequence[int]]) -> Tensor:
+    def vectors(self, texts: Sequence[Sequence[int]]) -> Tensor:
         """The vector b of each text: (texts, dim), of length 1; 0 for a text without a word that weighs anything."""
         device = self.embeddings.device
         if not texts:
@@ -123,7 +129,7 @@ class WordLoss(nn.Module):
         candidates, partners = self.document_candidates, self.query_candidates
         if to == "query":
             candidates, partners = partners, candidates
-        right, own = self.word_vectors(told), self.word_vectors(read)
+        right, own = self.vectors(told), self.vectors(read)
         with torch.autocast(embeddings.device.type, enabled=False):
             no_candidate = (right @ candidates.T > _SAME_WORDS) | (own @ candidates.T > _SAME_WORDS)
             no_candidate |= (own @ partners.T > _SAME_WORDS) | ~candidates.any(dim=1)
@@ -132,6 +138,33 @@ class WordLoss(nn.Module):
             scores = torch.cat([(e * right).sum(dim=1, keepdim=True), wrong], dim=1) / self.temperature
             losses = F.cross_entropy(scores, scores.new_zeros(len(scores), dtype=torch.long), reduction="none")
             return losses * right.any(dim=1)
+
+
+class BagOfWordsReconstruction(Reconstruction):
+    """Each text of a pair is told, all its words at once, from the other's embedding: one target a text.
+
+    `bag_of_words` is set before `forward`: it may want the model's embeddings before the stage as its origin.
+    """
+
+    writes = False
+    bag_of_words: BagOfWordsLoss
+
+    def targets(self, pairs: Sequence[TokenPair]) -> tuple[int, int]:
+        """The texts of `pairs`: documents, and queries."""
+        return len(pairs), len(pairs)
+
+    def losses(self, embeddings: Tensor, pairs: Sequence[TokenPair]) -> tuple[Tensor, Tensor]:
+        """-log p(T | e) of the texts T of `pairs`, summed by direction; `embeddings` as in `Reconstruction.losses`."""
+        split = len(pairs) if self.alpha > 0 else 0
+        queries, documents = [p.query_targets for p in pairs], [p.document_targets for p in pairs]
+        other = len(embeddings) - split  # all pairs, or none
+        to_document = self.bag_of_words(embeddings[:split], queries[:split], documents[:split], to="document")
+        to_query = self.bag_of_words(embeddings[split:], documents[:other], queries[:other], to="query")
+        return to_document.sum(), to_query.sum()
+
+    def score_bytes(self, pairs_per_step: int, tokens: int) -> int:
+        """Similarities of both directions to all candidates, in a step of `pairs_per_step` pairs of any `tokens`."""
+        return 4 * 4 * 2 * SAMPLE_PAIRS * pairs_per_step
 
 
 def _at_least_fp32(tensor: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from sentence_transformers.sentence_transformer.losses import (
 from torch import Tensor
 
 from anchorvec.model.packing import part_of_row, reads_packed, side_by_side, token_ids
-from anchorvec.objectives.bag_of_words import WordLoss
+from anchorvec.objectives.bag_of_words import BagOfWordsLoss
 
 
 def contrastive_loss(
@@ -29,8 +29,8 @@ def contrastive_loss(
     *,
     temperature: float = 0.05,
     micro_batch_tokens: int | None = None,
-    words: WordLoss | None = None,
-    words_weight: float = 1.0,
+    bag_of_words: BagOfWordsLoss | None = None,
+    bag_of_words_weight: float = 1.0,
     content: Callable[[list[int]], list[int]] = lambda ids: ids,
     one_pass: bool = False,
 ) -> CachedMultipleNegativesRankingLoss | MultipleNegativesRankingLoss:
@@ -38,13 +38,13 @@ def contrastive_loss(
 
     Texts of at most `micro_batch_tokens`, padding included, are held in memory at a time through cached gradients
     (GradCache), which encode every text twice; None encodes the whole step once. Loss and gradient are the same.
-    With `words`, `words_weight` times word reconstruction is added: each embedding tells the words of the pair's other
-    text. `content` takes the ids of a text as it is read, and leaves out its prompt and its end. With `one_pass` the
-    columns of a batch, if they are packed, go through the model together instead of one after another.
+    With `bag_of_words`, `bag_of_words_weight` times that loss is added, of each embedding and the pair's other text.
+    `content` takes the ids of a text as it is read, and leaves out its prompt and its end. With `one_pass` the columns
+    of a batch, if they are packed, go through `model` together instead of one after another.
     """
     options: dict[str, Any] = {"scale": 1 / temperature, "directions": ("query_to_doc",)}
     loss: _Plain | _Cached
-    plain, cached = (_Plain, _Cached) if words is None else (_AndWords, _CachedAndWords)
+    plain, cached = (_Plain, _Cached) if bag_of_words is None else (_AndBagOfWords, _CachedAndBagOfWords)
     if micro_batch_tokens is None:
         loss = plain(model, **options)
     elif reads_packed(model):
@@ -54,8 +54,9 @@ def contrastive_loss(
         texts = max(1, micro_batch_tokens // (model.max_seq_length or micro_batch_tokens))
         loss = cached(model, mini_batch_size=texts, **options)
     loss.one_pass = one_pass
-    if isinstance(loss, _Words) and words is not None:
-        loss.words, loss.words_weight, loss.content, loss.word_losses = words, words_weight, content, []
+    if isinstance(loss, _BagOfWords) and bag_of_words is not None:
+        loss.bag_of_words, loss.bag_of_words_weight = bag_of_words, bag_of_words_weight
+        loss.content, loss.bag_of_words_losses = content, []
     return loss
 
 
@@ -140,13 +141,13 @@ def _texts(columns: Iterable[dict[str, Any]]) -> list[int]:
     return [len(column["cu_seq_lens_q"]) - 1 for column in columns]
 
 
-class _Words:
-    """What adds word reconstruction to one of the losses."""
+class _BagOfWords:
+    """What adds bag-of-words reconstruction to one of the losses."""
 
-    words: WordLoss
-    words_weight: float
+    bag_of_words: BagOfWordsLoss
+    bag_of_words_weight: float
     content: Callable[[list[int]], list[int]]
-    word_losses: list[Tensor]
+    bag_of_words_losses: list[Tensor]
     """Of each step, without the weight."""
     texts: list[list[list[int]]]  # of the batch: queries, positives
 
@@ -156,26 +157,26 @@ class _Words:
         loss: Tensor = super().forward(features, labels)  # type: ignore[misc]
         return loss
 
-    def weighted_word_loss(self, from_queries: Tensor, from_documents: Tensor) -> Tensor:
-        """The weighted loss of word reconstruction from the embeddings of the batch, both directions alike."""
+    def weighted_bag_of_words(self, from_queries: Tensor, from_documents: Tensor) -> Tensor:
+        """The weighted loss of bag-of-words reconstruction from the embeddings of the batch, both directions alike."""
         queries, documents = self.texts
-        to_document = self.words(from_queries, queries, documents, to="document")
-        to_query = self.words(from_documents, documents, queries, to="query")
+        to_document = self.bag_of_words(from_queries, queries, documents, to="document")
+        to_query = self.bag_of_words(from_documents, documents, queries, to="query")
         loss: Tensor = (to_document + to_query).mean() / 2
-        self.word_losses.append(loss.detach())
-        return self.words_weight * loss
+        self.bag_of_words_losses.append(loss.detach())
+        return self.bag_of_words_weight * loss
 
 
-class _AndWords(_Words, _Plain):
+class _AndBagOfWords(_BagOfWords, _Plain):
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
         loss: Tensor = super().compute_loss_from_embeddings(embeddings, labels)
-        return loss + self.weighted_word_loss(*embeddings[:2])
+        return loss + self.weighted_bag_of_words(*embeddings[:2])
 
 
-class _CachedAndWords(_Words, _Cached):
+class _CachedAndBagOfWords(_BagOfWords, _Cached):
     def loss_of_columns(self, reps: list[list[Tensor]], labels: Tensor | None, *, with_backward: bool) -> Tensor:
         loss = super().loss_of_columns(reps, labels, with_backward=with_backward)
-        told = self.weighted_word_loss(torch.cat(reps[0]), torch.cat(reps[1]))
+        told = self.weighted_bag_of_words(torch.cat(reps[0]), torch.cat(reps[1]))
         if with_backward:
             torch.autograd.backward(told)
         return loss + told.detach() if with_backward else loss + told

@@ -26,7 +26,6 @@ from transformers import PreTrainedModel
 from anchorvec.model.compiling import compile_decoder_layers, compiled
 from anchorvec.model.head import head_chunk_bytes, output_head, token_losses
 from anchorvec.model.packing import packed_states, padded_states, to_device, use_packed_attention
-from anchorvec.objectives.bag_of_words import WordLoss
 from anchorvec.objectives.pairs import TokenPair
 
 
@@ -45,42 +44,56 @@ class ReconstructionOutput:
 
 
 class Reconstruction(nn.Module):
-    """The Stage I objective around a causal LM: `forward` takes pairs and gives the loss.
+    """A Stage I objective around a causal LM: `forward` takes pairs and gives the loss.
 
-    Reading and writing both happen inside `forward`, so a wrapper (DDP, FSDP2, compile) sees one ordinary
-    module (T7, T8). `alpha` weighs query-to-document; 1 or 0 trains one direction alone and skips the other.
-    With `packed` no arithmetic is spent on padding; it sets the model's attention, and falls back to padded rows
+    Encoding and what is read from the embeddings both happen inside `forward`, so a wrapper (DDP, FSDP2, compile) sees
+    one ordinary module (T7, T8). `alpha` weighs query-to-document; 1 or 0 trains one direction alone and skips the
+    other. With `packed` no arithmetic is spent on padding; it sets the model's attention, and falls back to padded rows
     for a family that cannot be packed. Loss and gradient are the same.
 
-    With `words` a text is not written word by word: the embedding tells all its words at once. Then there is one
-    target, the text, instead of one for each token.
+    A subclass says what is reconstructed from an embedding: its targets and their losses.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, *, alpha: float = 0.2, packed: bool = False, words: WordLoss | None = None
-    ) -> None:
+    writes: bool
+    """Whether the decoder writes texts: a second pass over each."""
+
+    def __init__(self, model: PreTrainedModel, *, alpha: float = 0.2, packed: bool = False) -> None:
         super().__init__()
         self.model = model
         self.alpha = alpha
         self.packed = packed and use_packed_attention(model)
-        self.words = words
-        self._token_losses = token_losses
+
+    def targets(self, pairs: Sequence[TokenPair]) -> tuple[int, int]:
+        """N_D and N_Q of `pairs`: the targets in their documents, and in their queries."""
+        raise NotImplementedError
+
+    def losses(self, embeddings: Tensor, pairs: Sequence[TokenPair]) -> tuple[Tensor, Tensor]:
+        """The sums of query-to-document and document-to-query over the targets of `pairs`; 0 for one that is off.
+
+        `embeddings`: those of all queries, then of all documents, of the directions that are on: (texts, dim).
+        """
+        raise NotImplementedError
+
+    def score_bytes(self, pairs_per_step: int, tokens: int) -> int:
+        """Bytes of the scores of targets that exist at one time, with their gradients.
+
+        In a step of `pairs_per_step` pairs, of texts of at most `tokens` tokens.
+        """
+        raise NotImplementedError
 
     def compile_layers(self) -> None:
-        """Have the decoder layers, and the cross-entropy over the vocabulary, compiled when they are first used."""
-        if compile_decoder_layers(self.model):
-            self._token_losses = compiled(token_losses)
+        """Have the decoder layers compiled when they are first used."""
+        compile_decoder_layers(self.model)
+
+    @property
+    def passes(self) -> int:
+        """The passes over a pair's texts, each of one text: reading and writing, by direction."""
+        return (2 if 0 < self.alpha < 1 else 1) * (2 if self.writes else 1)
 
     @property
     def cut(self) -> dict[str, Any]:
         """The options of `micro_batches` for this objective."""
-        return {"packed": self.packed, "alpha": self.alpha, "writes": self.words is None}
-
-    def targets(self, pairs: Sequence[TokenPair]) -> tuple[int, int]:
-        """N_D and N_Q of `pairs`: the targets in their documents, and in their queries."""
-        if self.words is not None:
-            return len(pairs), len(pairs)
-        return sum(len(pair.document_targets) for pair in pairs), sum(len(pair.query_targets) for pair in pairs)
+        return {"packed": self.packed, "alpha": self.alpha, "writes": self.writes}
 
     def forward(
         self,
@@ -90,7 +103,7 @@ class Reconstruction(nn.Module):
         query_targets: int | None = None,
         exchange: Sequence[TokenPair] | None = None,
     ) -> ReconstructionOutput:
-        """The loss of `pairs`, as their share of a step with the given counts of target tokens.
+        """The loss of `pairs`, as their share of a step with the given counts of targets.
 
         `document_targets` and `query_targets` are N_D and N_Q of the whole optimizer step, over all micro-batches
         and devices (T10); None counts these pairs alone. With `exchange`, another pair for each one, both sums are
@@ -99,27 +112,71 @@ class Reconstruction(nn.Module):
         own = self.targets(pairs)
         N_D, N_Q = max(1, document_targets or own[0]), max(1, query_targets or own[1])
         embeddings = self.encode(_by_direction([pair.read(self.alpha) for pair in pairs]))
-        query_to_document, document_to_query = self._losses(embeddings, pairs)
+        query_to_document, document_to_query = self.losses(embeddings, pairs)
         loss = self.alpha * query_to_document / N_D + (1 - self.alpha) * document_to_query / N_Q
         output = ReconstructionOutput(loss, query_to_document.detach(), document_to_query.detach())
         if exchange is None:
             return output
         with torch.no_grad():
             others = self.encode(_by_direction([pair.read(self.alpha) for pair in exchange]))
-            exchanged = self._losses(others, pairs)
+            exchanged = self.losses(others, pairs)
         return replace(output, exchanged_query_to_document=exchanged[0], exchanged_document_to_query=exchanged[1])
 
     def encode(self, texts: Sequence[Sequence[int]]) -> Tensor:
-        """The raw state at the last token of each text: (texts, dim), no L2 norm."""
+        """The raw state at the last token of each text, given as token ids: (texts, dim), no L2 norm."""
         lengths = [len(text) for text in texts]
-        words = self._embed(list(itertools.chain.from_iterable(texts)))
-        return self._states(words, lengths)[to_device(np.cumsum(lengths) - 1, words.device)]
+        embedded = self._embed(list(itertools.chain.from_iterable(texts)))
+        return self._states(embedded, lengths)[to_device(np.cumsum(lengths) - 1, embedded.device)]
+
+    def _embed(self, ids: Sequence[int]) -> Tensor:
+        embedded: Tensor = self.model.get_input_embeddings()(to_device(np.asarray(ids), self.model.device))
+        return embedded  # (tokens, dim)
+
+    def _states(self, embedded: Tensor, lengths: Sequence[int]) -> Tensor:
+        return (packed_states if self.packed else padded_states)(self.model, embedded, lengths)
+
+
+class TextReconstruction(Reconstruction):
+    """The paper's objective: each text of a pair is written, token by token, from the other's embedding."""
+
+    writes = True
+
+    def __init__(self, model: PreTrainedModel, *, alpha: float = 0.2, packed: bool = False) -> None:
+        super().__init__(model, alpha=alpha, packed=packed)
+        self._token_losses = token_losses
+
+    def targets(self, pairs: Sequence[TokenPair]) -> tuple[int, int]:
+        """The target tokens in the documents of `pairs`, and in their queries."""
+        return sum(len(pair.document_targets) for pair in pairs), sum(len(pair.query_targets) for pair in pairs)
+
+    def losses(self, embeddings: Tensor, pairs: Sequence[TokenPair]) -> tuple[Tensor, Tensor]:
+        """-log P of the texts of `pairs`, summed by direction: L_Q2D * N_D and L_D2Q * N_Q.
+
+        `embeddings` as in `Reconstruction.losses`: (texts, dim).
+        """
+        # Both directions go through the decoder together; one of weight 0 stays out.
+        losses = self.decode(embeddings, _by_direction([pair.written(self.alpha) for pair in pairs]))
+        split = len(pairs) if self.alpha > 0 else 0
+        return losses[:split].sum(), losses[split:].sum()
+
+    def score_bytes(self, pairs_per_step: int, tokens: int) -> int:
+        """Logits, their log-softmax and their gradients, in two number formats, of one chunk at most.
+
+        In a step of `pairs_per_step` pairs, of texts of at most `tokens` tokens.
+        """
+        vocabulary = int(self.model.config.get_text_config().vocab_size)
+        return 4 * 4 * min(head_chunk_bytes(self.model.device) // 4, vocabulary * tokens * pairs_per_step)
+
+    def compile_layers(self) -> None:
+        """Have the decoder layers, and the cross-entropy over the vocabulary, compiled when they are first used."""
+        if compile_decoder_layers(self.model):
+            self._token_losses = compiled(token_losses)
 
     def decode(self, embeddings: Tensor, targets: Sequence[Sequence[int]]) -> Tensor:
         """-log P(targets | embedding) of each text, summed over its tokens: (texts,).
 
         `embeddings`: (texts, dim). The embedding stands at position 0, directly before the first target (T4);
-        the targets follow as the decoder's own token embeddings, each predicting the next.
+        the `targets`, token ids, follow as the decoder's own token embeddings, each predicting the next.
         """
         written = [i for i, target in enumerate(targets) if target]
         lengths = [len(targets[i]) for i in written]
@@ -127,34 +184,14 @@ class Reconstruction(nn.Module):
         if not written:
             return totals
         # Position t of a text holds target t - 1, so all positions are scored. Position 0 holds the embedding.
-        words = self._embed([token for i in written for token in (0, *targets[i][:-1])])
+        embedded = self._embed([token for i in written for token in (0, *targets[i][:-1])])
         sizes = np.asarray(lengths)
-        starts, index = (to_device(rows, words.device) for rows in (sizes.cumsum() - sizes, np.asarray(written)))
-        words = words.index_copy(0, starts, embeddings[index].to(words.dtype))
-        labels = to_device(np.asarray([token for i in written for token in targets[i]]), words.device)
-        losses = self._negative_log_likelihood(self._states(words, lengths), labels)  # (tokens,)
-        sums = torch.segment_reduce(losses, "sum", lengths=to_device(sizes, words.device))
+        starts, index = (to_device(rows, embedded.device) for rows in (sizes.cumsum() - sizes, np.asarray(written)))
+        embedded = embedded.index_copy(0, starts, embeddings[index].to(embedded.dtype))
+        labels = to_device(np.asarray([token for i in written for token in targets[i]]), embedded.device)
+        losses = self._negative_log_likelihood(self._states(embedded, lengths), labels)  # (tokens,)
+        sums = torch.segment_reduce(losses, "sum", lengths=to_device(sizes, embedded.device))
         return totals.to(sums.dtype).index_add(0, index, sums)
-
-    def _losses(self, embeddings: Tensor, pairs: Sequence[TokenPair]) -> tuple[Tensor, Tensor]:
-        """The sums of query-to-document and document-to-query; 0 for the one that is off."""
-        split = len(pairs) if self.alpha > 0 else 0
-        if self.words is None:
-            # Both directions go through the decoder together; one of weight 0 stays out.
-            losses = self.decode(embeddings, _by_direction([pair.written(self.alpha) for pair in pairs]))
-            return losses[:split].sum(), losses[split:].sum()
-        queries, documents = [p.query_targets for p in pairs], [p.document_targets for p in pairs]
-        other = len(embeddings) - split  # all pairs, or none
-        to_document = self.words(embeddings[:split], queries[:split], documents[:split], to="document")
-        to_query = self.words(embeddings[split:], documents[:other], queries[:other], to="query")
-        return to_document.sum(), to_query.sum()
-
-    def _embed(self, ids: Sequence[int]) -> Tensor:
-        words: Tensor = self.model.get_input_embeddings()(to_device(np.asarray(ids), self.model.device))
-        return words  # (tokens, dim)
-
-    def _states(self, words: Tensor, lengths: Sequence[int]) -> Tensor:
-        return (packed_states if self.packed else padded_states)(self.model, words, lengths)
 
     def _negative_log_likelihood(self, states: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy of `states` (tokens, dim) against `targets` (tokens,), for each token.

@@ -18,6 +18,12 @@ from anchorvec.files import write_text
 from anchorvec.recipe.settings import END_FORM_TAGS, Key, Recipe, dotted, sections
 from anchorvec.recipe.yaml12 import dump, parse, show
 
+RENAMED = {
+    "stage_two.words_weight": "stage_two.bag_of_words_weight",
+    "stage_one.target=words": "stage_one.target: bag_of_words",
+}
+"""What keys and values were called before, and what they are called now."""
+
 SHIPPED = Path(__file__).parent / "shipped"
 _COMMAND_LINE = "command line"
 _Layer = tuple[str, dict[Any, Any]]  # what to call the source in a message, and what it sets
@@ -173,6 +179,8 @@ def _explain(details: ErrorDetails, source: str, key: Key) -> str:
     message, found = details["msg"], show(details["input"])
     match details["type"]:
         case "extra_forbidden" | "invalid_key":
+            if (new := RENAMED.get(dotted(key))) is not None:
+                return f"this key is called {new} now"
             return f"unknown key; {_nearest(key)}"
         case "missing" | "too_short" if key in (("data",), ("data", "train")):
             return "no training data; name some, for example data.train.0.path=pairs.jsonl on the command line"
@@ -184,6 +192,8 @@ def _explain(details: ErrorDetails, source: str, key: Key) -> str:
             return f"should be text, not {found}; {_quotes_hint(source, dotted(key))}"
         case "string_too_short":
             return "should not be empty"
+    if (new := RENAMED.get(f"{dotted(key)}={details['input']}")) is not None:
+        return f"this is written {new} now"
     if message.startswith("Input "):
         return f"{message.removeprefix('Input ')}, not {found}"
     return message

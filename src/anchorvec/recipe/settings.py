@@ -176,8 +176,8 @@ class _Stage(_Section):
 class StageOne(_Stage):
     """Stage I, bidirectional reconstruction: each text of a pair is written from the other's embedding."""
 
-    target: Literal["text", "words"] = "text"
-    """What is written: `text`, token by token (the paper's); or `words`, all words of the text at once, to be told
+    target: Literal["text", "bag_of_words"] = "text"
+    """What is reconstructed: `text`, written token by token (the paper's); or `bag_of_words`, all at once, to be told
     among those of thousands of texts. Words teach from the first steps on, a text only after very many pairs. A word
     is a token of the model."""
 
@@ -191,7 +191,7 @@ class StageOne(_Stage):
     alone. 0.2 is the paper's."""
     end_token_target: bool = True
     """Learn to write the end token too, so that the model knows where to stop. The paper's formula leaves it
-    out. No effect with `target: words`."""
+    out. No effect with `target: bag_of_words`."""
     max_target_tokens: PositiveInt | None = None
     """Write (or, in Stage I, tell the words of) only the first so many tokens of a text. null: all that the encoder
     reads."""
@@ -223,12 +223,12 @@ class StageTwo(_Stage):
     """The highest learning rate, reached after the warm-up. 2e-4 is the paper's, with LoRA; full fine-tuning
     needs a smaller one."""
     temperature: PositiveFloat = 0.05
-    """Cosine similarities are divided by it. 0.05 is the paper's, and that of telling words, which has no setting."""
+    """Cosine similarities are divided by it. 0.05 is the paper's, and that of bags of words, which has no setting."""
     lora: Lora | None = Lora()
     """Train LoRA adapters. null: full fine-tuning."""
-    words_weight: NonNegativeFloat = 0.0
-    """Weight of word reconstruction (Stage I's `target: words`, both directions alike) in the same step, beside the
-    contrastive loss. 0: off, the paper's."""
+    bag_of_words_weight: NonNegativeFloat = 0.0
+    """Weight of bag-of-words reconstruction (Stage I's `target: bag_of_words`, both directions alike) in the same step,
+    beside the contrastive loss. 0: off, the paper's."""
     in_batch_negatives: Literal["random", "similar"] = "random"
     """Which pairs make a step: `random`, or pairs that are `similar` by their words, so that a query's wrong documents
     are hard ones. Pairs so similar that one may answer the other's query are kept apart, where there are others. With
@@ -250,6 +250,10 @@ class EvaluationSettings(_Section):
     """MTEB tasks by name."""
     batch_size: PositiveInt = 32
     """Texts encoded at a time."""
+    precision: Literal["auto", "bf16", "fp32"] = "fp32"
+    """Number format in which models are scored; `auto` as in `model.precision`."""
+    bm25: bool = False
+    """Score BM25 too, on the folders of `data`."""
 
 
 class Recipe(_Section):

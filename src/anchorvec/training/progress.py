@@ -12,8 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from anchorvec.errors import AnchorvecError
-
-STAGE_TITLES = {"stage_one": "Stage I", "stage_two": "Stage II"}
+from anchorvec.run import STAGE_TITLES, StageName
 
 OnLog = Callable[[Mapping[str, Any]], None]
 
@@ -26,7 +25,7 @@ class StageProgress(TrainerCallback):
     """
 
     def __init__(
-        self, stage: str, log_file: Path, *, deadline: float | None = None, on_log: OnLog | None = None
+        self, stage: StageName, log_file: Path, *, deadline: float | None = None, on_log: OnLog | None = None
     ) -> None:
         self.stage = stage
         self.log_file = log_file

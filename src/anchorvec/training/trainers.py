@@ -204,12 +204,12 @@ class ContrastiveTrainer(TimedTrainer, SentenceTransformerTrainer):
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the tokens so far to a training record, and the word loss where it is a part of the loss."""
+        """Add the tokens so far to a training record, and the bag-of-words loss where it is a part of the loss."""
         if "loss" in logs:
             logs = {**logs, "tokens": self.tokens_seen}
-            if word_losses := getattr(self.loss, "word_losses", None):
-                logs["words"] = statistics.mean(map(float, word_losses))
-                word_losses.clear()
+            if losses := getattr(self.loss, "bag_of_words_losses", None):
+                logs["bag_of_words"] = statistics.mean(map(float, losses))
+                losses.clear()
         super().log(logs, start_time)
 
 

@@ -1,0 +1,53 @@
+"""The bag-of-words loss of a run: its candidates from the data, its origin from the embedder before the stage."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anchorvec.data.stage_inputs import StageInputs, sample_rows
+from anchorvec.data.tokens import PairTokenizer
+from anchorvec.errors import AnchorvecError
+from anchorvec.objectives.bag_of_words import SAMPLE_PAIRS, BagOfWordsLoss
+
+ORIGIN_PAIRS = 16
+"""Pairs whose mean embedding before training is the origin."""
+
+
+def bag_of_words_loss(
+    model: Any,
+    inputs: StageInputs,
+    tokenize: PairTokenizer,
+    *,
+    seed: int,
+    encode: Callable[[list[list[int]]], Tensor] | None,
+    bf16: bool,
+) -> BagOfWordsLoss:
+    """The loss with the token embeddings of `model`, and candidates that `seed` draws from the rows of `inputs`.
+
+    `tokenize` makes pairs of rows. `encode` gives the embeddings (texts, dim) of texts before the stage, under autocast
+    with `bf16`. Without it the loss has no origin, and is there for its vectors alone. Raises AnchorvecError where the
+    texts of the data don't differ in their words.
+    """
+    sample = sample_rows(inputs.reconstruction, SAMPLE_PAIRS, seed)
+    pairs = [pair for i in range(0, len(sample), 256) for pair in tokenize(sample[i : i + 256])["pairs"]]
+    origin = None
+    if encode is not None:
+        training = model.training
+        model.eval()  # without dropout
+        with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+            origin = encode([text for pair in pairs[:ORIGIN_PAIRS] for text in pair.read()]).mean(dim=0)
+        model.train(training)
+    try:
+        return BagOfWordsLoss(
+            model.get_input_embeddings().weight,
+            [pair.query_targets for pair in pairs],
+            [pair.document_targets for pair in pairs],
+            origin=origin,
+        )
+    except ValueError as error:
+        raise AnchorvecError(
+            f"data.train: texts can not be told apart by their words, because {error}; give more pairs, of texts that "
+            "differ"
+        ) from error

@@ -1,0 +1,117 @@
+"""Stage I of a run: an embedder is trained by what can be reconstructed from its embeddings."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedModel, TrainingArguments, set_seed
+
+from anchorvec.data.stage_inputs import reconstructs, without_prompt_and_end
+from anchorvec.data.tokens import PairTokenizer
+from anchorvec.device import default_device
+from anchorvec.files import new_folder
+from anchorvec.model.embedder import load_causal_lm, save_causal_lm
+from anchorvec.objectives.bag_of_words import BagOfWordsReconstruction
+from anchorvec.objectives.reconstruction import Reconstruction, TextReconstruction
+from anchorvec.recipe import Recipe, StageOne
+from anchorvec.training.bag_of_words import bag_of_words_loss
+from anchorvec.training.engine import Engine, choose_engine, packs_texts
+from anchorvec.training.memory import release_freed_memory
+from anchorvec.training.stage import Stage, run_trainer
+from anchorvec.training.trainers import ReconstructionTrainer
+
+
+def train_stage_one(stage: Stage) -> Path:
+    """Train the embedder that `stage` starts from by reconstruction; its folder, a causal LM still (T12).
+
+    All parameters train, with fp32 master weights (T9).
+    """
+    recipe = stage.recipe
+    set_seed(recipe.seed)
+    tokenize = pair_tokenizer(recipe, AutoTokenizer.from_pretrained(stage.start))
+    progress = stage.progress()
+    objective, engine = stage_one_objective(stage, tokenize)
+    stage.note(engine)
+    trainer = ReconstructionTrainer(
+        model=objective,
+        # in an order of its own: the pairs at the start of Stage II should be new ones
+        args=TrainingArguments(**stage.arguments(), data_seed=recipe.seed + 1),
+        train_dataset=stage.inputs.reconstruction,
+        data_collator=tokenize,
+        callbacks=[progress],
+        micro_batch_tokens=engine.micro_batch_tokens,
+        exchange_every=stage.one.log_every,
+    )
+    run_trainer(trainer, progress)
+    folder = stage.run.stage("stage_one")
+    with new_folder(folder) as scratch:
+        save_causal_lm(objective.model, stage.start, scratch)
+    return folder
+
+
+def pair_tokenizer(recipe: Recipe, tokenizer: Any) -> PairTokenizer:
+    """What Stage I of `recipe` reads and writes of a pair; without one, what it would by default, or Stage II's words.
+
+    `tokenizer` is the embedder's.
+    """
+    settings = recipe.stage_one or StageOne()
+    return PairTokenizer(
+        tokenizer,
+        end_token_target=settings.end_token_target,
+        max_target_tokens=settings.max_target_tokens,
+        max_tokens=recipe.training_tokens,
+        content=without_prompt_and_end(tokenizer, recipe) if reconstructs(recipe) == "bag_of_words" else None,
+    )
+
+
+def stage_one_objective(stage: Stage, tokenize: PairTokenizer) -> tuple[Reconstruction, Engine]:
+    """The objective of `stage` around the embedder that it starts from, set up as the engine says.
+
+    `tokenize` makes pairs of rows.
+    """
+    recipe, settings = stage.recipe, stage.one
+    release_freed_memory()  # of an earlier stage
+    model = load_causal_lm(stage.start, attention=recipe.model.attention).train()
+    nn.Module.to(model, default_device())  # PreTrainedModel.to is not typed
+    packed = packs_texts(recipe.model.attention, recipe.model.precision)
+    objective = OBJECTIVES[settings.target](stage, model, tokenize, packed)
+    part = [model.config.get_text_config().vocab_size - 1] * stage.part_tokens
+    engine = choose_engine(
+        model,
+        lambda n: (objective.encode([part * n]), n * len(part)),
+        packed=objective.packed,
+        precision=recipe.model.precision,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        micro_batch_tokens=settings.micro_batch_tokens,
+        longest=recipe.training_tokens,
+        least_tokens=objective.passes * recipe.training_tokens,
+        logits_bytes=objective.score_bytes(settings.pairs_per_step, recipe.training_tokens),
+        long_enough=stage.long_enough,
+    )
+    if engine.compiled:
+        objective.compile_layers()
+    return objective, engine
+
+
+def _text(stage: Stage, model: PreTrainedModel, tokenize: PairTokenizer, packed: bool) -> Reconstruction:
+    return TextReconstruction(model, alpha=stage.one.alpha, packed=packed)
+
+
+def _bag_of_words(stage: Stage, model: PreTrainedModel, tokenize: PairTokenizer, packed: bool) -> Reconstruction:
+    objective = BagOfWordsReconstruction(model, alpha=stage.one.alpha, packed=packed)
+    objective.bag_of_words = bag_of_words_loss(
+        model, stage.inputs, tokenize, seed=stage.recipe.seed, encode=objective.encode, bf16=stage.bf16
+    )
+    head: Any = model.get_output_embeddings()
+    embeddings: Any = model.get_input_embeddings()
+    if head.weight is not embeddings.weight:
+        head.requires_grad_(False)  # nothing is written
+    return objective
+
+
+OBJECTIVES: dict[str, Callable[[Stage, PreTrainedModel, PairTokenizer, bool], Reconstruction]] = {
+    "text": _text,
+    "bag_of_words": _bag_of_words,
+}
+"""`stage_one.target` -> the objective of a stage around a model."""

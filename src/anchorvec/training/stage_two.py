@@ -1,0 +1,201 @@
+"""Stage II of a run: an embedder is trained contrastively."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.training_args import (
+    MultiDatasetBatchSamplers,
+    SentenceTransformerTrainingArguments,
+)
+from torch import Tensor
+from transformers import set_seed
+
+from anchorvec.data.samplers import DifferentTexts, SimilarPairs
+from anchorvec.data.stage_inputs import large_step, without_prompt_and_end
+from anchorvec.data.tokens import PairTokenizer
+from anchorvec.device import default_device, keep_frozen_in_bf16
+from anchorvec.files import new_folder
+from anchorvec.model.compiling import compile_decoder_layers
+from anchorvec.model.embedder import attention_options, save_tokenizer
+from anchorvec.model.packing import packed_features, unpad
+from anchorvec.objectives.bag_of_words import SAMPLE_PAIRS, BagOfWordsLoss
+from anchorvec.objectives.contrastive import contrastive_loss
+from anchorvec.training.bag_of_words import bag_of_words_loss
+from anchorvec.training.engine import Engine, choose_engine, packs_texts
+from anchorvec.training.memory import release_freed_memory
+from anchorvec.training.stage import Stage, run_trainer
+from anchorvec.training.trainers import ContrastiveTrainer
+
+
+@dataclass(frozen=True)
+class StageTwoModel:
+    """The embedder with what Stage II trains in it, and the engine it is set up for.
+
+    It reads texts up to the limit for training. `bag_of_words` is there where it is a part of the loss, or chooses the
+    negatives.
+    """
+
+    model: SentenceTransformer
+    engine: Engine
+    bag_of_words: BagOfWordsLoss | None
+
+
+def train_stage_two(stage: Stage) -> Path:
+    """Train the embedder that `stage` starts from contrastively; its folder.
+
+    With LoRA the folder holds the adapter alone, to be merged over the start by `export`; without, a whole model.
+    """
+    settings, inputs = stage.two, stage.inputs
+    prepared = stage_two_model(stage)
+    model, engine = prepared.model, prepared.engine
+    content = without_prompt_and_end(model.tokenizer, stage.recipe)
+    stage.note(engine)
+    progress = stage.progress()
+    trainer = ContrastiveTrainer(
+        model=model,
+        args=SentenceTransformerTrainingArguments(
+            **stage.arguments(),
+            batch_sampler=_batch_sampler(stage, prepared, content),
+            multi_dataset_batch_sampler=MultiDatasetBatchSamplers.PROPORTIONAL,  # one data set a batch
+            prompts=inputs.prompts,
+        ),
+        # copies: the trainer adds its name to each data set in place
+        train_dataset={name: copy.copy(rows) for name, rows in inputs.contrastive.items()},
+        loss=contrastive_loss(
+            model,
+            temperature=settings.temperature,
+            micro_batch_tokens=engine.micro_batch_tokens if engine.cached_gradients else None,
+            bag_of_words=prepared.bag_of_words if settings.bag_of_words_weight else None,
+            bag_of_words_weight=settings.bag_of_words_weight,
+            content=content,
+            one_pass=default_device().type == "cuda",  # on a CPU, which computes text by text, it brings nothing
+        ),
+        callbacks=[progress],
+    )
+    run_trainer(trainer, progress)
+    model.max_seq_length = stage.recipe.model.max_tokens
+    folder = stage.run.stage("stage_two")
+    with new_folder(folder) as scratch:
+        model.save_pretrained(str(scratch), create_model_card=False)
+        save_tokenizer(model.tokenizer, scratch)
+    return folder
+
+
+def stage_two_model(stage: Stage) -> StageTwoModel:
+    """The embedder that `stage` starts from, with what it trains, set up as the engine says."""
+    recipe, settings, inputs = stage.recipe, stage.two, stage.inputs
+    model = _trained_model(stage)
+    packed = packs_texts(recipe.model.attention, recipe.model.precision) and unpad(model)
+    _add_lora(stage, model)
+
+    def embed(ids: Tensor, mask: Tensor) -> Tensor:
+        features = {"input_ids": ids, "attention_mask": mask}
+        embedding: Tensor = model(packed_features(features) if packed else features)["sentence_embedding"]
+        return embedding
+
+    def encode(n: int) -> tuple[Tensor, int]:
+        ids = torch.ones(1, n * stage.part_tokens, dtype=torch.long, device=model.device)
+        return embed(ids, torch.ones_like(ids)), ids.numel()
+
+    bag_of_words = None
+    if settings.bag_of_words_weight or settings.in_batch_negatives == "similar":
+        bag_of_words = _bag_of_words(stage, model, embed)
+    body: Any = model[0].model
+    engine = choose_engine(
+        body,
+        encode,
+        packed=packed,
+        precision=recipe.model.precision,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        micro_batch_tokens=settings.micro_batch_tokens,
+        longest=recipe.training_tokens,
+        least_tokens=recipe.training_tokens,
+        step_tokens=max(
+            large_step(model, rows, inputs.prompts[name], recipe) for name, rows in inputs.contrastive.items()
+        ),
+        logits_bytes=4 * 4 * 2 * SAMPLE_PAIRS * settings.pairs_per_step if settings.bag_of_words_weight else 0,
+        long_enough=stage.long_enough,
+    )
+    if engine.compiled:
+        compile_decoder_layers(body)
+    return StageTwoModel(model, engine, bag_of_words)
+
+
+def _trained_model(stage: Stage) -> SentenceTransformer:
+    release_freed_memory()  # of an earlier stage
+    set_seed(stage.recipe.seed)  # LoRA's new weights are drawn before the trainer seeds
+    options = attention_options(stage.recipe.model.attention)
+    model = SentenceTransformer(
+        str(stage.start),
+        model_kwargs={"dtype": torch.float32, "use_safetensors": True, **options},
+        device=str(default_device()),
+    ).train()
+    model.max_seq_length = stage.recipe.training_tokens
+    return model
+
+
+def _add_lora(stage: Stage, model: SentenceTransformer) -> None:
+    lora = stage.two.lora
+    if lora is None:
+        return
+    model.add_adapter(
+        LoraConfig(
+            r=lora.r,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules="all-linear",
+            task_type="FEATURE_EXTRACTION",
+        )
+    )
+    if stage.bf16:
+        keep_frozen_in_bf16(model)
+
+
+def _bag_of_words(
+    stage: Stage, model: SentenceTransformer, embed: Callable[[Tensor, Tensor], Tensor]
+) -> BagOfWordsLoss:
+    """The bag-of-words loss; with an origin where it is a part of the stage's loss."""
+    tokenizer = model.tokenizer
+
+    def encode(texts: list[list[int]]) -> Tensor:
+        padded = tokenizer.pad({"input_ids": texts}, return_tensors="pt").to(model.device)
+        return embed(padded["input_ids"], padded["attention_mask"])
+
+    tokenize = PairTokenizer(
+        tokenizer,
+        max_tokens=stage.recipe.training_tokens,
+        content=without_prompt_and_end(tokenizer, stage.recipe),
+    )
+    body: Any = model[0].model
+    return bag_of_words_loss(
+        body,
+        stage.inputs,
+        tokenize,
+        seed=stage.recipe.seed,
+        encode=encode if stage.two.bag_of_words_weight else None,
+        bf16=stage.bf16,
+    )
+
+
+def _batch_sampler(stage: Stage, prepared: StageTwoModel, content: Callable[[list[int]], list[int]]) -> Any:
+    """What makes the batch sampler of a data set; no text is in a batch twice (T16)."""
+    if stage.two.in_batch_negatives == "random":
+        return partial(DifferentTexts, hashes=stage.inputs.hashes)
+    assert prepared.bag_of_words is not None
+    loss, tokenizer = prepared.bag_of_words, prepared.model.tokenizer
+
+    def vectors(texts: list[str]) -> Tensor:
+        """The bag-of-words vectors of `texts`, as far as training reads them: (texts, dim) on the CPU."""
+        # some at a time: a tokenizer keeps 100 bytes for a character, cut ones too
+        parts = (texts[i : i + 256] for i in range(0, len(texts), 256))
+        read = (ids for part in parts for ids in tokenizer(part, truncation=True)["input_ids"])
+        return loss.vectors([content(ids) for ids in read]).cpu()
+
+    return partial(SimilarPairs, word_vectors=vectors, prompts=stage.inputs.prompts)
