@@ -36,12 +36,12 @@ def test_words_in_place_of_texts(tmp_path):
     without = plan(load_recipe("debug", [*QUICK[1::2], "stage_one=null"]))
     assert (texts.target, told.target, without.target) == ("text", "bag_of_words", None)
     beside = plan(load_recipe("debug", [*QUICK[1::2], "stage_one=null", "stage_two.bag_of_words_weight=1"]))
-    assert (beside.target, beside.pairs) == ("words", told.pairs)
+    assert (beside.target, beside.pairs) == ("bag_of_words", told.pairs)
     quick = plan(load_recipe("quickstart", [*QUICK[1::2], "model.base=tiny", "data.train=[{path: 'builtin:debug'}]"]))
     console = Console(width=200)
     with console.capture() as shown:
         console.print(beside, quick)
-    assert shown.get().count("stage_two tells words") == 2  # whatever Stage I does
+    assert shown.get().count("stage_two, bag of words") == 2  # whatever Stage I does
     assert shown.get().count("similar ones in stage_two") == 1
 
 
@@ -91,7 +91,7 @@ def test_prompts_and_ends_are_no_words(tmp_path, monkeypatch):
     }
     assert {text.split()[0] for text in texts} == {"one", "two", "find"}
     records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    assert all(0 < record["words"] < record["loss"] for record in records)
+    assert all(0 < record["bag_of_words"] < record["loss"] for record in records)
 
 
 def test_the_words_of_a_step_are_those_of_its_candidates(tmp_path, save_base, monkeypatch):
@@ -148,7 +148,7 @@ def test_a_cut_step_of_stage_two_trains_the_same(tmp_path):
         options += [*QUICK[1::2], "stage_two.log_every=1", "stage_two.lora.dropout=0"]
         train(load_recipe("debug", [f"output={output}", *options]))
         records = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
-        losses.append([record[key] for record in records for key in ("loss", "words", "grad_norm")])
+        losses.append([record[key] for record in records for key in ("loss", "bag_of_words", "grad_norm")])
         cached = json.loads((output / "run.json").read_text())["engine"]["stage_two"]["cached_gradients"]
         assert cached == (tokens == 128)
     assert len(losses[0]) == 9
@@ -161,7 +161,7 @@ def test_a_folder_that_tells_words_does_not_promise_to_write(tmp_path):
     train(load_recipe("debug", [f"output={tmp_path / 'run'}", *words]))
     card = (tmp_path / "run" / "model" / "README.md").read_text()
     assert "not trained to write" in card
-    assert "with anchorvec: Stage I, bidirectional reconstruction of words." in card
+    assert "with anchorvec: Stage I, bidirectional reconstruction of bags of words." in card
     with pytest.warns(UserWarning, match="says little of the text"):
         decode(tmp_path / "run" / "stage_one", "text", max_tokens=2)
     with warnings.catch_warnings():
