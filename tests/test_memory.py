@@ -125,7 +125,7 @@ def setup(tmp_path):
         rows = reconstruction_dataset(recipe, pairs)
         tokenize = pair_tokenizer(recipe, AutoTokenizer.from_pretrained(base))
         _, one = stage_one_objective(recipe, base, rows, tokenize)
-        _, two, _ = stage_two_model(recipe, base, stage_two_datasets(recipe, pairs), rows)
+        _, two, _ = stage_two_model(recipe, base, stage_two_datasets(recipe, pairs), pairs)
         return one, two
 
     return engines
@@ -170,8 +170,8 @@ def test_a_padded_step_is_as_wide_as_the_longest_text(tmp_path, longest, cached)
     )
     base = build_base(recipe, tmp_path / "base")
     pairs = load_training_data(recipe)
-    datasets, rows = stage_two_datasets(recipe, pairs), reconstruction_dataset(recipe, pairs)
-    assert stage_two_model(recipe, base, datasets, rows)[1].cached_gradients == cached
+    datasets = stage_two_datasets(recipe, pairs)
+    assert stage_two_model(recipe, base, datasets, pairs)[1].cached_gradients == cached
 
 
 def test_checkpointing_only_where_it_is_needed_or_asked_for(setup, monkeypatch):

@@ -113,6 +113,7 @@ def test_a_query_has_as_many_hard_negatives_as_asked_for(name, request):
         [source], [listed] = {source["path"] for source, _ in rows}, {len(r.get("negatives", [])) for _, r in rows}
         columns = ["query", "positive", *(f"negative_{n + 1}" for n in range(wanted if listed else 0))]
         assert list(step.texts) == columns
+        assert len({row["query"] for _, row in rows}) == len(rows)  # though each row is drawn twice
         kinds.add((source, listed))
     assert len(kinds) == 3
     assert any(len({source["path"] for source, _ in rows}) == 2 for rows in asked.seen["stage_one"])  # it mixes them

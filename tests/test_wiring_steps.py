@@ -72,9 +72,9 @@ def followed(request):
 @pytest.mark.wires("stage_two.temperature", "stage_two.words_weight")
 def test_the_log_has_the_losses_of_the_formula(followed):
     """Of the first step, each `log_every`-th and the last: the mean since the record before, and its parts."""
-    steps, every = followed.values["steps"], followed.values["log_every"]
-    assert [len(step.texts["query"]) for step in followed.seen.steps] == [followed.values["pairs_per_step"]] * steps
-    logged = [step for step in range(1, steps + 1) if step == 1 or step % every == 0 or step == steps]
+    planned, every, steps = followed.values["steps"], followed.values["log_every"], followed.seen.steps
+    assert [len(step.texts["query"]) for step in steps] == [followed.values["pairs_per_step"]] * planned
+    logged = [step for step in range(1, planned + 1) if step == 1 or step % every == 0 or step == planned]
     records = followed.run.log[followed.stage]
     assert [record["step"] for record in records] == logged
     names = {"stage_one": ["loss", "query_to_document", "document_to_query"], "stage_two": ["loss", "words"]}
@@ -85,6 +85,12 @@ def test_the_log_has_the_losses_of_the_formula(followed):
         assert record["grad_norm"] == pytest.approx(followed.norms[last - 1], rel=1e-3)
         assert record["learning_rate"] == pytest.approx(followed.rates[last - 1])
     assert ("words" in records[0]) == (len(followed.losses[0]) == 2)
+    writes = followed.values.get("target") == "text"
+    texts = [
+        [text for key in step.texts if writes or "target" not in key for text in step.texts[key]] for step in steps
+    ]
+    tokens = [sum(map(len, step)) for step in texts]
+    assert [record["tokens"] for record in records] == [sum(tokens[:step]) for step in logged]
 
 
 @pytest.mark.wires("stage_one.log_every")
@@ -139,10 +145,9 @@ def test_the_trained_weights_are_those_of_the_formula(followed):
 
 
 @pytest.mark.wires("weight_decay", of=("stage_one", "stage_two"))
+@pytest.mark.parametrize("followed", [STAGES[1], STAGES[2]], indirect=True, ids=["texts-stage_two", "words-stage_one"])
 def test_weights_without_a_gradient_decay(followed):
-    """Embeddings of tokens that no text has shrink by the rates times `weight_decay`; where texts are written, none."""
-    if followed.values.get("lora") or followed.values.get("target") == "text":
-        pytest.skip("every weight has a gradient")
+    """Embeddings of tokens that no text has shrink by the rates times `weight_decay`, where nothing is written."""
     name = "model.embed_tokens.weight"
     unread = followed.expected.reading.ids("\x01")[0]
     share = torch.tensor([1 - rate * followed.values["weight_decay"] for rate in followed.rates]).prod()
