@@ -7,7 +7,9 @@ import torch
 from safetensors.torch import load_file
 
 import formulas
-from wiring import adapters, model_before
+from conftest import write_rows
+from support import train
+from wiring import PLAIN, adapters, model_before
 
 STAGES = [(run, stage) for run in ("texts_run", "words_run") for stage in ("stage_one", "stage_two")]
 
@@ -192,3 +194,22 @@ def test_another_value_would_give_another_loss(run, stage, key, other, request):
         own, others = (e.losses(stage, model)[0]()[0].item() for e in (expected, expected.but({key: other})))
     assert own == pytest.approx(logged, rel=5e-6)
     assert others != pytest.approx(logged, rel=5e-5)
+
+
+@pytest.mark.wires("stage_one.alpha")
+@pytest.mark.parametrize(("alpha", "name"), [(1, "query_to_document"), (0, "document_to_query")])
+def test_one_direction_alone_costs_half(alpha, name, tmp_path):
+    """It is the whole loss, alone in the log, and the other one's passes take no room in a micro-batch."""
+    path = write_rows(tmp_path / "pairs.jsonl", PLAIN)
+    read, written = ("query", "positive") if alpha else ("positive", "query")
+    ends = 2 * len(PLAIN)
+    tokens = sum(len(row[read]) + len(row[written]) for row in PLAIN) + ends
+    values = {"data.train": [{"path": str(path)}], "stage_two": None, "stage_one.alpha": alpha}
+    values |= {"stage_one.steps": 1, "stage_one.warmup_steps": 0, "stage_one.pairs_per_step": len(PLAIN)}
+    run = train(tmp_path / "run", {**values, "stage_one.micro_batch_tokens": tokens})
+    [record] = run.log["stage_one"]
+    assert {key for key in record if "_to_" in key} == {name, f"exchange_{name}"}
+    assert record["loss"] == pytest.approx(record[name])
+    calls = run.stages["stage_one"].forwards
+    assert [call.texts for call in calls] == [len(PLAIN)] * 4  # read and written, and again with other embeddings
+    assert sum(call.tokens for call in calls) == 2 * tokens
