@@ -281,4 +281,4 @@ def test_training_with_similar_negatives(tmp_path, monkeypatch):
     assert len(batches) >= 20
     assert sum(kinds) / len(kinds) < 2  # 2.9 in random batches
     records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    assert all("words" not in record for record in records)
+    assert all("bag_of_words" not in record for record in records)

@@ -12,16 +12,21 @@ from formulas import Reading, Words, contrastive_loss
 from support import BagOfWords, stage_two_loss
 
 QUERIES = ["how high", "what is the deepest lake", "who", "where do herons live, and otters too"]
-POSITIVES = ["8,849 metres", "Baikal, in Siberia", "nobody knows who", "By a river."]
+POSITIVES = ["8,849 metres", "Baikal, in Siberia", "w", "By a river."]
 NEGATIVES = [
     ["not high", "a shallow lake", "you", "in a forest"],
     ["low", "the sea", "I know him", "on the moon, maybe"],
 ]
+# Every query has a w, which so weighs nothing: the third document is no words, neither told nor a candidate. Others of
+# the candidates are the step's own texts, answers to its queries, what asks for its documents, and what it read itself.
 SAMPLE = [
-    ("how deep", "1,642 metres"),
     *zip(QUERIES[:2], POSITIVES[:2], strict=True),
-    ("why", "because"),
-    ("so", "it is"),
+    ("how deep", "1,642 metres"),
+    ("which w", "w"),
+    ("how high", "a mile"),
+    ("what mountain, below Siberia, is it", "8,849 metres"),
+    ("who knows what", "what is the deepest lake"),
+    ("By a river, w.", "no"),
 ]
 TEMPERATURE, WEIGHT = 0.2, 0.7
 
@@ -29,7 +34,7 @@ TEMPERATURE, WEIGHT = 0.2, 0.7
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """An embedder in fp32 on disk."""
-    return build_embedder("tiny", tmp_path_factory.mktemp("loss") / "base", max_tokens=32)
+    return build_embedder("tiny", tmp_path_factory.mktemp("loss") / "base", max_tokens=32, seed=1)
 
 
 @pytest.fixture(scope="module")

@@ -105,16 +105,21 @@ def test_an_epoch_draws_each_row_as_often_as_its_weight_says(texts_run, words_ru
 @pytest.mark.wires("stage_two.negatives")
 @BOTH
 def test_a_query_has_as_many_hard_negatives_as_asked_for(name, request):
-    """Its row's first ones; a row with fewer has none. Stage II's batches are of one data set and one kind."""
+    """Its row's first ones; a row with fewer has none. A batch is of one data set, rows of both kinds mixed."""
     asked = request.getfixturevalue(name)
     wanted = asked.values["stage_two.negatives"]
-    kinds = set()
+    names = [f"negative_{n + 1}" for n in range(wanted)]
+    with_negatives = []
     for step, rows in zip(asked.run.stages["stage_two"].steps, asked.seen["stage_two"], strict=True):
-        [source], [listed] = {source["path"] for source, _ in rows}, {len(r.get("negatives", [])) for _, r in rows}
-        columns = ["query", "positive", *(f"negative_{n + 1}" for n in range(wanted if listed else 0))]
-        assert list(step.texts) == columns
-        kinds.add((source, listed))
-    assert len(kinds) == 3
+        assert len({source["path"] for source, _ in rows}) == 1
+        assert len({row["query"] for _, row in rows}) == len(rows)  # though each row is drawn twice
+        listed = [row["negatives"] for _, row in rows if row.get("negatives")]
+        assert [len(step.texts.get(name, [])) for name in names] == [len(listed)] * wanted
+        prompt = rows[0][0].get("document_instruction", "")
+        for n, column in enumerate(names[: len(names) if listed else 0]):
+            assert step.texts[column] == [asked.reading.read(prompt, texts[n]) for texts in listed]
+        with_negatives.append(len(listed))
+    assert any(0 < n < asked.values["stage_two.pairs_per_step"] for n in with_negatives)
     assert any(len({source["path"] for source, _ in rows}) == 2 for rows in asked.seen["stage_one"])  # it mixes them
 
 
@@ -148,7 +153,7 @@ def test_the_pairs_of_a_step_are_similar_but_not_too_similar(tmp_path, kind):
     values = {"data.train": data, "stage_one": None, "stage_two.in_batch_negatives": kind}
     values |= {"stage_two.steps": 14, "stage_two.pairs_per_step": 4, "stage_two.warmup_steps": 0, "data.max_tokens": 12}
     run = train(tmp_path / "run", values)
-    assert not any("words" in record for record in run.log["stage_two"])  # they have no part in the loss
+    assert not any("bag_of_words" in record for record in run.log["stage_two"])  # they have no part in the loss
     tokenizer = make_tokenizer()
     cut = [{**row, "query": row["query"][: 12 - len("find: ") - 1]} for row in rows]
     texts = [[tokenizer(row[side])["input_ids"] for row in cut] for side in ("query", "positive")]

@@ -12,6 +12,8 @@ from scipy.stats import spearmanr
 from sentence_transformers import SentenceTransformer
 
 import anchorvec
+from anchorvec.evaluation import bm25_scores
+from anchorvec.model import packing
 from conftest import make_model, make_tokenizer, write_rows
 from support import decoder_calls, recipe, train
 from wiring import HARD, PLAIN, TEXTS, WORDS, sources
@@ -100,8 +102,8 @@ def test_no_more_tokens_are_held_at_a_time_than_asked_for(texts_run, words_run):
         engine = words_run.run.record["engine"][stage]
         assert engine["micro_batch_tokens"] > 1_000
         assert not engine["cached_gradients"]
-    documents = [call.texts for call in words_run.run.stages["stage_two"].forwards]
-    assert max(documents) == 4 * (1 + WORDS["stage_two.negatives"])
+    # Padded columns of different numbers of texts go through the decoder one by one.
+    assert max(call.texts for call in words_run.run.stages["stage_two"].forwards) == WORDS["stage_two.pairs_per_step"]
 
 
 @pytest.mark.wires("stage_two.lora.dropout")
@@ -182,18 +184,24 @@ CORPUS = {
 QUERIES = {f"q{i}": row["query"] for i, row in enumerate(PLAIN[:5])}
 
 
-@pytest.mark.wires("data", "tasks", "batch_size", of=["evaluation"])
-def test_each_model_of_a_run_is_scored_on_what_the_recipe_names(tmp_path, data, monkeypatch):
-    """A folder and a task of MTEB, so many texts at a time; the scores are those of plain calls of each model."""
-    mteb = pytest.importorskip("mteb")
-    from datasets import Dataset
-
+@pytest.fixture
+def test_collection(tmp_path):
+    """A folder in BEIR layout."""
     beir = tmp_path / "animals"
     (beir / "qrels").mkdir(parents=True)
     write_rows(beir / "corpus.jsonl", [{"_id": key, "title": "", "text": text} for key, text in CORPUS.items()])
     write_rows(beir / "queries.jsonl", [{"_id": key, "text": text} for key, text in QUERIES.items()])
     judged = "".join(f"q{i}\td{i}\t1\n" for i in range(len(QUERIES)))
     (beir / "qrels" / "test.tsv").write_text(f"query-id\tcorpus-id\tscore\n{judged}")
+    return beir
+
+
+@pytest.mark.wires("data", "tasks", "batch_size", of=["evaluation"])
+def test_each_model_of_a_run_is_scored_on_what_the_recipe_names(tmp_path, data, monkeypatch, test_collection):
+    """A folder and a task of MTEB, so many texts at a time; the scores are those of plain calls of each model."""
+    mteb = pytest.importorskip("mteb")
+    from datasets import Dataset
+
     pairs = {
         "sentence1": [*CORPUS.values()],
         "sentence2": [*CORPUS.values()][::-1],
@@ -203,7 +211,7 @@ def test_each_model_of_a_run_is_scored_on_what_the_recipe_names(tmp_path, data, 
     monkeypatch.setattr(kind, "data_loaded", True)
     monkeypatch.setattr(kind, "dataset", {"test": Dataset.from_dict(pairs)})
     values = {**data, **{key: value for key, value in SHORT.items() if key.startswith("stage_one")}, "stage_two": None}
-    values |= {"evaluation.data": [str(beir)], "evaluation.tasks": ["BIOSSES"], "evaluation.batch_size": 3}
+    values |= {"evaluation.data": [str(test_collection)], "evaluation.tasks": ["BIOSSES"], "evaluation.batch_size": 3}
     with decoder_calls() as calls:
         run = train(tmp_path / "run", values)
     scores = json.loads((run.folder / "scores.json").read_text())
@@ -219,7 +227,23 @@ def test_each_model_of_a_run_is_scored_on_what_the_recipe_names(tmp_path, data, 
         own = [float(model.similarity(a, b)) for a, b in zip(left, right, strict=True)]
         assert scores[name]["BIOSSES"]["main_score"] == pytest.approx(spearmanr(own, pairs["score"])[0], abs=1e-4)
     # 5 queries, 8 documents, twice 8 sentences, for two models; no step of training has 3 texts
-    assert sum(call.texts == 3 for call in calls) == 2 * (1 + 2 + 2 + 2)
+    checks = sum(packing._CHECKED_LENGTHS[:3])  # tokens of the three texts with which packing is checked
+    assert sum(call.texts == 3 and call.tokens != checks for call in calls) == 2 * (1 + 2 + 2 + 2)
+
+
+@pytest.mark.wires("precision", "bm25", of=["evaluation"])
+def test_scores_are_taken_in_the_precision_that_is_asked_for_and_bm25s_beside(tmp_path, data, test_collection):
+    """fp32 without a word; BM25 where it is asked for, with the scores of a plain call."""
+    pytest.importorskip("mteb")
+    values = {**data, **{key: value for key, value in SHORT.items() if key.startswith("stage_one")}, "stage_two": None}
+    values["evaluation.data"] = [str(test_collection)]
+    found = []
+    for own in ({}, {"evaluation.precision": "bf16", "evaluation.bm25": True}):
+        run = train(tmp_path / f"run{len(own)}", {**values, **own})
+        found.append(json.loads((run.folder / "scores.json").read_text()))
+    assert [list(scores) for scores in found] == [["untrained", "stage_one"], ["bm25", "untrained", "stage_one"]]
+    assert [scores["stage_one"]["animals"]["dtype"] for scores in found] == ["float32", "bfloat16"]
+    assert found[1]["bm25"]["animals"]["per_query"] == bm25_scores(test_collection).per_query
 
 
 # What a plan says of all this
@@ -237,7 +261,10 @@ def test_a_plan_counts_what_the_run_did(name, request):
     plan = anchorvec.plan(recipe({"stage_two.in_batch_negatives": "similar", **values}))
     assert plan.rows == {"plain": 8, "hard": 8}
     assert plan.rows_with_negatives == {"plain": 0, "hard": 4}
-    assert (plan.target, plan.words_weight) == (values["stage_one.target"], values["stage_two.bag_of_words_weight"])
+    assert (plan.target, plan.bag_of_words_weight) == (
+        values["stage_one.target"],
+        values["stage_two.bag_of_words_weight"],
+    )
     assert plan.in_batch_negatives == "similar"
     for stage in STAGES:
         assert plan.trained_parameters[stage] == sum(w.numel() for w in run.stages[stage].start.values())

@@ -7,7 +7,9 @@ import torch
 from safetensors.torch import load_file
 
 import formulas
-from wiring import adapters, model_before
+from conftest import write_rows
+from support import train
+from wiring import PLAIN, adapters, model_before
 
 STAGES = [(run, stage) for run in ("texts_run", "words_run") for stage in ("stage_one", "stage_two")]
 
@@ -72,19 +74,25 @@ def followed(request):
 @pytest.mark.wires("stage_two.temperature", "stage_two.bag_of_words_weight")
 def test_the_log_has_the_losses_of_the_formula(followed):
     """Of the first step, each `log_every`-th and the last: the mean since the record before, and its parts."""
-    steps, every = followed.values["steps"], followed.values["log_every"]
-    assert [len(step.texts["query"]) for step in followed.seen.steps] == [followed.values["pairs_per_step"]] * steps
-    logged = [step for step in range(1, steps + 1) if step == 1 or step % every == 0 or step == steps]
+    planned, every, steps = followed.values["steps"], followed.values["log_every"], followed.seen.steps
+    assert [len(step.texts["query"]) for step in steps] == [followed.values["pairs_per_step"]] * planned
+    logged = [step for step in range(1, planned + 1) if step == 1 or step % every == 0 or step == planned]
     records = followed.run.log[followed.stage]
     assert [record["step"] for record in records] == logged
-    names = {"stage_one": ["loss", "query_to_document", "document_to_query"], "stage_two": ["loss", "words"]}
+    names = {"stage_one": ["loss", "query_to_document", "document_to_query"], "stage_two": ["loss", "bag_of_words"]}
     names = names[followed.stage][: len(followed.losses[0])]
     for record, first, last in zip(records, [0, *logged], logged, strict=False):
         for name, losses in zip(names, zip(*followed.losses[first:last], strict=True), strict=True):
             assert record[name] == pytest.approx(statistics.mean(losses), rel=2e-5), (name, last)
         assert record["grad_norm"] == pytest.approx(followed.norms[last - 1], rel=1e-3)
         assert record["learning_rate"] == pytest.approx(followed.rates[last - 1])
-    assert ("words" in records[0]) == (len(followed.losses[0]) == 2)
+    assert ("bag_of_words" in records[0]) == (len(followed.losses[0]) == 2)
+    writes = followed.values.get("target") == "text"
+    texts = [
+        [text for key in step.texts if writes or "target" not in key for text in step.texts[key]] for step in steps
+    ]
+    tokens = [sum(map(len, step)) for step in texts]
+    assert [record["tokens"] for record in records] == [sum(tokens[:step]) for step in logged]
 
 
 @pytest.mark.wires("stage_one.log_every")
@@ -139,10 +147,9 @@ def test_the_trained_weights_are_those_of_the_formula(followed):
 
 
 @pytest.mark.wires("weight_decay", of=("stage_one", "stage_two"))
+@pytest.mark.parametrize("followed", [STAGES[1], STAGES[2]], indirect=True, ids=["texts-stage_two", "words-stage_one"])
 def test_weights_without_a_gradient_decay(followed):
-    """Embeddings of tokens that no text has shrink by the rates times `weight_decay`; where texts are written, none."""
-    if followed.values.get("lora") or followed.values.get("target") == "text":
-        pytest.skip("every weight has a gradient")
+    """Embeddings of tokens that no text has shrink by the rates times `weight_decay`, where nothing is written."""
     name = "model.embed_tokens.weight"
     unread = followed.expected.reading.ids("\x01")[0]
     share = torch.tensor([1 - rate * followed.values["weight_decay"] for rate in followed.rates]).prod()
@@ -156,7 +163,7 @@ CHANGES = [
     ("texts_run", "stage_one", "stage_one.end_token_target", True),
     ("texts_run", "stage_one", "stage_one.max_target_tokens", None),
     ("texts_run", "stage_one", "stage_one.max_target_tokens", 14),
-    ("texts_run", "stage_one", "stage_one.target", "words"),
+    ("texts_run", "stage_one", "stage_one.target", "bag_of_words"),
     ("texts_run", "stage_one", "data.max_tokens", None),
     ("texts_run", "stage_two", "stage_two.temperature", 0.05),
     ("texts_run", "stage_two", "stage_two.bag_of_words_weight", 0),
@@ -187,3 +194,22 @@ def test_another_value_would_give_another_loss(run, stage, key, other, request):
         own, others = (e.losses(stage, model)[0]()[0].item() for e in (expected, expected.but({key: other})))
     assert own == pytest.approx(logged, rel=5e-6)
     assert others != pytest.approx(logged, rel=5e-5)
+
+
+@pytest.mark.wires("stage_one.alpha")
+@pytest.mark.parametrize(("alpha", "name"), [(1, "query_to_document"), (0, "document_to_query")])
+def test_one_direction_alone_costs_half(alpha, name, tmp_path):
+    """It is the whole loss, alone in the log, and the other one's passes take no room in a micro-batch."""
+    path = write_rows(tmp_path / "pairs.jsonl", PLAIN)
+    read, written = ("query", "positive") if alpha else ("positive", "query")
+    ends = 2 * len(PLAIN)
+    tokens = sum(len(row[read]) + len(row[written]) for row in PLAIN) + ends
+    values = {"data.train": [{"path": str(path)}], "stage_two": None, "stage_one.alpha": alpha}
+    values |= {"stage_one.steps": 1, "stage_one.warmup_steps": 0, "stage_one.pairs_per_step": len(PLAIN)}
+    run = train(tmp_path / "run", {**values, "stage_one.micro_batch_tokens": tokens})
+    [record] = run.log["stage_one"]
+    assert {key for key in record if "_to_" in key} == {name, f"exchange_{name}"}
+    assert record["loss"] == pytest.approx(record[name])
+    calls = run.stages["stage_one"].forwards
+    assert [call.texts for call in calls] == [len(PLAIN)] * 4  # read and written, and again with other embeddings
+    assert sum(call.tokens for call in calls) == 2 * tokens

@@ -41,7 +41,7 @@ HARD = [
 """Rows of which half have three hard negatives."""
 
 # What every key of the recipe reference that takes part in a step is set to. The weights make an epoch of Stage I
-# 20 rows; of Stage II 4 of `plain`, and 8 of `hard` with negatives and 8 without.
+# 20 rows; of Stage II 4 of `plain`, and 16 of `hard`, of which half have negatives.
 TEXTS: Values = {
     "seed": 3,
     "model.base": "tiny",
@@ -168,7 +168,7 @@ class Expected:
         return Pair(*(reading.read(*t) for t in texts), *(reading.written(*t, end=end, most=most) for t in texts))
 
     def _stage_one(self, model: nn.Module) -> Losses:
-        tells_words = self.values["stage_one.target"] == "words"
+        tells_words = self.values["stage_one.target"] == "bag_of_words"
         end = 0 if self.values.get("stage_one.end_token_target", True) and not tells_words else None
         pair = partial(self.pair, most=self.values["stage_one.max_target_tokens"], end=end)
         alpha = self.values["stage_one.alpha"]
@@ -186,11 +186,12 @@ class Expected:
         for step in self.seen["stage_two"]:
             pairs, source = [pair(seen) for seen in step], step[0][0]
             columns = [[p.query for p in pairs], [p.document for p in pairs]]
-            if all(len(row.get("negatives", [])) >= negatives for _, row in step):
-                prompt = source.get("document_instruction", "")
-                columns += [
-                    [self.reading.read(prompt, row["negatives"][n]) for _, row in step] for n in range(negatives)
-                ]
+            prompt = source.get("document_instruction", "")
+            listed = [row.get("negatives", []) for _, row in step]
+            columns += [
+                [self.reading.read(prompt, texts[n]) for texts in listed if len(texts) >= negatives]
+                for n in range(negatives)
+            ]
             contents = [p.query_target for p in pairs], [p.document_target for p in pairs]
             temperature = self.values["stage_two.temperature"]
             found.append(partial(formulas.contrastive_loss, model, columns, temperature, words, weight, contents))
@@ -210,18 +211,19 @@ def expected(run: Run, values: Values) -> Expected:
     """What `run` must have done; each text that it saw is that of a row, prompted and cut as the values say."""
     blank = Expected(run, values, {})
 
-    def read(source: Mapping[str, Any], row: Mapping[str, Any], step: Step) -> tuple[Ids, ...]:
-        documents = [row["positive"], *row.get("negatives", [])]
-        prompts = source["instruction"], source.get("document_instruction", "")
-        columns = [name for name in step.texts if "target" not in name]
-        texts = [(prompts[0], row["query"]), *((prompts[1], text) for text in documents)][: len(columns)]
+    def read(source: Mapping[str, Any], row: Mapping[str, Any]) -> tuple[Ids, ...]:
+        texts = (source["instruction"], row["query"]), (source.get("document_instruction", ""), row["positive"])
         return tuple(tuple(blank.reading.read(*text)) for text in texts)
 
+    known = {
+        read(source, row): (source, row)
+        for source, listed in zip(values["data.train"], (PLAIN, HARD), strict=True)
+        for row in listed
+    }
+
     def rows(step: Step) -> list[Seen]:
-        parts = zip(values["data.train"], (PLAIN, HARD), strict=True)
-        known = {read(source, row, step): (source, row) for source, listed in parts for row in listed}
-        columns = [texts for name, texts in step.texts.items() if "target" not in name]
-        return [known[tuple(map(tuple, texts))] for texts in zip(*columns, strict=True)]
+        pairs = zip(step.texts["query"], step.texts["positive"], strict=True)
+        return [known[tuple(map(tuple, texts))] for texts in pairs]
 
     return replace(blank, seen={name: [rows(step) for step in stage.steps] for name, stage in run.stages.items()})
 
