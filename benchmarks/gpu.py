@@ -101,7 +101,7 @@ def stage(which: StageName, shape: str, pairs: int, max_tokens: int, **settings:
         train(Stage(which, asked, run, base, inputs, None, lambda r: ends.append((time.perf_counter(), r))))
         chosen = json.loads((scratch / "run" / "run.json").read_text())["engine"][which]
     logged = [(end, record) for end, record in ends if "loss" in record]
-    (begin, first), (end, last) = logged[-2], logged[-1]
+    (begin, first), (end, last) = [entry for entry in logged if entry[1]["step"] % log_every == 0][-2:]
     return {
         "tokens_per_second": (last["tokens"] - first["tokens"]) / (end - begin),
         "tokens_per_step": (last["tokens"] - first["tokens"]) / log_every,
