@@ -57,27 +57,26 @@ def choose_engine(
 ) -> Engine:
     """The way to compute a stage with the memory that is free now; sets gradient checkpointing on `model`.
 
-    `forward` and `longest`, the tokens of the longest text, are as in `kept_bytes`. Gradient checkpointing, where the
-    recipe leaves it open, is used if `least_tokens` would not fit otherwise; cached gradients if the `step_tokens` of a
-    step do not fit. The layers are compiled where the stage is `long_enough` for it to pay, on a GPU, and activations
-    are kept.
+    `forward` and `longest`, the tokens of the longest text, are as in `kept_bytes`; `logits_bytes` exist beside what is
+    kept. `packed`, `precision`, `gradient_checkpointing` and `micro_batch_tokens` are the recipe's. Checkpointing, where
+    that leaves it open, is used if `least_tokens` would not fit otherwise; cached gradients if the `step_tokens` of a
+    step do not fit. The layers are compiled on a GPU where the stage is `long_enough` for it to pay.
     """
     device = default_device()
     bf16 = resolve_precision(precision) == "bf16"
     for_training = ADAM_BYTES * sum(p.numel() for p in model.parameters() if p.requires_grad)
 
-    def kept_and_fit() -> tuple[float, int]:
+    def kept_and_fit(checkpointing: bool) -> tuple[float, int]:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             per_token, fixed = kept_bytes(model, forward, longest)
         if checkpointing:
-            text_config = model.config.get_text_config()
-            per_token += _LAYER_STATES * text_config.hidden_size * (2 if bf16 else 4)
+            per_token += _LAYER_STATES * model.config.get_text_config().hidden_size * (2 if bf16 else 4)
         return per_token, tokens_that_fit(per_token, for_training + fixed + logits_bytes, device)
 
     checkpointing = gradient_checkpointing is True
     if not checkpointing:
         try:
-            per_token, fit = kept_and_fit()
+            per_token, fit = kept_and_fit(False)
             checkpointing = gradient_checkpointing == "auto" and fit < least_tokens
         except torch.OutOfMemoryError:
             if gradient_checkpointing is False:
@@ -85,7 +84,7 @@ def choose_engine(
             checkpointing = True
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        per_token, fit = kept_and_fit()
+        per_token, fit = kept_and_fit(True)
     held = micro_batch_tokens or max(1, min(fit, ENOUGH_TOKENS.get(device.type, 1_536)))
     return Engine(
         packed=packed,
