@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -58,21 +59,14 @@ def choose_engine(
     """The way to compute a stage with the memory that is free now; sets gradient checkpointing on `model`.
 
     `forward` and `longest`, the tokens of the longest text, are as in `kept_bytes`; `logits_bytes` exist beside what is
-    kept. `packed`, `precision`, `gradient_checkpointing` and `micro_batch_tokens` are the recipe's. Checkpointing, where
-    that leaves it open, is used if `least_tokens` would not fit otherwise; cached gradients if the `step_tokens` of a
+    kept. `packed`, `precision`, `gradient_checkpointing` and `micro_batch_tokens` are the recipe's. Where it leaves
+    checkpointing open, that is used if `least_tokens` would not fit otherwise; cached gradients if the `step_tokens` of a
     step do not fit. The layers are compiled on a GPU where the stage is `long_enough` for it to pay.
     """
     device = default_device()
     bf16 = resolve_precision(precision) == "bf16"
-    for_training = ADAM_BYTES * sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-    def kept_and_fit(checkpointing: bool) -> tuple[float, int]:
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            per_token, fixed = kept_bytes(model, forward, longest)
-        if checkpointing:
-            per_token += _LAYER_STATES * model.config.get_text_config().hidden_size * (2 if bf16 else 4)
-        return per_token, tokens_that_fit(per_token, for_training + fixed + logits_bytes, device)
-
+    beside = logits_bytes + ADAM_BYTES * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    kept_and_fit = partial(_kept_and_fit, model, forward, longest, beside, bf16)
     checkpointing = gradient_checkpointing is True
     if not checkpointing:
         try:
@@ -95,6 +89,23 @@ def choose_engine(
         cached_gradients=step_tokens is not None and step_tokens > (micro_batch_tokens or fit),
         compiled=long_enough and device.type == "cuda" and packed and not checkpointing,
     )
+
+
+def _kept_and_fit(
+    model: PreTrainedModel,
+    forward: Callable[[int], tuple[Tensor, int]],
+    longest: int,
+    beside: int,
+    bf16: bool,
+    checkpointing: bool,
+) -> tuple[float, int]:
+    """Bytes that are kept for a token, and the tokens that fit into the free memory `beside` so many bytes."""
+    device = default_device()
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        per_token, fixed = kept_bytes(model, forward, longest)
+    if checkpointing:
+        per_token += _LAYER_STATES * model.config.get_text_config().hidden_size * (2 if bf16 else 4)
+    return per_token, tokens_that_fit(per_token, beside + fixed, device)
 
 
 def compiling_pays(pairs: int, seconds: float | None) -> bool:
