@@ -79,21 +79,21 @@ def save_base(tmp_path):
     return save
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module", autouse=True)
 def cheap_collections():
-    """A run collects garbage several times; what was imported before need not be gone through each time."""
+    """A run collects garbage several times; what was there before a module need not be gone through each time."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(scope="session")
-def texts_run(tmp_path_factory, cheap_collections):
+def texts_run(tmp_path_factory):
     """The run with the values `wiring.TEXTS`, and what it must have done."""
     return _watched_run(tmp_path_factory.mktemp("texts"), "TEXTS")
 
 
 @pytest.fixture(scope="session")
-def words_run(tmp_path_factory, cheap_collections):
+def words_run(tmp_path_factory):
     """The run with the values `wiring.WORDS`, and what it must have done."""
     return _watched_run(tmp_path_factory.mktemp("words"), "WORDS")
 
