@@ -60,8 +60,8 @@ def choose_engine(
 
     `forward` and `longest`, the tokens of the longest text, are as in `kept_bytes`; `logits_bytes` exist beside what is
     kept. `packed`, `precision`, `gradient_checkpointing` and `micro_batch_tokens` are the recipe's. Where it leaves
-    checkpointing open, that is used if `least_tokens` would not fit otherwise; cached gradients if the `step_tokens` of a
-    step do not fit. The layers are compiled on a GPU where the stage is `long_enough` for it to pay.
+    checkpointing open, that is used if `least_tokens` would not fit otherwise; cached gradients if the `step_tokens` of
+    a step do not fit. The layers are compiled on a GPU where the stage is `long_enough` for it to pay.
     """
     device = default_device()
     bf16 = resolve_precision(precision) == "bf16"
