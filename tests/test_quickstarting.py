@@ -1,7 +1,6 @@
 """How the quickstart divides its time; the whole of it runs in the gate, with the real model."""
 
 import math
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -21,21 +20,35 @@ from anchorvec.training.stage_two import train_stage_two
 from anchorvec.training.trainers import ReconstructionTrainer
 
 
+class Clock:
+    """A second passes whenever it is asked."""
+
+    now = 0.0
+
+    def monotonic(self):
+        self.now += 1.0
+        return self.now
+
+
 @pytest.mark.parametrize("stage", ["stage_one", "stage_two"])
-def test_a_stage_lasts_until_its_deadline(tmp_path, stage):
+def test_a_stage_lasts_until_its_deadline(monkeypatch, tmp_path, stage):
     """It makes as many steps as fit, and its learning rate reaches 0 with the last of them, by the clock (T13)."""
+    clock = Clock()
+    for module in ("progress", "stage", "trainers"):
+        monkeypatch.setattr(f"anchorvec.training.{module}.time", clock)
     recipe = load_recipe("debug", [f"output={tmp_path / 'run'}", f"{stage}.steps=2", f"{stage}.warmup_steps=0"])
     run = Run(tmp_path / "run")
     start = build_base(recipe, run.base)
     inputs = load_training_data(recipe)
     records = []
     train_stage = train_stage_one if stage == "stage_one" else train_stage_two
-    train_stage(Stage(stage, recipe, run, start, inputs, time.monotonic() + 6, records.append))
-    assert records[-1]["step"] > 2  # more than the recipe's
+    train_stage(Stage(stage, recipe, run, start, inputs, 60.0, records.append))
+    assert records[-1]["step"] > 10  # more than the recipe's
+    assert 50 < clock.now < 63  # as long as another step would have fitted
     assert run.steps() == {stage: records[-1]["step"]}
     rates = [record["learning_rate"] for record in records]
     assert rates == sorted(rates, reverse=True)
-    assert rates[-1] < 0.3 * getattr(recipe, stage).learning_rate
+    assert rates[-1] < 0.15 * getattr(recipe, stage).learning_rate
 
 
 @pytest.mark.parametrize(
@@ -69,7 +82,8 @@ def test_the_learning_rate_follows_the_clock(monkeypatch, tmp_path, schedule, at
 
 def test_a_stage_whose_time_is_over_makes_one_step(tmp_path):
     """A folder is there to go on from, however long the set-up took; its learning rate has reached 0 (T13)."""
-    recipe = load_recipe("debug", [f"output={tmp_path / 'run'}"])
+    # without a warm-up, which would start at a rate of 0 too
+    recipe = load_recipe("debug", [f"output={tmp_path / 'run'}", "stage_one.warmup_steps=0"])
     run = Run(tmp_path / "run")
     start = build_base(recipe, run.base)
     folder = train_stage_one(Stage("stage_one", recipe, run, start, load_training_data(recipe), deadline=0.0))
