@@ -10,18 +10,22 @@ calls of external ones.
 
 import argparse
 import json
+import re
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from rich.console import Console
 from torch import Tensor
+from torch._inductor.utils import run_and_get_code
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from anchorvec.model import attention
+from anchorvec.model import attention, packing
+from anchorvec.model.working_weights import WorkingWeights
 from anchorvec.objectives.reconstruction import TextReconstruction
-from common import make_model
+from common import SHAPES, make_model
 from stage_one import draw_pairs
 
 
@@ -88,40 +92,11 @@ def on_gpu_path() -> None:
     """Have a CPU take the code path of a GPU."""
     attention.varlen_attn = one_kernel
     attention._kernel_dtype = lambda query, value: torch.bfloat16
-
-
-VIEWS = {
-    "view",
-    "_unsafe_view",
-    "t",
-    "transpose",
-    "unsqueeze",
-    "squeeze",
-    "slice",
-    "select",
-    "expand",
-    "detach",
-    "split",
-    "split_with_sizes",
-    "permute",
-    "as_strided",
-    "alias",
-    "unbind",
-    "reshape",
-    "lift_fresh",
-    "_reshape_alias",
-    "sym_size",
-    "empty",
-    "new_empty",
-    "empty_like",
-    "new_empty_strided",
-    "empty_strided",
-    "unsafe_split",
-}
+    packing.reads_no_mask = lambda device: True
 
 
 class Count(TorchDispatchMode):
-    """Counts operations by name; inside an operation of our own nothing is counted."""
+    """Counts operations by name, without views and allocations, which launch nothing."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -129,9 +104,61 @@ class Count(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.rpartition("::")[2]
-        if (func.namespace == "aten" and name not in VIEWS) or func.namespace == "anchorvec_benchmarks":
+        ours = func.namespace == "anchorvec_benchmarks"
+        if ours or (func.namespace == "aten" and not func.is_view and name not in NOTHING_LAUNCHED):
             self.names[name] += 1
         return func(*args, **(kwargs or {}))
+
+
+NOTHING_LAUNCHED = {
+    "_unsafe_view",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "lift_fresh",
+}
+
+
+def prepared(shape: str, pairs: int, layers: int | None) -> Callable[[], None]:
+    """The micro-batch of a model with so many layers."""
+    model = make_model(shape, 0)
+    if layers is not None:
+        del model.model.layers[layers:]
+        model.config.num_hidden_layers = layers
+    model.set_attn_implementation(attention.PACKED_ATTENTION)
+    batch = draw_pairs(pairs, 0, model.config.vocab_size)
+    objective = TextReconstruction(model)
+    objective.packed = True
+    working = WorkingWeights(objective)
+
+    def step() -> None:
+        with working.in_use(), torch.autocast("cpu", torch.bfloat16):
+            objective(batch).loss.backward()
+
+    step.compile_layers = objective.compile_layers  # type: ignore[attr-defined]
+    return step
+
+
+def counted(shape: str, pairs: int, layers: int | None) -> Counter[str]:
+    """Operations of the micro-batch, by name; weights have gradients already, as in every micro-batch but the first."""
+    step = prepared(shape, pairs, layers)
+    step()
+    with Count() as count:
+        step()
+    return count.names
+
+
+def compiled_calls(shape: str, pairs: int) -> int:
+    """Generated kernels, and calls of external ones, of one compiled layer: forward and backward pass."""
+    step = prepared(shape, pairs, 1)
+    step.compile_layers()  # type: ignore[attr-defined]
+    _, sources = run_and_get_code(step)
+    called = re.compile(r"^ *(?:\w+ = )?(cpp_fused_\w+|extern_kernels\.\w+|torch\.ops\.\w+\.\w+(?:\.\w+)?)\(", re.M)
+    calls = [called.findall(source) for source in sources]
+    layers = [found for found in calls if any("text_by_text" in name for name in found)]
+    return sum(map(len, layers))
 
 
 def main() -> None:
@@ -139,24 +166,21 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--shape", default="smollm2-135m")
     options.add_argument("--pairs", type=int, default=64)
+    options.add_argument("--compile", action="store_true", help="count what is left of a compiled decoder layer")
+    options.add_argument("--names", action="store_true", help="show the operations by name")
     chosen = options.parse_args()
     on_gpu_path()
-    model = make_model(chosen.shape, 0)
-    pairs = draw_pairs(chosen.pairs, 0, model.config.vocab_size)
-    objective = TextReconstruction(model, packed=False)
-    objective.packed = True
-    model.set_attn_implementation(attention.PACKED_ATTENTION)
-
-    def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = objective(pairs).loss
-        loss.backward()
-
-    with Count() as count:
-        step()
+    names = counted(chosen.shape, chosen.pairs, None)
     say = Console().print
-    say(json.dumps(count.names.most_common()))
-    say(sum(count.names.values()))
+    if chosen.names:
+        say(json.dumps(names.most_common()))
+    say(f"operations: {sum(names.values()):,}")
+    if chosen.compile:
+        outside = sum(counted(chosen.shape, chosen.pairs, 0).values())
+        layer = compiled_calls(chosen.shape, min(chosen.pairs, 4))
+        layers = SHAPES[chosen.shape]["num_hidden_layers"]
+        total = outside + 2 * layers * layer
+        say(f"compiled: {total:,} ({outside:,} outside of the layers, {layer} for a layer and pass)")
 
 
 if __name__ == "__main__":

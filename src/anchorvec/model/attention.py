@@ -30,6 +30,15 @@ def packed_attentions(device: torch.device) -> list[str]:
     return [*(["flash_attention_2"] if flash else []), PACKED_ATTENTION]
 
 
+def reads_no_mask(device: torch.device) -> bool:
+    """Whether packed texts on `device` are told by their lengths alone, and any mask is left unread.
+
+    transformers then need not be asked for one: to see that there is none it would compare all positions, and wait for
+    a GPU to answer. flash-attention reads what it is given.
+    """
+    return device.type == "cuda" and packed_attentions(device) == [PACKED_ATTENTION]
+
+
 def packed_attention(
     module: nn.Module,
     query: Tensor,

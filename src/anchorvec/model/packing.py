@@ -20,7 +20,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling, Transfor
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
-from anchorvec.model.attention import PACKED_ATTENTION, packed_attentions
+from anchorvec.model.attention import PACKED_ATTENTION, packed_attentions, reads_no_mask
 
 _CHECKED_LENGTHS = (16, 5, 24, 37, 64, 100, 128, 256)
 """Tokens of the texts with which a packed attention is checked; on a CPU, which goes text by text, the first three."""
@@ -252,7 +252,10 @@ def _packed_arguments(lengths: Sequence[int], device: torch.device) -> dict[str,
     ends = sizes.cumsum()
     positions = np.arange(int(ends[-1])) - np.repeat(ends - sizes, sizes)
     starts = to_device(np.concatenate([[0], ends]).astype(np.int32), device)
+    # A mask of four dimensions is handed on as it is.
+    mask = {"attention_mask": torch.zeros(1, 1, 1, 1, device=device)} if reads_no_mask(device) else {}
     return {
+        **mask,
         "position_ids": to_device(positions[None], device),
         "cu_seq_lens_q": starts,
         "cu_seq_lens_k": starts,
