@@ -11,7 +11,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from anchorvec.device import default_device, resolve_precision
-from anchorvec.model.packing import unpad
+from anchorvec.model.packing import use_packed_texts
 from common import in_process, parser, report, survived, timed
 from stage_two import draw_texts, save_base
 
@@ -20,7 +20,7 @@ def side(ours: bool, base: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Seconds and vectors of one side."""
     dtype = torch.bfloat16 if resolve_precision(settings["precision"]) == "bf16" else torch.float32
     model = SentenceTransformer(base, device=str(default_device()), model_kwargs={"dtype": dtype})
-    if ours and not unpad(model):
+    if ours and not use_packed_texts(model):
         return {"failed": "this model cannot be packed here"}
     texts = draw_texts(settings["texts"], settings)[1]
     found: dict[str, Any] = {}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 import anchorvec
-from anchorvec.model.packing import unpad
+from anchorvec.model.packing import use_packed_texts
 from anchorvec.objectives.bag_of_words import BagOfWordsLoss
 from anchorvec.objectives.contrastive import contrastive_loss
 
@@ -223,7 +223,7 @@ def stage_two_loss(
 ) -> Tensor:
     """The package's loss of the texts of a step: queries, positives, and hard negatives."""
     if packed:
-        assert unpad(model)
+        assert use_packed_texts(model)
     options: dict[str, Any] = {}
     if bag_of_words is not None:
         words = bag_of_words

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from anchorvec.model import attention, packing
 from anchorvec.model.compiling import decoder_layers
 from anchorvec.model.embedder import build_embedder
-from anchorvec.model.packing import unpad
+from anchorvec.model.packing import use_packed_texts
 from anchorvec.model.working_weights import WorkingWeights
 from anchorvec.objectives.contrastive import contrastive_loss
 from anchorvec.objectives.reconstruction import TextReconstruction
@@ -69,7 +69,7 @@ def test_nothing_is_asked_of_the_device_within_a_step_of_stage_one(gpu_path):
 def test_nothing_is_asked_of_the_device_within_a_step_of_stage_two(tmp_path, request, micro_batch_tokens):
     """What the library wants to know of the texts' lengths is read before the first micro-batch."""
     model = SentenceTransformer(str(build_embedder("tiny", tmp_path / "base", max_tokens=32)), device="cpu")
-    assert unpad(model)  # in fp32, which a GPU's kernel does not have
+    assert use_packed_texts(model)  # in fp32, which a GPU's kernel does not have
     request.getfixturevalue("gpu_path")
     texts = [["one", "two two", "three"], ["a", "bb bb " * 3, "ccc"]]
     loss = contrastive_loss(model, micro_batch_tokens=micro_batch_tokens, one_pass=True)

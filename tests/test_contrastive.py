@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from sentence_transformers import SentenceTransformer
 
 from anchorvec.model.embedder import build_embedder
-from anchorvec.model.packing import unpad
+from anchorvec.model.packing import use_packed_texts
 from anchorvec.objectives.bag_of_words import BagOfWordsLoss
 from anchorvec.objectives.contrastive import contrastive_loss
 from test_reconstruction import gradients
@@ -44,7 +44,7 @@ def test_one_pass_over_all_columns_changes_nothing(tmp_path, weight, micro_batch
         read = [model.tokenizer(column)["input_ids"] for column in texts]
         word_loss = BagOfWordsLoss(model[0].model.get_input_embeddings().weight, *read[:2])
         words = {"bag_of_words": word_loss, "bag_of_words_weight": weight}
-    assert unpad(model)
+    assert use_packed_texts(model)
     found = []
     for one_pass in (False, True):
         loss = contrastive_loss(model, micro_batch_tokens=micro_batch_tokens, one_pass=one_pass, **words)
@@ -86,7 +86,7 @@ def test_padded_texts_are_counted_by_the_length_limit(tmp_path):
 def test_negatives_of_some_rows_are_candidates_of_all(tmp_path, packed, size):
     """With hard negatives in some rows only, each query's candidates are all positives and all of these."""
     model = SentenceTransformer(str(build_embedder("tiny", tmp_path / "base", max_tokens=32)), device="cpu").double()
-    assert not packed or unpad(model)
+    assert not packed or use_packed_texts(model)
     columns = [["one", "two two", "three", "four"], ["a", "bb bb", "ccc", "d"], ["x", "y y"], ["z"]]
     loss = contrastive_loss(model, temperature=0.1, micro_batch_tokens=size)
     value = loss([dict(model.preprocess(column)) for column in columns], None)

@@ -9,7 +9,7 @@ from sentence_transformers.base.model_card import BaseModelCardCallback
 
 from anchorvec.data.samplers import SimilarPairs
 from anchorvec.model.embedder import build_embedder
-from anchorvec.model.packing import reads_packed, unpad
+from anchorvec.model.packing import reads_packed, use_packed_texts
 from anchorvec.objectives.reconstruction import TextReconstruction
 from anchorvec.pipeline import train
 from anchorvec.recipe import load_recipe
@@ -23,9 +23,9 @@ def test_a_module_that_must_be_padded_is_left_so(tmp_path):
     folder = build_embedder("tiny", tmp_path / "base", max_tokens=32)
     model = SentenceTransformer(str(folder), device="cpu")
     model[0].unpad_inputs = False
-    assert not unpad(model)
+    assert not use_packed_texts(model)
     assert not reads_packed(model)
-    assert unpad(SentenceTransformer(str(folder), device="cpu"))
+    assert use_packed_texts(SentenceTransformer(str(folder), device="cpu"))
 
 
 def test_stage_two_makes_no_model_card_of_the_librarys(tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ from anchorvec.model import attention, packing
 from anchorvec.model.attention import PACKED_ATTENTION
 from anchorvec.model.embedder import build_embedder, save_causal_lm
 from anchorvec.model.loading import load_encoder
-from anchorvec.model.packing import packed_states, padded_states, reads_packed, unpad, use_packed_attention
+from anchorvec.model.packing import packed_states, padded_states, reads_packed, use_packed_attention, use_packed_texts
 from anchorvec.objectives.contrastive import contrastive_loss
 from anchorvec.objectives.pairs import exchange_partners
 from anchorvec.objectives.reconstruction import TextReconstruction
@@ -109,7 +109,7 @@ def test_stage_two_reads_the_texts_of_a_batch_packed(tmp_path, micro_batch_token
         return loss, gradients(model, loss), model.encode([*texts[0], *texts[1]], batch_size=4, convert_to_tensor=True)
 
     loss, expected, vectors = loss_gradients_vectors()
-    assert unpad(model)
+    assert use_packed_texts(model)
     assert model.preprocess(texts[0])["input_ids"].shape[0] == 1
     packed_loss, found, packed_vectors = loss_gradients_vectors()
     torch.testing.assert_close(packed_loss, loss, rtol=1e-10, atol=0)
@@ -122,7 +122,7 @@ def test_a_packed_model_is_saved_as_any_other(tmp_path):
     base = build_embedder("tiny", tmp_path / "base", max_tokens=32)
     for name in ("plain", "packed"):
         model = SentenceTransformer(str(base), device="cpu")
-        assert name == "plain" or unpad(model)
+        assert name == "plain" or use_packed_texts(model)
         model.encode(["a text"])
         model.save_pretrained(str(tmp_path / name), create_model_card=False)
     for file in ("config.json", "modules.json", "sentence_bert_config.json", "tokenizer.json"):
@@ -152,9 +152,9 @@ def test_an_encoder_with_bidirectional_attention_is_not_packed(tmp_path):
     transformer = Transformer(str(tmp_path / "bert"))
     model = SentenceTransformer(modules=[transformer, Pooling(32)], device="cpu")
     before = model.encode(["one", "two words"])
-    assert not unpad(model)
+    assert not use_packed_texts(model)
     np.testing.assert_array_equal(model.encode(["one", "two words"]), before)
-    assert not unpad(SentenceTransformer(modules=[StaticEmbedding(tokenizer._tokenizer, embedding_dim=8)]))
+    assert not use_packed_texts(SentenceTransformer(modules=[StaticEmbedding(tokenizer._tokenizer, embedding_dim=8)]))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -226,7 +226,7 @@ def test_an_encoder_decoder_is_padded(tmp_path):
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.save_pretrained(tmp_path / "bart")
     model = SentenceTransformer(modules=[Transformer(str(tmp_path / "bart")), Pooling(32)], device="cpu")
-    assert not unpad(model)
+    assert not use_packed_texts(model)
     model.encode(["one"])
 
 
@@ -241,7 +241,7 @@ def test_an_empty_text_is_no_other_text(tmp_path):
     )
     texts = ["one", "", "two words"]
     expected = model.encode(texts)
-    assert unpad(model)
+    assert use_packed_texts(model)
     np.testing.assert_allclose(model.encode(texts), expected, atol=1e-5)
 
 

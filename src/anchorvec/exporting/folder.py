@@ -16,6 +16,7 @@ from anchorvec.exporting.card import model_card
 from anchorvec.files import new_folder, user_path, write_text
 from anchorvec.model.embedder import can_write, load_causal_lm, save_tokenizer
 from anchorvec.model.loading import load_model
+from anchorvec.model.readout import last_states_of_padded
 from anchorvec.recipe import run_recipe
 from anchorvec.run import is_embedder
 
@@ -126,9 +127,7 @@ def encode_with_transformers(folder: str | Path, texts: Sequence[str]) -> Tensor
     )
     with torch.no_grad():
         states = model(**batch, use_cache=False).last_hidden_state  # (texts, length, dim)
-    last = batch["attention_mask"].shape[1] - 1 - batch["attention_mask"].flip(1).argmax(1)
-    vectors: Tensor = states[torch.arange(len(states)), last]
-    return vectors
+    return last_states_of_padded(states, batch["attention_mask"])
 
 
 def _encode(model: SentenceTransformer, texts: Sequence[str]) -> Tensor:

@@ -69,22 +69,7 @@ def packed_attention(
     if cu_seq_lens_q is not None and not dropout and (dtype := _kernel_dtype(query, value)) is not None:
         if softcap is not None:
             raise NotImplementedError("no kernel for packed texts with a soft cap")
-        # (tokens, heads, dim); rotary embedding leaves query and key in fp32 under autocast
-        q, k, v = (part[0].transpose(0, 1).to(dtype).contiguous() for part in (query, key, value))
-        together = varlen_attn(
-            q,
-            k,
-            v,
-            cu_seq_lens_q,
-            cu_seq_lens_q,
-            max_length_q,
-            max_length_q,
-            scale=scaling,
-            window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
-            **_GROUPED_HEADS,
-        )
-        assert isinstance(together, Tensor)
-        return together[None].to(value.dtype), None
+        return _kernel(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window, dtype), None
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
     if cu_seq_lens_q is None:
@@ -96,6 +81,25 @@ def packed_attention(
         for q, k, v in zip(*(torch.split(part, lengths, dim=2) for part in (query, key, value)), strict=True)
     ]
     return torch.cat(outs, dim=2).transpose(1, 2), None
+
+
+def _kernel(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts: Tensor,
+    longest: int,
+    scaling: float | None,
+    window: int | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Attention over all packed texts at once, in half precision: (1, tokens, heads, dim)."""
+    # (tokens, heads, dim); rotary embedding leaves query and key in fp32 under autocast
+    q, k, v = (part[0].transpose(0, 1).to(dtype).contiguous() for part in (query, key, value))
+    size = (-1 if window is None else window - 1, 0)
+    together = varlen_attn(q, k, v, starts, starts, longest, longest, scale=scaling, window_size=size, **_GROUPED_HEADS)
+    assert isinstance(together, Tensor)
+    return together[None].to(value.dtype)
 
 
 def _kernel_dtype(query: Tensor, value: Tensor) -> torch.dtype | None:

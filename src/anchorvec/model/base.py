@@ -76,10 +76,10 @@ def load_base(
 
 def check_causal(model: PreTrainedModel, base: str | Path) -> None:
     """Raise AnchorvecError if a later token changes an earlier state: then it is no decoder."""
-    words = model.get_input_embeddings()(torch.arange(3, device=model.device)[None]).detach().requires_grad_()
-    states = model.eval().base_model(inputs_embeds=words, use_cache=False).last_hidden_state
+    embedded = model.get_input_embeddings()(torch.arange(3, device=model.device)[None]).detach().requires_grad_()
+    states = model.eval().base_model(inputs_embeds=embedded, use_cache=False).last_hidden_state
     # Exactly zero behind a causal mask, whatever the weights; a tiny change of value would prove nothing.
-    (gradient,) = torch.autograd.grad(states[0, 0].abs().sum(), words)
+    (gradient,) = torch.autograd.grad(states[0, 0].abs().sum(), embedded)
     if gradient[0, 1:].any():
         raise AnchorvecError(
             f"model.base: {base} ({model.config.model_type}) reads in both directions; name a decoder-only causal LM"

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+from sentence_transformers.sentence_transformer.modules import Transformer
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
@@ -24,7 +24,8 @@ from transformers import (
 from anchorvec.errors import AnchorvecError
 from anchorvec.files import new_folder, write_json
 from anchorvec.model.base import check_causal, check_fit, load_base
-from anchorvec.model.end import EndPrompt, with_end
+from anchorvec.model.end import EndPrompt
+from anchorvec.model.readout import Readout
 
 
 def build_embedder(
@@ -39,7 +40,8 @@ def build_embedder(
 ) -> Path:
     """Write `base` as an untrained embedder into `folder` and return the folder.
 
-    `base` is a hub id, a local folder, a GGUF file, `smollm2`, or `tiny` (a random model for trials).
+    `base` is a hub id (of which `revision` names a branch, tag or commit), a local folder, a GGUF file, `smollm2`, or
+    `tiny` (a random model for trials).
     `max_tokens` counts everything: what the tokenizer adds, the prompt, the text and its end.
     With `end_prompt` None each text ends in the tokenizer's end token; otherwise in the prompt's words.
     `prompts` are stored with the model under sentence-transformers' names (`query`, `document`, ...).
@@ -50,13 +52,14 @@ def build_embedder(
     with new_folder(folder) as scratch:
         model, tokenizer = load_base(base, revision=revision, seed=seed)
         check_causal(model, base)
-        tokenizer = with_end(tokenizer, max_tokens=max_tokens, end_prompt=end_prompt)
+        readout = Readout(max_tokens, end_prompt)
+        tokenizer = readout.tokenizer(tokenizer)
         check_fit(model, tokenizer, base)
         # A model never trains the embedding of its config's pad token, which is often the end token (T2).
         model.config.get_text_config().pad_token_id = None
         model.save_pretrained(scratch)
         save_tokenizer(tokenizer, scratch)
-        _add_sentence_transformers_files(scratch, prompts or {})
+        _add_sentence_transformers_files(scratch, readout, prompts or {})
     return folder
 
 
@@ -125,7 +128,7 @@ def stored_prompt(folder: str | Path, name: str) -> str:
     return str(settings["prompts"].get(name) or "")
 
 
-def _add_sentence_transformers_files(folder: Path, prompts: Mapping[str, str]) -> None:
+def _add_sentence_transformers_files(folder: Path, readout: Readout, prompts: Mapping[str, str]) -> None:
     """Write modules.json and the module folders beside the causal LM, which stays as it is (T26)."""
     transformer = Transformer(
         str(folder),
@@ -135,7 +138,7 @@ def _add_sentence_transformers_files(folder: Path, prompts: Mapping[str, str]) -
         model_kwargs={"dtype": "auto"},
     )
     model = SentenceTransformer(
-        modules=[transformer, Pooling(transformer.get_embedding_dimension(), pooling_mode="lasttoken")],
+        modules=[transformer, readout.module(transformer.get_embedding_dimension())],
         prompts={"query": "", "document": "", **prompts},
         similarity_fn_name="cosine",
         device="cpu",

@@ -26,7 +26,7 @@ def encode_packed(
 ) -> Tensor:
     """The embeddings of `texts`, each with `prompt` before it: (texts, dim), on the model's device, in its dtype.
 
-    `model` reads packed texts (`packing.unpad`); the vectors are those of its own `encode`, but for rounding.
+    `model` reads packed texts (`use_packed_texts`); the vectors are those of its own `encode`, but for rounding.
     `compiled`: whether the decoder layers are compiled for it; None: on a GPU, where there is much text. Raises
     ValueError for a model that reads padded texts.
     """

@@ -30,17 +30,10 @@ def with_end(
     pads with its end token, which is harmless because padding is found by mask, never by id (T2).
 
     If a text contains the literal of the end token, that literal becomes the same id inside the text, as in
-    any tokenizer; the pooled position is still the one that the template added, the last.
+    any tokenizer; the pooled position is still the one that the template added, the last. Raises AnchorvecError for a
+    tokenizer that is no fast one or has no end token, and where no room is left for a text.
     """
-    if not tokenizer.is_fast:
-        raise AnchorvecError(
-            f"model.base: {type(tokenizer).__name__} has no tokenizer.json; convert it to a fast tokenizer first"
-        )
-    if tokenizer.eos_token_id is None:
-        raise AnchorvecError(
-            "model.base: the tokenizer has no end token; set `eos_token` in its tokenizer_config.json "
-            "to the token that closes a text"
-        )
+    _check_usable(tokenizer)
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()
     backend.no_padding()
@@ -72,6 +65,18 @@ def with_end(
         chat_template=tokenizer.chat_template,
         **special,
     )
+
+
+def _check_usable(tokenizer: PreTrainedTokenizerBase) -> None:
+    if not tokenizer.is_fast:
+        raise AnchorvecError(
+            f"model.base: {type(tokenizer).__name__} has no tokenizer.json; convert it to a fast tokenizer first"
+        )
+    if tokenizer.eos_token_id is None:
+        raise AnchorvecError(
+            "model.base: the tokenizer has no end token; set `eos_token` in its tokenizer_config.json "
+            "to the token that closes a text"
+        )
 
 
 def template_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

@@ -11,7 +11,7 @@ from sentence_transformers import SentenceTransformer
 
 from anchorvec.errors import AnchorvecError
 from anchorvec.files import user_path
-from anchorvec.model.packing import packing_pays, unpad
+from anchorvec.model.packing import packing_pays, use_packed_texts
 from anchorvec.run import Run, is_embedder
 
 
@@ -59,7 +59,7 @@ def load_encoder(model: SentenceTransformer | str | Path, dtype: torch.dtype | N
     if dtype is not None:
         loaded = loaded.to(dtype)
     if packing_pays(loaded.device, loaded.dtype or torch.float32):
-        unpad(loaded)
+        use_packed_texts(loaded)
     return loaded
 
 

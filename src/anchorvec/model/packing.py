@@ -30,20 +30,20 @@ _ROUNDING = 1.5
 """How much further from the states in fp32 packed texts may be than padded ones in the same format."""
 
 
-def packed_states(model: PreTrainedModel, words: Tensor, lengths: Sequence[int]) -> Tensor:
-    """The decoder's final states (tokens, dim) of texts that stand one after another in `words` (tokens, dim)."""
-    out = model.base_model(inputs_embeds=words[None], use_cache=False, **_packed_arguments(lengths, words.device))
+def packed_states(model: PreTrainedModel, embedded: Tensor, lengths: Sequence[int]) -> Tensor:
+    """The decoder's final states (tokens, dim) of texts that stand one after another in `embedded` (tokens, dim)."""
+    out = model.base_model(inputs_embeds=embedded[None], use_cache=False, **_packed_arguments(lengths, embedded.device))
     states: Tensor = out.last_hidden_state[0]
     return states
 
 
-def padded_states(model: PreTrainedModel, words: Tensor, lengths: Sequence[int]) -> Tensor:
+def padded_states(model: PreTrainedModel, embedded: Tensor, lengths: Sequence[int]) -> Tensor:
     """The same as `packed_states` the plain way: a row for each text, with texts of like length, padded on the right.
 
     A causal decoder cannot see what stands on the right, so no mask is needed and no state depends on the batch.
     """
-    texts = torch.split(words, list(lengths))
-    states: list[Tensor] = [words] * len(texts)
+    texts = torch.split(embedded, list(lengths))
+    states: list[Tensor] = [embedded] * len(texts)
     for group in _of_like_length(lengths):
         rows = nn.utils.rnn.pad_sequence([texts[i] for i in group], batch_first=True)  # (texts, longest, dim)
         out = model.base_model(inputs_embeds=rows, use_cache=False).last_hidden_state
@@ -102,11 +102,11 @@ def _reads_packed_as_alone(model: PreTrainedModel, attention: str) -> bool:
     lengths = _CHECKED_LENGTHS if on_gpu else _CHECKED_LENGTHS[:3]
     table = model.get_input_embeddings()
     ids = torch.arange(sum(lengths), device=model.device) * 7919 % table.get_parameter("weight").shape[0]
-    words = table(ids).detach().float() if dtype in (torch.bfloat16, torch.float16) else table(ids).detach()
+    embedded = table(ids).detach().float() if dtype in (torch.bfloat16, torch.float16) else table(ids).detach()
 
     def states_and_gradients(packed: bool, half: bool) -> Sequence[Tensor]:
         """Of each text, (tokens, 2 * dim)."""
-        inputs = (words.to(dtype) if half and dtype != torch.float32 else words).requires_grad_()
+        inputs = (embedded.to(dtype) if half and dtype != torch.float32 else embedded).requires_grad_()
         with torch.enable_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=half and on_gpu):
             if packed:
                 states = packed_states(model, inputs, lengths)
@@ -153,7 +153,7 @@ def _in_fp32(model: nn.Module) -> Iterator[None]:
             p.data = data
 
 
-def unpad(model: SentenceTransformer) -> bool:
+def use_packed_texts(model: SentenceTransformer) -> bool:
     """Have `model` read the texts of a batch packed, in training and in `encode`, if its decoder can be packed.
 
     Features then have the form that sentence-transformers itself uses with flash attention; `encode` gives sentence
@@ -178,7 +178,7 @@ def unpad(model: SentenceTransformer) -> bool:
 
 
 def reads_packed(model: SentenceTransformer) -> bool:
-    """Whether `unpad` was done on the model."""
+    """Whether `use_packed_texts` was done on the model."""
     return isinstance(getattr(model[0], "preprocess", None), _PackedFeatures)
 
 

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from anchorvec.model.compiling import compile_decoder_layers, compiled
 from anchorvec.model.head import head_chunk_bytes, output_head, token_losses
 from anchorvec.model.packing import packed_states, padded_states, to_device, use_packed_attention
+from anchorvec.model.readout import Readout
 from anchorvec.objectives.pairs import TokenPair
 
 
@@ -56,6 +57,8 @@ class Reconstruction(nn.Module):
 
     writes: bool
     """Whether the decoder writes texts: a second pass over each."""
+
+    readout = Readout()
 
     def __init__(self, model: PreTrainedModel, *, alpha: float = 0.2, packed: bool = False) -> None:
         super().__init__()
@@ -123,10 +126,10 @@ class Reconstruction(nn.Module):
         return replace(output, exchanged_query_to_document=exchanged[0], exchanged_document_to_query=exchanged[1])
 
     def encode(self, texts: Sequence[Sequence[int]]) -> Tensor:
-        """The raw state at the last token of each text, given as token ids: (texts, dim), no L2 norm."""
+        """The raw embedding of each text, given as token ids: (texts, dim), no L2 norm."""
         lengths = [len(text) for text in texts]
         embedded = self._embed(list(itertools.chain.from_iterable(texts)))
-        return self._states(embedded, lengths)[to_device(np.cumsum(lengths) - 1, embedded.device)]
+        return self.readout.pool(self._states(embedded, lengths), lengths)
 
     def _embed(self, ids: Sequence[int]) -> Tensor:
         embedded: Tensor = self.model.get_input_embeddings()(to_device(np.asarray(ids), self.model.device))

@@ -24,7 +24,7 @@ from anchorvec.device import default_device, keep_frozen_in_bf16
 from anchorvec.files import new_folder
 from anchorvec.model.compiling import compile_decoder_layers
 from anchorvec.model.embedder import attention_options, save_tokenizer
-from anchorvec.model.packing import packed_features, unpad
+from anchorvec.model.packing import packed_features, use_packed_texts
 from anchorvec.objectives.bag_of_words import SAMPLE_PAIRS, BagOfWordsLoss
 from anchorvec.objectives.contrastive import contrastive_loss
 from anchorvec.training.bag_of_words import bag_of_words_loss
@@ -92,7 +92,7 @@ def stage_two_model(stage: Stage) -> StageTwoModel:
     """The embedder that `stage` starts from, with what it trains, set up as the engine says."""
     recipe, settings, inputs = stage.recipe, stage.two, stage.inputs
     model = _trained_model(stage)
-    packed = packs_texts(recipe.model.attention, recipe.model.precision) and unpad(model)
+    packed = packs_texts(recipe.model.attention, recipe.model.precision) and use_packed_texts(model)
     _add_lora(stage, model)
 
     def embed(ids: Tensor, mask: Tensor) -> Tensor:
