@@ -19,7 +19,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import spearmanr
-from scipy.stats import t as student
 from sentence_transformers.util import pairwise_cos_sim
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -28,12 +27,8 @@ from anchorvec.device import default_device, device_name, resolve_precision
 from anchorvec.errors import AnchorvecError
 from anchorvec.evaluation import check_test_data, evaluate
 from anchorvec.evaluation.beir import read_json_lines
-from anchorvec.evaluation.statistics import Interval, bootstrap_interval
 from anchorvec.files import write_json
 from anchorvec.model.loading import load_encoder
-
-Scores = Mapping[str, float]
-"""Query id -> nDCG@10."""
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {
@@ -222,25 +217,6 @@ def compare_trained(theirs: Mapping[str, Any], ours: Mapping[str, Any], precisio
         "memory_ratio": ours["peak_memory"] / theirs["peak_memory"],
         "largest_difference": max(differences.values()),
     }
-
-
-def over_seeds(differences: Sequence[float]) -> Interval:
-    """The mean of one difference a seed, with its 95% interval by Student's t; without bounds for a single seed."""
-    mean = statistics.mean(differences)
-    if len(differences) < 2:
-        return Interval(mean, -math.inf, math.inf)
-    n = len(differences)
-    half = float(student.ppf(0.975, n - 1)) * statistics.stdev(differences) / math.sqrt(n)
-    return Interval(mean, mean - half, mean + half)
-
-
-def over_queries(seeds: Sequence[tuple[Scores, Scores]]) -> Interval:
-    """The mean difference, second minus first, over the queries of all seeds; a query counts once, with its mean."""
-    differences: dict[str, list[float]] = {}
-    for first, second in seeds:
-        for query, value in second.items():
-            differences.setdefault(query, []).append(value - first[query])
-    return bootstrap_interval([statistics.mean(of_query) for of_query in differences.values()])
 
 
 def score_more(

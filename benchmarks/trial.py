@@ -28,12 +28,12 @@ from rich.table import Table
 
 from anchorvec.commands.quickstart import STAGE_ONE_SHARE, contrastive_alone, embedder_scores, steps_run, with_pairs
 from anchorvec.data.docstrings import quickstart_data, write_beir
-from anchorvec.evaluation.statistics import paired_bootstrap
+from anchorvec.evaluation.statistics import paired_difference, paired_difference_over_seeds, student_interval
 from anchorvec.files import write_json
 from anchorvec.pipeline import build_base, new_run_folder
 from anchorvec.recipe import load_recipe, save_recipe
 from anchorvec.training.stages import train_stage_one, train_stage_two
-from common import check_scored_elsewhere, describe_machine, over_queries, over_seeds, score_more
+from common import check_scored_elsewhere, describe_machine, score_more
 
 SCORED = ("scipy", "sklearn")
 LEFT_OUT = ("pandas", "networkx")
@@ -97,7 +97,7 @@ def compare(found: Mapping[str, Mapping[str, Any]], name: str) -> Table:
             f"{figures['minutes']:g}",
             " + ".join(map(str, figures["steps"].values())),
             f"{figures['ndcg_at_10']:.3f}",
-            str(paired_bootstrap(found[name]["per_query"], figures["per_query"])) if same else "other data",
+            str(paired_difference(found[name]["per_query"], figures["per_query"])) if same else "other data",
             f"{machine['device']}, {machine['threads']} threads, {machine['precision']}",
         )
     return table
@@ -117,7 +117,8 @@ def compare_arms(found: Mapping[str, Mapping[str, Any]], arm: str, minutes: floa
         if both:
             scores = [(own[seed]["per_query"], trials[seed]["per_query"]) for seed in both]
             differences = [trials[seed]["ndcg_at_10"] - own[seed]["ndcg_at_10"] for seed in both]
-            table.add_row(other, " ".join(both), str(over_queries(scores)), str(over_seeds(differences)))
+            over_queries, over_seeds = paired_difference_over_seeds(scores), student_interval(differences)
+            table.add_row(other, " ".join(both), str(over_queries), str(over_seeds))
     return table
 
 
@@ -127,7 +128,7 @@ def compare_on(data: str, found: Mapping[str, Mapping[str, Any]], name: str) -> 
     scores = {other: figures["scores"][data] for other, figures in found.items() if data in figures["scores"]}
     for other, per_query in sorted(scores.items(), key=lambda item: statistics.mean(item[1].values())):
         mean = statistics.mean(per_query.values())
-        table.add_row(other, f"{mean:.3f}", str(paired_bootstrap(scores[name], per_query)))
+        table.add_row(other, f"{mean:.3f}", str(paired_difference(scores[name], per_query)))
     return table
 
 

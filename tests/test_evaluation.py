@@ -23,10 +23,8 @@ from anchorvec.evaluation import (
     Interval,
     TaskScores,
     bm25_scores,
-    bootstrap_interval,
     evaluate,
     load_beir,
-    paired_bootstrap,
     scores_table,
 )
 from anchorvec.model.embedder import build_embedder
@@ -294,37 +292,6 @@ def test_bm25_gives_zero_to_a_query_without_a_shared_word(collection: BeirData) 
     queries = QUERIES | {"q1": "whale", "q2": "of the"}
     per_query = bm25_scores(BeirData(CORPUS, queries, QRELS)).per_query
     assert per_query == {query: float(query not in {"q1", "q2"}) for query in QUERIES}
-
-
-def test_bootstrap_interval_agrees_with_the_normal_approximation() -> None:
-    """For many values the ends lie 1.96 standard errors from the mean."""
-    values = np.random.default_rng(0).normal(size=2_000)
-    interval = bootstrap_interval(values)
-    reach = 1.96 * values.std() / math.sqrt(values.size)
-    assert interval.mean == pytest.approx(values.mean())
-    assert interval.low == pytest.approx(values.mean() - reach, abs=reach / 20)
-    assert interval.high == pytest.approx(values.mean() + reach, abs=reach / 20)
-
-
-def test_bootstrap_interval_depends_on_the_seed_alone() -> None:
-    """The same seed gives the same ends, another seed others."""
-    values = np.arange(50) / 50
-    assert bootstrap_interval(values, seed=3) == bootstrap_interval(values, seed=3)
-    assert bootstrap_interval(values, seed=3) != bootstrap_interval(values, seed=4)
-
-
-def test_paired_bootstrap_compares_query_by_query() -> None:
-    """A gain that is the same in every query is certain, however much the queries differ."""
-    a = {f"q{i}": i / 100 for i in range(50)}
-    b = {query: score + 0.25 for query, score in reversed(a.items())} | {"only in b": 0.0}
-    difference = paired_bootstrap(a, b)
-    assert (difference.mean, difference.low, difference.high) == pytest.approx((0.25, 0.25, 0.25))
-
-
-def test_paired_bootstrap_needs_a_common_query() -> None:
-    """Scores on different data cannot be compared."""
-    with pytest.raises(AnchorvecError, match="no query in common"):
-        paired_bootstrap({"a": 1.0}, {"b": 1.0})
 
 
 def test_scores_table_shows_means_with_intervals() -> None:

@@ -3,10 +3,17 @@
 from anchorvec.evaluation.beir import BeirData, load_beir
 from anchorvec.evaluation.evaluate import bm25_scores, check_test_data, evaluate, require_extra
 from anchorvec.evaluation.scores import TaskScores, scores_table
-from anchorvec.evaluation.statistics import Interval, bootstrap_interval, paired_bootstrap
+from anchorvec.evaluation.statistics import (
+    Difference,
+    Interval,
+    bootstrap_interval,
+    paired_difference,
+    student_interval,
+)
 
 __all__ = [
     "BeirData",
+    "Difference",
     "Interval",
     "TaskScores",
     "bm25_scores",
@@ -14,7 +21,8 @@ __all__ = [
     "check_test_data",
     "evaluate",
     "load_beir",
-    "paired_bootstrap",
+    "paired_difference",
     "require_extra",
     "scores_table",
+    "student_interval",
 ]
