@@ -26,8 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from anchorvec.device import default_device, device_name, resolve_precision
 from anchorvec.errors import AnchorvecError
 from anchorvec.evaluation import check_test_data, evaluate
-from anchorvec.evaluation.beir import read_json_lines
-from anchorvec.files import write_json
+from anchorvec.files import read_json_lines, write_json
 from anchorvec.model.loading import load_encoder
 
 SHAPES: dict[str, dict[str, Any]] = {

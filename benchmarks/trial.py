@@ -27,7 +27,8 @@ from rich.console import Console
 from rich.table import Table
 
 from anchorvec.commands.quickstart import STAGE_ONE_SHARE, contrastive_alone, embedder_scores, steps_run, with_pairs
-from anchorvec.data.docstrings import quickstart_data, write_beir
+from anchorvec.data.docstrings import quickstart_data
+from anchorvec.evaluation.beir import docstring_collection, write_beir
 from anchorvec.evaluation.statistics import paired_difference, paired_difference_over_seeds, student_interval
 from anchorvec.files import write_json
 from anchorvec.pipeline import build_base, new_run_folder
@@ -48,7 +49,7 @@ def run(
     recipe = contrastive_alone(recipe) if no_stage_one else recipe
     folder = new_run_folder(recipe)
     data = quickstart_data(seed=0, held_out=SCORED, n_queries=PAIRS, n_documents=PAIRS)
-    write_beir(data, folder / "score_set")
+    write_beir(docstring_collection(data), folder / "score_set")
     data = replace(data, train=[pair for pair in data.train if pair.package not in LEFT_OUT])
     recipe, pairs = with_pairs(recipe, data, folder / "pairs.jsonl")
     save_recipe(recipe, folder / "recipe.yaml")

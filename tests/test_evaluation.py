@@ -9,6 +9,7 @@ import random
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from anchorvec.evaluation import (
     load_beir,
     scores_table,
 )
+from anchorvec.evaluation import write_beir as write_collection
 from anchorvec.model.embedder import build_embedder
 
 ANIMALS = ["cat", "dog", "horse", "sheep", "goat", "cow", "duck", "goose"]  # each answers a query
@@ -82,6 +84,27 @@ def test_load_beir_reads_plain_and_gzipped_files_alike(tmp_path: Path) -> None:
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(gzip.compress(path.read_bytes()))
     assert load_beir(plain) == load_beir(zipped) == BeirData(CORPUS, QUERIES, QRELS, name="animals")
+
+
+def test_what_is_written_is_what_is_read(tmp_path: Path, collection: BeirData) -> None:
+    """A collection that was written to a folder is read back, grades and all, under the folder's name."""
+    graded = replace(collection, qrels={**QRELS, "q0": {"d0": 2, "d1": 0, "d2": 1}})
+    write_collection(graded, tmp_path / "animals")
+    assert load_beir(tmp_path / "animals") == graded
+
+
+def test_the_fingerprint_is_that_of_the_content(collection: BeirData) -> None:
+    """Neither name nor order counts; a text, an id, a query, a grade or a judgement does."""
+    shuffled = BeirData(dict(reversed(CORPUS.items())), dict(reversed(QUERIES.items())), dict(reversed(QRELS.items())))
+    assert shuffled.fingerprint == collection.fingerprint
+    others = [
+        replace(collection, corpus=CORPUS | {"d0": {"title": "Cat", "text": "The cat sleeps"}}),
+        replace(collection, corpus=CORPUS | {"d16": {"title": "", "text": ""}}),
+        replace(collection, queries=QUERIES | {"q0": "where"}),
+        replace(collection, qrels=QRELS | {"q0": {"d0": 2}}),
+        replace(collection, qrels=QRELS | {"q0": {"d0": 1, "d1": 1}}),
+    ]
+    assert len({collection.fingerprint, *(other.fingerprint for other in others)}) == 6
 
 
 def test_load_beir_drops_queries_without_judgement(tmp_path: Path) -> None:

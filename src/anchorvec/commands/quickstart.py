@@ -17,7 +17,15 @@ from anchorvec.data import DocstringData, docstrings, read_pairs
 from anchorvec.data.stage_inputs import StageInputs, stage_inputs
 from anchorvec.device import resolve_precision
 from anchorvec.errors import AnchorvecError
-from anchorvec.evaluation import TaskScores, bm25_scores, evaluate, require_extra, scores_table
+from anchorvec.evaluation import (
+    TaskScores,
+    bm25_scores,
+    docstring_collection,
+    evaluate,
+    require_extra,
+    scores_table,
+    write_beir,
+)
 from anchorvec.exporting.folder import Exported, export
 from anchorvec.files import write_json, write_text
 from anchorvec.model.loading import load_encoder
@@ -107,7 +115,7 @@ def quickstart(
     n_queries, n_documents = _FULL_SCORE_SET if minutes >= _FULL_SCORE_SET_MINUTES else _SMALL_SCORE_SET
     data = docstrings.quickstart_data(seed=seed, n_queries=n_queries, n_documents=n_documents)
     corpus = folder / "score_set"
-    docstrings.write_beir(data, corpus)
+    write_beir(docstring_collection(data), corpus)
     recipe, inputs = with_pairs(recipe, data, folder / "pairs.jsonl")
     save_recipe(recipe, folder / "recipe.yaml")
     write_json(folder / "run.json", describe_run(recipe, inputs) | {"score_set": data.description})

@@ -95,8 +95,8 @@ def paired_difference(first: ItemScores, second: ItemScores, *, resamples: int =
     """The mean difference `second - first` over the items that both have, item by item.
 
     Its interval is that of `bootstrap_interval`. The p-value is that of a permutation test for pairs, which flips the
-    sign of each difference by chance: twice the share of `resamples` such flips, with 1 added to both counts, whose mean
-    is as far from 0 on the same side; of all 2^n flips where there are no more (`scipy.stats.permutation_test`).
+    sign of each difference by chance: twice the share of `resamples` such flips, with 1 added to both counts, whose
+    mean is as far from 0 on the same side; of all 2^n flips where there are no more (`scipy.stats.permutation_test`).
 
     - `first`, `second`: item id -> score, of two systems on the same task.
     - `resamples`: how many samples, and how many flips, are drawn.
