@@ -232,7 +232,7 @@ def score_more(
     encoder = load_encoder(model, dtype)
     for path in new_data:
         [scores] = evaluate(encoder, data=[path], show_progress_bar=True).values()
-        found["scores"][name_of(path)] = scores.per_query
+        found["scores"][name_of(path)] = scores.per_item["ndcg_at_10"]
         write_json(file, found)
     for path in new_sts:
         found["spearman"][name_of(path)] = spearman(encoder, path)

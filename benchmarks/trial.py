@@ -75,7 +75,7 @@ def run(
         "fingerprint": data.fingerprint,
         "machine": describe_machine(recipe.model.precision),
         "ndcg_at_10": scores.metrics["ndcg_at_10"].mean,
-        "per_query": scores.per_query,
+        "per_query": scores.per_item["ndcg_at_10"],
         "scores": {},
         "spearman": {},
     }

@@ -53,7 +53,7 @@ def run(folder: Path, minutes: float, seed: int, stage_one: bool, data: Sequence
             "minutes": result.minutes,
             "steps": result.steps,
             "ndcg_at_10": {name: scores.metrics["ndcg_at_10"].mean for name, scores in result.scores.items()},
-            "scores": {HELD_OUT: result.scores["stage_two"].per_query},
+            "scores": {HELD_OUT: result.scores["stage_two"].per_item["ndcg_at_10"]},
             "spearman": {},
         }
         write_json(file, found)

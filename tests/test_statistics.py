@@ -12,9 +12,9 @@ from anchorvec.evaluation import (
     Interval,
     bootstrap_interval,
     paired_difference,
+    paired_difference_over_seeds,
     student_interval,
 )
-from anchorvec.evaluation.statistics import paired_difference_over_seeds
 
 
 @pytest.fixture(autouse=True)

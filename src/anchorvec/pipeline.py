@@ -20,7 +20,7 @@ from anchorvec.data import read_pairs
 from anchorvec.data.stage_inputs import StageInputs, check_instructions, stage_inputs
 from anchorvec.device import check_one_device, device_name, resolve_precision
 from anchorvec.errors import AnchorvecError
-from anchorvec.evaluation import TaskScores, check_test_data, evaluate, scores_table
+from anchorvec.evaluation import Scores, check_test_data, evaluate, scores_table
 from anchorvec.exporting.folder import Exported, export
 from anchorvec.files import write_json
 from anchorvec.model.embedder import build_embedder
@@ -36,7 +36,7 @@ class TrainResult:
 
     output: str
     export: Exported
-    scores: dict[str, dict[str, TaskScores]]
+    scores: dict[str, dict[str, Scores]]
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain JSON values."""
@@ -62,7 +62,7 @@ def train(recipe: Recipe | str | Path, *, on_log: OnLog | None = None) -> TrainR
     save_recipe(recipe, output / "recipe.yaml")
     write_json(output / "run.json", describe_run(recipe, inputs))
 
-    scores: dict[str, dict[str, TaskScores]] = {}
+    scores: dict[str, dict[str, Scores]] = {}
 
     def score(name: str) -> None:
         if settings.data or settings.tasks:
@@ -182,5 +182,5 @@ def describe_run(recipe: Recipe, inputs: StageInputs) -> dict[str, Any]:
     }
 
 
-def _plain(scores: Mapping[str, Mapping[str, TaskScores]]) -> dict[str, Any]:
+def _plain(scores: Mapping[str, Mapping[str, Scores]]) -> dict[str, Any]:
     return {stage: {task: value.to_dict() for task, value in tasks.items()} for stage, tasks in scores.items()}

@@ -18,7 +18,7 @@ from anchorvec.data.stage_inputs import StageInputs, stage_inputs
 from anchorvec.device import resolve_precision
 from anchorvec.errors import AnchorvecError
 from anchorvec.evaluation import (
-    TaskScores,
+    Scores,
     bm25_scores,
     docstring_collection,
     evaluate,
@@ -64,7 +64,7 @@ class QuickstartResult:
     corpus: str
     minutes: float
     steps: dict[str, int]
-    scores: dict[str, TaskScores]
+    scores: dict[str, Scores]
     score_set: dict[str, Any]
     export: Exported
 
@@ -121,7 +121,7 @@ def quickstart(
     write_json(folder / "run.json", describe_run(recipe, inputs) | {"score_set": data.description})
     stage = build_base(recipe, folder / "base")
 
-    scores: dict[str, TaskScores] = {}
+    scores: dict[str, Scores] = {}
 
     def score(name: str) -> None:
         say(f"scoring: {TITLES[name]}")
@@ -202,7 +202,7 @@ def with_pairs(recipe: Recipe, data: DocstringData, file: Path) -> tuple[Recipe,
     return recipe, stage_inputs(recipe, {source.name: read_pairs(source.path)})
 
 
-def embedder_scores(recipe: Recipe, stage: Path, corpus: Path) -> TaskScores:
+def embedder_scores(recipe: Recipe, stage: Path, corpus: Path) -> Scores:
     """The scores of the embedder in `stage`, in the number format that trains: bf16 saves minutes where it is fast."""
     dtype = torch.bfloat16 if resolve_precision(recipe.model.precision) == "bf16" else torch.float32
     [scores] = evaluate(
