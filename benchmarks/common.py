@@ -19,7 +19,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import spearmanr
-from scipy.stats import t as student
 from sentence_transformers.util import pairwise_cos_sim
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -27,13 +26,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from anchorvec.device import default_device, device_name, resolve_precision
 from anchorvec.errors import AnchorvecError
 from anchorvec.evaluation import check_test_data, evaluate
-from anchorvec.evaluation.beir import read_json_lines
-from anchorvec.evaluation.statistics import Interval, bootstrap_interval
-from anchorvec.files import write_json
+from anchorvec.files import read_json_lines, write_json
 from anchorvec.model.loading import load_encoder
-
-Scores = Mapping[str, float]
-"""Query id -> nDCG@10."""
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {
@@ -224,25 +218,6 @@ def compare_trained(theirs: Mapping[str, Any], ours: Mapping[str, Any], precisio
     }
 
 
-def over_seeds(differences: Sequence[float]) -> Interval:
-    """The mean of one difference a seed, with its 95% interval by Student's t; without bounds for a single seed."""
-    mean = statistics.mean(differences)
-    if len(differences) < 2:
-        return Interval(mean, -math.inf, math.inf)
-    n = len(differences)
-    half = float(student.ppf(0.975, n - 1)) * statistics.stdev(differences) / math.sqrt(n)
-    return Interval(mean, mean - half, mean + half)
-
-
-def over_queries(seeds: Sequence[tuple[Scores, Scores]]) -> Interval:
-    """The mean difference, second minus first, over the queries of all seeds; a query counts once, with its mean."""
-    differences: dict[str, list[float]] = {}
-    for first, second in seeds:
-        for query, value in second.items():
-            differences.setdefault(query, []).append(value - first[query])
-    return bootstrap_interval([statistics.mean(of_query) for of_query in differences.values()])
-
-
 def score_more(
     found: dict[str, Any], file: Path, model: Path, dtype: torch.dtype, data: Sequence[str], sts: Sequence[str]
 ) -> None:
@@ -257,7 +232,7 @@ def score_more(
     encoder = load_encoder(model, dtype)
     for path in new_data:
         [scores] = evaluate(encoder, data=[path], show_progress_bar=True).values()
-        found["scores"][name_of(path)] = scores.per_query
+        found["scores"][name_of(path)] = scores.per_item["ndcg_at_10"]
         write_json(file, found)
     for path in new_sts:
         found["spearman"][name_of(path)] = spearman(encoder, path)

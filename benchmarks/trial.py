@@ -26,17 +26,18 @@ from rich.console import Console
 from rich.table import Table
 
 from anchorvec.commands.quickstart import contrastive_alone, with_pairs
-from anchorvec.data.docstrings import quickstart_data, write_beir
+from anchorvec.data.docstrings import quickstart_data
 from anchorvec.device import resolve_precision
 from anchorvec.evaluation import evaluate
-from anchorvec.evaluation.statistics import paired_bootstrap
+from anchorvec.evaluation.beir import docstring_collection, write_beir
+from anchorvec.evaluation.statistics import paired_difference, paired_difference_over_seeds, student_interval
 from anchorvec.files import write_json
 from anchorvec.model.loading import load_encoder
 from anchorvec.pipeline import EXPORT_SECONDS, STAGE_ONE_SHARE, Budget, load_training_data, run_stages
 from anchorvec.recipe import load_recipe
 from anchorvec.recipe.settings import EvaluationSettings
 from anchorvec.run import Run
-from common import check_scored_elsewhere, describe_machine, over_queries, over_seeds, score_more
+from common import check_scored_elsewhere, describe_machine, score_more
 
 SCORED = ("scipy", "sklearn")
 LEFT_OUT = ("pandas", "networkx")
@@ -51,7 +52,7 @@ def run(
     recipe = contrastive_alone(recipe) if no_stage_one else recipe
     run = Run.create(recipe.output)
     data = quickstart_data(seed=0, held_out=SCORED, n_queries=PAIRS, n_documents=PAIRS)
-    write_beir(data, run.score_set)
+    write_beir(docstring_collection(data), run.score_set)
     data = replace(data, train=[pair for pair in data.train if pair.package not in LEFT_OUT])
     recipe = with_pairs(recipe, data, run.pairs)
     unscored = recipe.model_copy(update={"evaluation": EvaluationSettings()})
@@ -72,7 +73,7 @@ def run(
         "fingerprint": data.fingerprint,
         "machine": describe_machine(recipe.model.precision),
         "ndcg_at_10": scores.metrics["ndcg_at_10"].mean,
-        "per_query": scores.per_query,
+        "per_query": scores.per_item["ndcg_at_10"],
         "scores": {},
         "spearman": {},
     }
@@ -95,7 +96,7 @@ def compare(found: Mapping[str, Mapping[str, Any]], name: str) -> Table:
             f"{figures['minutes']:g}",
             " + ".join(map(str, figures["steps"].values())),
             f"{figures['ndcg_at_10']:.3f}",
-            str(paired_bootstrap(found[name]["per_query"], figures["per_query"])) if same else "other data",
+            str(paired_difference(found[name]["per_query"], figures["per_query"])) if same else "other data",
             f"{machine['device']}, {machine['threads']} threads, {machine['precision']}",
         )
     return table
@@ -115,7 +116,8 @@ def compare_arms(found: Mapping[str, Mapping[str, Any]], arm: str, minutes: floa
         if both:
             scores = [(own[seed]["per_query"], trials[seed]["per_query"]) for seed in both]
             differences = [trials[seed]["ndcg_at_10"] - own[seed]["ndcg_at_10"] for seed in both]
-            table.add_row(other, " ".join(both), str(over_queries(scores)), str(over_seeds(differences)))
+            over_queries, over_seeds = paired_difference_over_seeds(scores), student_interval(differences)
+            table.add_row(other, " ".join(both), str(over_queries), str(over_seeds))
     return table
 
 
@@ -125,7 +127,7 @@ def compare_on(data: str, found: Mapping[str, Mapping[str, Any]], name: str) -> 
     scores = {other: figures["scores"][data] for other, figures in found.items() if data in figures["scores"]}
     for other, per_query in sorted(scores.items(), key=lambda item: statistics.mean(item[1].values())):
         mean = statistics.mean(per_query.values())
-        table.add_row(other, f"{mean:.3f}", str(paired_bootstrap(scores[name], per_query)))
+        table.add_row(other, f"{mean:.3f}", str(paired_difference(scores[name], per_query)))
     return table
 
 

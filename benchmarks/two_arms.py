@@ -20,9 +20,14 @@ from rich.console import Console
 from rich.table import Table
 
 from anchorvec.commands.quickstart import quickstart
-from anchorvec.evaluation.statistics import paired_bootstrap
+from anchorvec.evaluation.statistics import (
+    ItemScores,
+    paired_difference,
+    paired_difference_over_seeds,
+    student_interval,
+)
 from anchorvec.files import write_json
-from common import Scores, check_scored_elsewhere, in_process, over_queries, over_seeds, score_more, survived
+from common import check_scored_elsewhere, in_process, score_more, survived
 
 ARMS = {"contrastive": False, "reconstruction": True}
 """Whether an arm has Stage I, and words in Stage II."""
@@ -48,7 +53,7 @@ def run(folder: Path, minutes: float, seed: int, stage_one: bool, data: Sequence
             "minutes": result.minutes,
             "steps": result.steps,
             "ndcg_at_10": {name: scores.metrics["ndcg_at_10"].mean for name, scores in result.scores.items()},
-            "scores": {HELD_OUT: result.scores["stage_two"].per_query},
+            "scores": {HELD_OUT: result.scores["stage_two"].per_item["ndcg_at_10"]},
             "spearman": {},
         }
         write_json(file, found)
@@ -65,7 +70,7 @@ def read(file: Path, minutes: float) -> dict[str, Any]:
     return found
 
 
-def compare(arms: Mapping[int, Mapping[str, Scores]]) -> dict[str, Any]:
+def compare(arms: Mapping[int, Mapping[str, ItemScores]]) -> dict[str, Any]:
     """For one data set: each seed's paired difference over queries, their mean over queries and over seeds.
 
     Raises ValueError if the arms of a seed have different queries.
@@ -73,11 +78,13 @@ def compare(arms: Mapping[int, Mapping[str, Scores]]) -> dict[str, Any]:
     for seed, scores in arms.items():
         if scores["contrastive"].keys() != scores["reconstruction"].keys():
             raise ValueError(f"the arms of seed {seed} were scored on different queries; run both again")
-    seeds = {seed: paired_bootstrap(scores["contrastive"], scores["reconstruction"]) for seed, scores in arms.items()}
+    seeds = {seed: paired_difference(scores["contrastive"], scores["reconstruction"]) for seed, scores in arms.items()}
     return {
         "seeds": seeds,
-        "over_queries": over_queries([(scores["contrastive"], scores["reconstruction"]) for scores in arms.values()]),
-        "over_seeds": over_seeds([interval.mean for interval in seeds.values()]),
+        "over_queries": paired_difference_over_seeds(
+            [(scores["contrastive"], scores["reconstruction"]) for scores in arms.values()]
+        ),
+        "over_seeds": student_interval([interval.mean for interval in seeds.values()]),
     }
 
 
@@ -157,7 +164,7 @@ def show(runs: Mapping[int, Mapping[str, Any]], console: Console) -> None:
             contrastive, reconstruction = (of_seed[arm]["spearman"][name] for arm in ARMS)
             differences.append(reconstruction - contrastive)
             table.add_row(str(seed), f"{contrastive:.3f}", f"{reconstruction:.3f}", f"{differences[-1]:+.3f}")
-        table.add_row("all, over seeds", "", "", str(over_seeds(differences)))
+        table.add_row("all, over seeds", "", "", str(student_interval(differences)))
         console.print(table)
 
 

@@ -89,12 +89,6 @@ def test_arms_are_compared_query_by_query_and_seed_by_seed(two_arms):
         two_arms.compare(scores)
 
 
-def test_a_query_of_several_seeds_is_one_query(common):
-    """Scored for each of three seeds, the same two queries give the interval of two, not of six."""
-    one = {"a": 0.0, "b": 0.0}, {"a": 0.0, "b": 1.0}
-    assert common.over_queries([one, one, one]) == common.over_queries([one])
-
-
 def write_finished(results, scores, **changes):
     """The files of finished runs of 20 minutes with these scores, `changes` in the conditions of reconstruction."""
     for seed, of_seed in scores.items():

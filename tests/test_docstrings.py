@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anchorvec.data import DocstringPair, docstring_pairs, quickstart_data, write_beir
+from anchorvec.data import DocstringPair, docstring_pairs, quickstart_data
 from anchorvec.data.docstrings import near_duplicates
 from anchorvec.errors import AnchorvecError
+from anchorvec.evaluation import docstring_collection, write_beir
 
 REST = "Each of them is looked at once, and whatever is found on the way goes to the caller."
 
@@ -253,7 +254,7 @@ def test_a_missing_held_out_package_is_an_error(zoo_and_park: Path) -> None:
 def test_the_score_set_is_written_in_beir_layout(zoo_and_park: Path, tmp_path: Path) -> None:
     """corpus.jsonl, queries.jsonl and qrels/test.tsv hold the set, with dotted names as ids."""
     data = quickstart_data(held_out=["zoo"], n_queries=2, n_documents=3)
-    write_beir(data, tmp_path / "beir")
+    write_beir(docstring_collection(data), tmp_path / "beir")
 
     def rows(name: str) -> list[dict[str, str]]:
         return [json.loads(line) for line in (tmp_path / "beir" / name).read_text("utf-8").splitlines()]

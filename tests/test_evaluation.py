@@ -9,26 +9,36 @@ import random
 import socket
 import subprocess
 import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from rich.console import Console
+from scipy.stats import spearmanr
 from sentence_transformers import SentenceTransformer
 
 from anchorvec.errors import AnchorvecError
 from anchorvec.evaluation import (
     BeirData,
     Interval,
-    TaskScores,
+    Scores,
     bm25_scores,
     bootstrap_interval,
+    difference,
     evaluate,
     load_beir,
-    paired_bootstrap,
+    paired_difference,
     scores_table,
 )
+from anchorvec.evaluation import write_beir as write_collection
+from anchorvec.evaluation.retrieval import RETRIEVAL
+from anchorvec.evaluation.task_kind import SubsetScores, TaskKind
+from anchorvec.files import read_json_lines, write_json_lines
 from anchorvec.model.embedder import build_embedder
 
 ANIMALS = ["cat", "dog", "horse", "sheep", "goat", "cow", "duck", "goose"]  # each answers a query
@@ -86,6 +96,27 @@ def test_load_beir_reads_plain_and_gzipped_files_alike(tmp_path: Path) -> None:
     assert load_beir(plain) == load_beir(zipped) == BeirData(CORPUS, QUERIES, QRELS, name="animals")
 
 
+def test_what_is_written_is_what_is_read(tmp_path: Path, collection: BeirData) -> None:
+    """A collection that was written to a folder is read back, grades and all, under the folder's name."""
+    graded = replace(collection, qrels={**QRELS, "q0": {"d0": 2, "d1": 0, "d2": 1}})
+    write_collection(graded, tmp_path / "animals")
+    assert load_beir(tmp_path / "animals") == graded
+
+
+def test_the_fingerprint_is_that_of_the_content(collection: BeirData) -> None:
+    """Neither name nor order counts; a text, an id, a query, a grade or a judgement does."""
+    shuffled = BeirData(dict(reversed(CORPUS.items())), dict(reversed(QUERIES.items())), dict(reversed(QRELS.items())))
+    assert shuffled.fingerprint == collection.fingerprint
+    others = [
+        replace(collection, corpus=CORPUS | {"d0": {"title": "Cat", "text": "The cat sleeps"}}),
+        replace(collection, corpus=CORPUS | {"d16": {"title": "", "text": ""}}),
+        replace(collection, queries=QUERIES | {"q0": "where"}),
+        replace(collection, qrels=QRELS | {"q0": {"d0": 2}}),
+        replace(collection, qrels=QRELS | {"q0": {"d0": 1, "d1": 1}}),
+    ]
+    assert len({collection.fingerprint, *(other.fingerprint for other in others)}) == 6
+
+
 def test_load_beir_drops_queries_without_judgement(tmp_path: Path) -> None:
     """A query that no row of the judgements names is not kept."""
     folder = write_beir(tmp_path / "animals", qrels="query-id\tcorpus-id\tscore\nq1\td1\t2\n")
@@ -133,7 +164,7 @@ def test_load_beir_reports_a_missing_file(tmp_path: Path) -> None:
 
 def test_evaluate_uses_the_prompts_stored_with_the_model(model: SentenceTransformer, collection: BeirData) -> None:
     """Every query's nDCG@10 is that of embeddings made with the stored prompts, and differs without them."""
-    per_query = evaluate(model, data=[collection])["animals"].per_query
+    per_query = evaluate(model, data=[collection])["animals"].per_item["ndcg_at_10"]
     assert per_query == pytest.approx(ndcg_by_hand(model, PROMPTS["query"], PROMPTS["document"]))
     assert per_query != pytest.approx(ndcg_by_hand(model, "", PROMPTS["document"]))
     assert per_query != pytest.approx(ndcg_by_hand(model, PROMPTS["query"], ""))
@@ -145,23 +176,24 @@ def test_evaluate_uses_a_prompt_stored_for_the_name_of_a_folder(
     """A prompt stored as NAME-query serves the folder NAME, which mteb does not know, and is not changed."""
     prompts = PROMPTS | {"animals-query": "Which animal? "}
     monkeypatch.setattr(model, "prompts", prompts)
-    per_query = evaluate(model, data=[collection])["animals"].per_query
+    per_query = evaluate(model, data=[collection])["animals"].per_item["ndcg_at_10"]
     assert per_query == pytest.approx(ndcg_by_hand(model, "Which animal? ", PROMPTS["document"]))
     assert model.prompts is prompts
 
 
 def test_evaluate_instruction_replaces_the_query_prompt(model: SentenceTransformer, collection: BeirData) -> None:
     """`instruction` stands before each query in place of the stored prompt; documents keep theirs."""
-    per_query = evaluate(model, data=[collection], instruction="Name it: ")["animals"].per_query
+    per_query = evaluate(model, data=[collection], instruction="Name it: ")["animals"].per_item["ndcg_at_10"]
     assert per_query == pytest.approx(ndcg_by_hand(model, "Name it: ", PROMPTS["document"]))
 
 
 def test_evaluate_describes_the_result(model: SentenceTransformer, collection: BeirData) -> None:
     """Counts, device and dtype are reported, and the mean of the queries is mteb's own score."""
-    scores = evaluate(model, data=[collection])["animals"]
-    assert (scores.queries, scores.documents, scores.device, scores.dtype) == (8, 16, "cpu", "float32")
+    scores = evaluate(model, data=[collection], seed=3)["animals"]
+    assert (scores.kind, scores.counts) == ("Retrieval", {"queries": 8, "documents": 16})
+    assert (scores.device, scores.dtype, scores.seed) == ("cpu", "float32", 3)
     assert scores.seconds > 0
-    mean = np.mean(list(scores.per_query.values()))
+    mean = np.mean(list(scores.per_item["ndcg_at_10"].values()))
     assert scores.metrics["ndcg_at_10"].mean == pytest.approx(mean)
     assert scores.main_score == pytest.approx(mean, abs=1e-5)  # mteb rounds to five digits
 
@@ -194,31 +226,138 @@ def test_evaluate_reads_a_model_folder_without_network(
     monkeypatch.setattr(socket.socket, "connect", lambda _, address: opened.append(address))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     from_folder = evaluate(tmp_path / "model", data=[write_beir(tmp_path / "animals")])
-    assert from_folder["animals"].per_query == evaluate(model, data=[collection])["animals"].per_query
+    loaded = evaluate(model, data=[collection])["animals"]
+    assert from_folder["animals"].per_item == loaded.per_item
+    assert from_folder["animals"].fingerprint == loaded.fingerprint
     assert opened == []
 
 
 def test_evaluate_scores_tasks_of_mteb_by_name(model: SentenceTransformer, monkeypatch: pytest.MonkeyPatch) -> None:
     """A retrieval task of mteb has the three metrics; any other task has mteb's main score alone."""
     import mteb
-    from datasets import Dataset
 
     from anchorvec.evaluation import _mteb
 
     rows = {"sentence1": ANIMALS, "sentence2": ANIMALS[::-1], "score": [float(i) for i in range(16)]}
     stored = {
         "BIOSSES": {"test": Dataset.from_dict(rows)},
-        "SciFact": _mteb.BeirTask(BeirData(CORPUS, QUERIES, QRELS)).dataset,
+        "SciFact": _mteb.local_task(RETRIEVAL, BeirData(CORPUS, QUERIES, QRELS)).dataset,
     }
     for name, dataset in stored.items():  # in place of a download
         kind = type(mteb.get_task(name))
         monkeypatch.setattr(kind, "data_loaded", True)
         monkeypatch.setattr(kind, "dataset", dataset)
     results = evaluate(model, tasks=["BIOSSES", "SciFact"])
-    assert results["SciFact"].queries == 8
+    assert results["SciFact"].counts == {"queries": 8, "documents": 16}
     assert set(results["SciFact"].metrics) == {"ndcg_at_10", "recall_at_10", "mrr_at_10"}
-    assert (results["BIOSSES"].metrics, results["BIOSSES"].queries) == ({}, 0)
+    assert (results["BIOSSES"].kind, results["BIOSSES"].metrics, results["BIOSSES"].counts) == ("STS", {}, {})
     assert -1 <= results["BIOSSES"].main_score <= 1
+
+
+@dataclass(frozen=True)
+class ScoredPairs:
+    """Sentence pairs with a score each, as a folder of STS would hold them."""
+
+    rows: list[dict[str, object]]
+    name: str
+    fingerprint: str = "of these rows"
+
+
+def cosines(task: Any) -> list[SubsetScores]:
+    """The cosine similarity of each pair, read from what mteb writes of a run."""
+    found: list[SubsetScores] = []
+    own = task.evaluate
+
+    def evaluate(model: Any, split: str, **options: Any) -> Any:
+        with TemporaryDirectory() as folder:
+            scores = own(model, split, **options | {"prediction_folder": Path(folder)})
+            [file] = Path(folder).iterdir()
+            of_pair = json.loads(file.read_text())["default"][split]["cosine_scores"]
+        per_item = {"cosine": {str(i): cosine for i, cosine in enumerate(of_pair)}}
+        found.append(SubsetScores(split, "default", per_item, {"pairs": len(of_pair)}))
+        return scores
+
+    task.evaluate = evaluate
+    return found
+
+
+def test_another_kind_of_task_is_one_entry_of_the_table(
+    model: SentenceTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """STS, in a few lines: its folders are known from BEIR's, run by mteb, and scored pair by pair."""
+
+    def load(folder: Path) -> ScoredPairs:
+        return ScoredPairs([row for _, row in read_json_lines(folder / "pairs.jsonl")], folder.name)
+
+    def fill(task: Any, data: ScoredPairs) -> None:
+        task.dataset = {"test": Dataset.from_list(data.rows)}
+
+    sts = TaskKind(
+        name="STS",
+        mteb_types=["STS"],
+        mteb_class="AbsTaskSTS",
+        main_score="cosine_spearman",
+        metrics={"cosine": "mean cosine"},
+        layout="pairs.jsonl",
+        recognises=lambda folder: (folder / "pairs.jsonl").is_file(),
+        load=load,
+        data=ScoredPairs,
+        fill=fill,
+        record=cosines,
+    )
+    monkeypatch.setattr("anchorvec.evaluation.tasks.KINDS", [RETRIEVAL, sts])
+    rows = [
+        {"sentence1": a, "sentence2": b, "score": i / 4}
+        for i, (a, b) in enumerate(zip(ANIMALS[3:], ANIMALS, strict=False))
+    ]
+    write_json_lines(tmp_path / "sentences" / "pairs.jsonl", rows)
+    scores = evaluate(model, data=[write_beir(tmp_path / "animals"), tmp_path / "sentences"])
+    assert list(scores["animals"].per_item) == ["ndcg_at_10", "recall_at_10", "mrr_at_10"]
+    of_pairs = scores["sentences"]
+    sides = (model.encode([str(row[side]) for row in rows], prompt="") for side in ("sentence1", "sentence2"))
+    cosine = model.similarity_pairwise(*sides).tolist()
+    assert list(of_pairs.per_item["cosine"].values()) == pytest.approx(cosine, abs=1e-5)
+    assert of_pairs.main_score == pytest.approx(spearmanr(cosine, [row["score"] for row in rows])[0], abs=1e-5)
+    assert of_pairs.metrics["cosine"] == bootstrap_interval(list(of_pairs.per_item["cosine"].values()))
+    assert (of_pairs.kind, of_pairs.counts) == ("STS", {"pairs": len(rows)})
+    with pytest.raises(AnchorvecError, match="BM25 is scored on retrieval"):
+        bm25_scores(tmp_path / "sentences")
+
+
+def test_a_folder_of_no_kind_is_refused(tmp_path: Path, model: SentenceTransformer) -> None:
+    """The error says which files each kind has."""
+    with pytest.raises(AnchorvecError, match=r"no test data in it, .*Retrieval: corpus\.jsonl, queries\.jsonl"):
+        evaluate(model, data=[tmp_path])
+    with pytest.raises(AnchorvecError, match="there is no such folder"):
+        evaluate(model, data=[tmp_path / "none"])
+    with pytest.raises(AnchorvecError, match="dict is no test data"):
+        bm25_scores({"corpus": {}})
+
+
+def test_a_task_of_several_subsets_has_an_entry_for_each(
+    model: SentenceTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has its own scores, counts and fingerprint; the main score is the task's."""
+    import mteb
+
+    from anchorvec.evaluation import _mteb
+
+    one, other = (
+        _mteb.local_task(RETRIEVAL, BeirData(CORPUS, queries, QRELS)).dataset["default"]["test"]
+        for queries in (QUERIES, {"q1": QUERIES["q1"]})
+    )
+    kind = type(mteb.get_task("MultiLongDocRetrieval"))  # in place of a download
+    splits, languages = kind.metadata.eval_splits, list(kind.metadata.eval_langs)
+    parts = {language: {split: dict(other) for split in splits} for language in languages}
+    parts[languages[0]][splits[0]] = one
+    monkeypatch.setattr(kind, "data_loaded", True)
+    monkeypatch.setattr(kind, "dataset", parts)
+    results = evaluate(model, tasks=["MultiLongDocRetrieval"])
+    names = [f"MultiLongDocRetrieval/{split}/{language}" for split in splits for language in languages]
+    assert list(results) == names
+    assert [scores.counts["queries"] for scores in results.values()] == [8] + [1] * (len(names) - 1)
+    assert len({scores.fingerprint for scores in results.values()}) == len(names)
+    assert len({scores.main_score for scores in results.values()}) == 1
 
 
 def test_evaluate_leaves_the_random_state_alone(model: SentenceTransformer, collection: BeirData) -> None:
@@ -285,62 +424,61 @@ def test_evaluate_refuses_weights_that_are_not_safetensors(
 def test_bm25_ranks_by_shared_words(collection: BeirData) -> None:
     """Each query shares its animal with one document alone, which BM25 ranks first."""
     scores = bm25_scores(collection)
-    assert scores.per_query == dict.fromkeys(QUERIES, 1.0)
+    assert scores.per_item["ndcg_at_10"] == dict.fromkeys(QUERIES, 1.0)
+    assert scores.fingerprint == bm25_scores(replace(collection, name="other")).fingerprint
     assert scores.metrics["mrr_at_10"] == Interval(1.0, 1.0, 1.0)
 
 
 def test_bm25_gives_zero_to_a_query_without_a_shared_word(collection: BeirData) -> None:
     """Documents that share no word with the query are not counted as found."""
     queries = QUERIES | {"q1": "whale", "q2": "of the"}
-    per_query = bm25_scores(BeirData(CORPUS, queries, QRELS)).per_query
+    per_query = bm25_scores(BeirData(CORPUS, queries, QRELS)).per_item["ndcg_at_10"]
     assert per_query == {query: float(query not in {"q1", "q2"}) for query in QUERIES}
 
 
-def test_bootstrap_interval_agrees_with_the_normal_approximation() -> None:
-    """For many values the ends lie 1.96 standard errors from the mean."""
-    values = np.random.default_rng(0).normal(size=2_000)
-    interval = bootstrap_interval(values)
-    reach = 1.96 * values.std() / math.sqrt(values.size)
-    assert interval.mean == pytest.approx(values.mean())
-    assert interval.low == pytest.approx(values.mean() - reach, abs=reach / 20)
-    assert interval.high == pytest.approx(values.mean() + reach, abs=reach / 20)
+def made_up(per_item: dict[str, float], **changes: object) -> Scores:
+    """Scores with these nDCG@10, and `changes` of other fields."""
+    values = {
+        "kind": "Retrieval",
+        "main_score": 0.553,
+        "metrics": {"ndcg_at_10": Interval(0.553, 0.521, 0.585)},
+        "per_item": {"ndcg_at_10": per_item},
+        "counts": {"queries": len(per_item), "documents": 16},
+        "seed": 0,
+        "fingerprint": "abc",
+        "device": "cpu",
+        "dtype": "float32",
+        "seconds": 1.0,
+    }
+    return Scores(**values | changes)
 
 
-def test_bootstrap_interval_depends_on_the_seed_alone() -> None:
-    """The same seed gives the same ends, another seed others."""
-    values = np.arange(50) / 50
-    assert bootstrap_interval(values, seed=3) == bootstrap_interval(values, seed=3)
-    assert bootstrap_interval(values, seed=3) != bootstrap_interval(values, seed=4)
-
-
-def test_paired_bootstrap_compares_query_by_query() -> None:
-    """A gain that is the same in every query is certain, however much the queries differ."""
-    a = {f"q{i}": i / 100 for i in range(50)}
-    b = {query: score + 0.25 for query, score in reversed(a.items())} | {"only in b": 0.0}
-    difference = paired_bootstrap(a, b)
-    assert (difference.mean, difference.low, difference.high) == pytest.approx((0.25, 0.25, 0.25))
-
-
-def test_paired_bootstrap_needs_a_common_query() -> None:
-    """Scores on different data cannot be compared."""
-    with pytest.raises(AnchorvecError, match="no query in common"):
-        paired_bootstrap({"a": 1.0}, {"b": 1.0})
+def test_scores_on_the_same_data_are_compared_item_by_item() -> None:
+    """The second minus the first, by the metric that is named or the kind's first."""
+    first, second = made_up({"q0": 0.25, "q1": 0.5}), made_up({"q0": 0.5, "q1": 0.75})
+    assert difference(first, second) == paired_difference(first.per_item["ndcg_at_10"], second.per_item["ndcg_at_10"])
+    assert difference(first, second, metric="ndcg_at_10").mean == 0.25
+    with pytest.raises(AnchorvecError, match=r"no recall_at_10 .* there is ndcg_at_10"):
+        difference(first, second, metric="recall_at_10")
+    with pytest.raises(AnchorvecError, match="on different data"):
+        difference(first, made_up({"q0": 0.5, "q1": 0.75}, fingerprint="abd"))
+    with pytest.raises(AnchorvecError, match=r"no per-item metric .* scores of STS; there is none"):
+        difference(*[replace(first, kind="STS", metrics={}, per_item={})] * 2)
 
 
 def test_scores_table_shows_means_with_intervals() -> None:
-    """A row names a system and shows its three metrics with their intervals."""
-    metrics = {"ndcg_at_10": Interval(0.553, 0.521, 0.585)}
-    metrics |= {"recall_at_10": Interval(0.7, 0.6, 0.8), "mrr_at_10": Interval(0.4, 0.3, 0.5)}
+    """A row names a system and shows its metrics with their intervals; a task without any shows its main score."""
     console = Console(width=100, file=io.StringIO())
-    console.print(scores_table({"BM25": TaskScores(0.553, metrics, {}, 8, 16, "cpu", "float32", 1.0)}))
-    text = console.file.getvalue()
-    assert "nDCG@10" in text
-    assert "0.553 [0.521, 0.585]" in text
+    results = {"BM25": made_up({}), "other": made_up({}, metrics={}, main_score=0.25)}
+    console.print(scores_table(results))
+    headings, _, *rows = [" ".join(line.split()) for line in console.file.getvalue().splitlines()]
+    assert headings == "nDCG@10 main score"
+    assert rows == ["BM25 0.553 [0.521, 0.585] 0.553", "other 0.250"]
 
 
-def test_task_scores_are_plain_values_for_json() -> None:
+def test_scores_are_plain_values_for_json() -> None:
     """The dictionary of a result can be written as JSON: a mean as a number, its interval beside it."""
-    scores = TaskScores(0.5, {"ndcg_at_10": Interval(0.5, 0.4, 0.6)}, {"q": 0.5}, 1, 2, "cpu", "float32", 1.0)
-    flat = json.loads(json.dumps(scores.to_dict()))
-    assert (flat["ndcg_at_10"], flat["ndcg_at_10_interval"]) == (0.5, [0.4, 0.6])
-    assert (flat["queries"], flat["per_query"]) == (1, {"q": 0.5})
+    flat = json.loads(json.dumps(made_up({"q": 0.5}).to_dict()))
+    assert (flat["ndcg_at_10"], flat["ndcg_at_10_interval"]) == (0.553, [0.521, 0.585])
+    assert (flat["kind"], flat["queries"], flat["documents"]) == ("Retrieval", 1, 16)
+    assert (flat["seed"], flat["fingerprint"], flat["per_item"]) == (0, "abc", {"ndcg_at_10": {"q": 0.5}})

@@ -220,7 +220,7 @@ def test_each_model_of_a_run_is_scored_on_what_the_recipe_names(tmp_path, data, 
         model = SentenceTransformer(str(run.folder / folder), device="cpu")
         similarity = model.similarity(*(model.encode(list(texts.values())) for texts in (QUERIES, CORPUS)))
         ranks = (similarity > similarity.diagonal()[:, None]).sum(dim=1).tolist()
-        assert scores[name]["animals"]["per_query"] == pytest.approx(
+        assert scores[name]["animals"]["per_item"]["ndcg_at_10"] == pytest.approx(
             {f"q{i}": 1 / math.log2(rank + 2) for i, rank in enumerate(ranks)}, abs=1e-4
         )
         left, right = (model.encode(pairs[side]) for side in ("sentence1", "sentence2"))
@@ -243,7 +243,7 @@ def test_scores_are_taken_in_the_precision_that_is_asked_for_and_bm25s_beside(tm
         found.append(json.loads((run.folder / "scores.json").read_text()))
     assert [list(scores) for scores in found] == [["untrained", "stage_one"], ["bm25", "untrained", "stage_one"]]
     assert [scores["stage_one"]["animals"]["dtype"] for scores in found] == ["float32", "bfloat16"]
-    assert found[1]["bm25"]["animals"]["per_query"] == bm25_scores(test_collection).per_query
+    assert found[1]["bm25"]["animals"]["per_item"] == bm25_scores(test_collection).per_item
 
 
 # What a plan says of all this

@@ -1,9 +1,14 @@
-"""Writing without leaving halves behind: a file or a folder appears whole, or not at all."""
+"""Reading with a place for every error, and writing without leaving halves behind.
 
+What is read names its `file:line`; a file or a folder that is written appears whole, or not at all.
+"""
+
+import gzip
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -19,6 +24,50 @@ def user_path(path: str | Path) -> Path:
         return Path(path)
 
 
+def plain_or_gzipped(path: Path) -> Path:
+    """`path`, or `path` with `.gz` behind it, whichever exists. Raises AnchorvecError if neither does."""
+    for candidate in (path, path.with_name(f"{path.name}.gz")):
+        if candidate.is_file():
+            return candidate
+    raise AnchorvecError(f"{path}: there is no such file, nor {path.name}.gz")
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each row of the JSON Lines file `path`, plain or gzipped, with its place `file:line`; blank lines are left out.
+
+    Raises AnchorvecError, with the place, for what is no JSON object or no UTF-8, and for a file that cannot be read.
+    """
+    for place, line in read_lines(path):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise AnchorvecError(f"{place}: this is no JSON ({error.msg})") from error
+        if not isinstance(row, dict):
+            raise AnchorvecError(f"{place}: found {line[:60]!r}; each line must be one JSON object")
+        yield place, row
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """Each line of the UTF-8 file `path`, plain or gzipped, with its place `file:line`; blank lines are left out.
+
+    Raises AnchorvecError, with the place, for what is no UTF-8, and for a file that cannot be read.
+    """
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            for number, raw in enumerate(file, start=1):
+                place = f"{path}:{number}"
+                try:
+                    line = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+                except UnicodeDecodeError as error:
+                    raise AnchorvecError(f"{place}: this is not UTF-8; save the file as UTF-8") from error
+                if line.strip():
+                    yield place, line
+    except FileNotFoundError as error:
+        raise AnchorvecError(f"{path}: there is no such file") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise AnchorvecError(f"{path}: the file cannot be read ({error})") from error
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` to `path` in UTF-8, replacing what was there in one move. Raises AnchorvecError if it cannot."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -30,6 +79,11 @@ def write_text(path: Path, text: str) -> None:
         with suppress(OSError):
             scratch.unlink(missing_ok=True)
         raise AnchorvecError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write each of `rows` to a line of `path`, replacing what was there in one move. Raises as `write_text` does."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -23,7 +23,7 @@ from anchorvec.data import read_pairs
 from anchorvec.data.stage_inputs import StageInputs, check_instructions, stage_inputs
 from anchorvec.device import check_one_device, device_name, resolve_precision
 from anchorvec.errors import AnchorvecError
-from anchorvec.evaluation import TaskScores, bm25_scores, check_test_data, evaluate, scores_table
+from anchorvec.evaluation import Scores, bm25_scores, check_test_data, evaluate, scores_table
 from anchorvec.exporting.folder import Exported, export
 from anchorvec.files import write_json
 from anchorvec.model.embedder import build_embedder
@@ -52,7 +52,7 @@ EXPORT_SECONDS = 30.0
 _LEAST_SECONDS = 60.0
 """For training, set-up of the stages included."""
 
-Scored = dict[str, dict[str, TaskScores]]
+Scored = dict[str, dict[str, Scores]]
 """Scores by system, an untrained or a trained model or BM25, and task."""
 
 
@@ -282,5 +282,5 @@ def describe_run(recipe: Recipe, inputs: StageInputs) -> dict[str, Any]:
     }
 
 
-def _plain(scores: Mapping[str, Mapping[str, TaskScores]]) -> dict[str, Any]:
+def _plain(scores: Mapping[str, Mapping[str, Scores]]) -> dict[str, Any]:
     return {stage: {task: value.to_dict() for task, value in tasks.items()} for stage, tasks in scores.items()}

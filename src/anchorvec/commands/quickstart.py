@@ -14,7 +14,7 @@ from rich.table import Table
 from anchorvec.data import DocstringData, docstrings
 from anchorvec.device import check_one_device
 from anchorvec.errors import AnchorvecError
-from anchorvec.evaluation import TaskScores, require_extra, scores_table
+from anchorvec.evaluation import Scores, docstring_collection, require_extra, scores_table, write_beir
 from anchorvec.exporting.folder import Exported
 from anchorvec.files import write_json, write_text
 from anchorvec.pipeline import TITLES, Budget, load_training_data, run_stages
@@ -36,7 +36,7 @@ class QuickstartResult:
     corpus: str
     minutes: float
     steps: dict[str, int]
-    scores: dict[str, TaskScores]
+    scores: dict[str, Scores]
     score_set: dict[str, Any]
     export: Exported
 
@@ -84,7 +84,7 @@ def quickstart(
     Console(stderr=True).print("reading the docstrings of the installed packages")
     n_queries, n_documents = _FULL_SCORE_SET if minutes >= _FULL_SCORE_SET_MINUTES else _SMALL_SCORE_SET
     data = docstrings.quickstart_data(seed=seed, n_queries=n_queries, n_documents=n_documents)
-    docstrings.write_beir(data, run.score_set)
+    write_beir(docstring_collection(data), run.score_set)
     recipe = on_score_set(with_pairs(recipe, data, run.pairs), run.score_set)
     trained = run_stages(recipe, run, load_training_data(recipe), budget=budget, record={"score_set": data.description})
     result = QuickstartResult(

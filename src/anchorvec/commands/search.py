@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.text import Text
 
 from anchorvec.errors import AnchorvecError
-from anchorvec.evaluation.beir import document_text, plain_or_gzipped, read_json_lines, read_lines
-from anchorvec.files import user_path
+from anchorvec.evaluation.beir import document_text
+from anchorvec.files import plain_or_gzipped, read_json_lines, read_lines, user_path
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

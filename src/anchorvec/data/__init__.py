@@ -5,7 +5,6 @@ from anchorvec.data.docstrings import (
     DocstringPair,
     docstring_pairs,
     quickstart_data,
-    write_beir,
 )
 from anchorvec.data.negatives import ContrastiveRows, contrastive_rows
 from anchorvec.data.pairs import Pairs, ReadReport, drawn_rows, read_pairs
@@ -21,5 +20,4 @@ __all__ = [
     "drawn_rows",
     "quickstart_data",
     "read_pairs",
-    "write_beir",
 ]

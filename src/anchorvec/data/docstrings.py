@@ -30,7 +30,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anchorvec.errors import AnchorvecError
-from anchorvec.files import write_text
 
 MAX_QUERY_WORDS = 40
 MIN_QUERY_WORDS = 3
@@ -367,14 +366,3 @@ def _describe_packages(pairs: Iterable[DocstringPair]) -> dict[str, dict[str, An
             version = "unknown"
         described[name] = {"version": version, "pairs": count}
     return described
-
-
-def write_beir(data: DocstringData, folder: str | Path) -> None:
-    """Write the score set as a BEIR folder: corpus.jsonl, queries.jsonl and qrels/test.tsv."""
-    folder = Path(folder)
-    corpus = [{"_id": pair.name, "title": "", "text": pair.document} for pair in data.score]
-    queries = [{"_id": pair.name, "title": "", "text": pair.query} for pair in data.queries]
-    for name, rows in (("corpus.jsonl", corpus), ("queries.jsonl", queries)):
-        write_text(folder / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    judgements = [f"{pair.name}\t{pair.name}\t1\n" for pair in data.queries]
-    write_text(folder / "qrels" / "test.tsv", "".join(["query-id\tcorpus-id\tscore\n", *judgements]))

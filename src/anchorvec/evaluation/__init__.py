@@ -1,20 +1,35 @@
-"""Scores of embedders and BM25 on test collections, with intervals over queries."""
+"""Scores of embedders and BM25 on tasks, item by item, with intervals and tests over the items."""
 
-from anchorvec.evaluation.beir import BeirData, load_beir
+from anchorvec.evaluation.beir import BeirData, docstring_collection, load_beir, write_beir
 from anchorvec.evaluation.evaluate import bm25_scores, check_test_data, evaluate, require_extra
-from anchorvec.evaluation.scores import TaskScores, scores_table
-from anchorvec.evaluation.statistics import Interval, bootstrap_interval, paired_bootstrap
+from anchorvec.evaluation.scores import Scores, difference, scores_table
+from anchorvec.evaluation.statistics import (
+    Difference,
+    Interval,
+    bootstrap_interval,
+    paired_difference,
+    paired_difference_over_seeds,
+    student_interval,
+)
+from anchorvec.evaluation.task_kind import LocalData
 
 __all__ = [
     "BeirData",
+    "Difference",
     "Interval",
-    "TaskScores",
+    "LocalData",
+    "Scores",
     "bm25_scores",
     "bootstrap_interval",
     "check_test_data",
+    "difference",
+    "docstring_collection",
     "evaluate",
     "load_beir",
-    "paired_bootstrap",
+    "paired_difference",
+    "paired_difference_over_seeds",
     "require_extra",
     "scores_table",
+    "student_interval",
+    "write_beir",
 ]

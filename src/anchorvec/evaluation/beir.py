@@ -1,18 +1,20 @@
-"""Reads test collections in BEIR layout, plain or gzipped.
+"""Test collections for retrieval in BEIR layout, read plain or gzipped, and written.
 
 A folder holds `corpus.jsonl`, `queries.jsonl` and `qrels/test.tsv`.
 """
 
-import gzip
+import hashlib
 import json
-import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from anchorvec.errors import AnchorvecError
-from anchorvec.files import user_path
+from anchorvec.files import plain_or_gzipped, read_json_lines, read_lines, user_path, write_json_lines, write_text
+
+if TYPE_CHECKING:
+    from anchorvec.data.docstrings import DocstringData
 
 QRELS_HEADER = ["query-id", "corpus-id", "score"]
 
@@ -29,9 +31,21 @@ class BeirData:
     """Query id -> document id -> grade; above 0 is relevant."""
     name: str = "beir"
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of all texts and judgements in the order of their ids, as hexadecimal digits; not of the name."""
+        digest = hashlib.sha256()
+        for part in (self.corpus, self.queries, self.qrels):
+            for key in sorted(part):
+                digest.update(json.dumps([key, part[key]], sort_keys=True).encode())
+            digest.update(b"\n")
+        return digest.hexdigest()
+
 
 def load_beir(folder: str | Path) -> BeirData:
     """The test collection in `folder`, named after it; queries without a judgement are dropped.
+
+    - `folder`: holds the three files, each plain or with `.gz` behind its name; a leading `~` is the home folder.
 
     Raises AnchorvecError with `file:line` for a row that cannot be used, a repeated id, or a judgement of a
     query or document that does not exist.
@@ -79,47 +93,33 @@ def load_beir(folder: str | Path) -> BeirData:
     return BeirData(corpus, judged, qrels, name=folder.resolve().name)
 
 
+def write_beir(data: BeirData, folder: str | Path) -> None:
+    """Write `data` in BEIR layout into `folder`, which is made if need be; its name is not kept.
+
+    Raises AnchorvecError for a file that cannot be written.
+    """
+    folder = user_path(folder)
+    corpus = ({"_id": document, **fields} for document, fields in data.corpus.items())
+    write_json_lines(folder / "corpus.jsonl", corpus)
+    queries = ({"_id": query, "title": "", "text": text} for query, text in data.queries.items())
+    write_json_lines(folder / "queries.jsonl", queries)
+    rows = [QRELS_HEADER] + [[q, d, str(grade)] for q, row in data.qrels.items() for d, grade in row.items()]
+    write_text(folder / "qrels" / "test.tsv", "".join("\t".join(row) + "\n" for row in rows))
+
+
+def docstring_collection(data: "DocstringData") -> BeirData:
+    """The score set of `data` as a test collection: each query is answered by the document of the same dotted name."""
+    return BeirData(
+        corpus={pair.name: {"title": "", "text": pair.document} for pair in data.score},
+        queries={pair.name: pair.query for pair in data.queries},
+        qrels={pair.name: {pair.name: 1} for pair in data.queries},
+        name="docstrings",
+    )
+
+
 def document_text(document: dict[str, str]) -> str:
-    """Title and text as mteb joins them for an encoder."""
+    """`title` and `text` of `document` as mteb joins them for an encoder: by a space, without one at the ends."""
     return f"{document['title']} {document['text']}".strip()
-
-
-def plain_or_gzipped(path: Path) -> Path:
-    """`path`, or `path` with `.gz` behind it, whichever exists."""
-    for candidate in (path, path.with_name(f"{path.name}.gz")):
-        if candidate.is_file():
-            return candidate
-    raise AnchorvecError(f"{path}: there is no such file, nor {path.name}.gz")
-
-
-def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each row of a JSON Lines file, plain or gzipped, with its place `file:line`."""
-    for place, line in read_lines(path):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise AnchorvecError(f"{place}: this is no JSON ({error.msg})") from error
-        if not isinstance(row, dict):
-            raise AnchorvecError(f"{place}: found {line[:60]!r}; each line must be one JSON object")
-        yield place, row
-
-
-def read_lines(path: Path) -> Iterator[tuple[str, str]]:
-    """Each line of a UTF-8 file, plain or gzipped, with its place `file:line`; blank lines are left out."""
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            for number, raw in enumerate(file, start=1):
-                place = f"{path}:{number}"
-                try:
-                    line = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-                except UnicodeDecodeError as error:
-                    raise AnchorvecError(f"{place}: this is not UTF-8; save the file as UTF-8") from error
-                if line.strip():
-                    yield place, line
-    except FileNotFoundError as error:
-        raise AnchorvecError(f"{path}: there is no such file") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise AnchorvecError(f"{path}: the file cannot be read ({error})") from error
 
 
 def _judgement(line: str, place: str) -> tuple[str, str, int]:

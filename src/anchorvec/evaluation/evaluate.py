@@ -1,21 +1,23 @@
-"""Scores embedders and BM25 on local test collections and on MTEB tasks, all through mteb."""
+"""Scores embedders and BM25 on folders of test data and on MTEB tasks, all through mteb."""
 
 import importlib.util
 import os
 import random
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from anchorvec.errors import AnchorvecError
-from anchorvec.evaluation.beir import BeirData, load_beir
-from anchorvec.evaluation.scores import METRICS, TaskScores
-from anchorvec.evaluation.statistics import bootstrap_interval
+from anchorvec.evaluation.retrieval import RETRIEVAL
+from anchorvec.evaluation.scores import Scores
+from anchorvec.evaluation.task_kind import LocalData
+from anchorvec.evaluation.tasks import kind_of_data, kind_of_mteb_type, load_folder
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -24,59 +26,62 @@ if TYPE_CHECKING:
 def evaluate(
     model: "SentenceTransformer | str | Path",
     *,
-    data: Sequence[str | Path | BeirData] = (),
+    data: Sequence[str | Path | LocalData] = (),
     tasks: Sequence[str] = (),
     batch_size: int = 32,
     instruction: str | None = None,
     seed: int = 0,
     show_progress_bar: bool = False,
-) -> dict[str, TaskScores]:
-    """The scores of `model` on every folder of `data` (BEIR layout) and every MTEB task of `tasks`.
-
-    `model` is a SentenceTransformer, its folder, or its hub id. Its stored `query` and `document` prompts are
-    used, and a prompt stored as `NAME-query` for the task or folder NAME; `instruction` replaces the query's.
-    Texts are cut by the model's tokenizer. `seed` is that of the intervals.
+) -> dict[str, Scores]:
+    """The scores of `model` on every folder of `data` and every MTEB task of `tasks`.
 
     The keys are names of folders and tasks; a retrieval task of several splits or subsets (languages) has one
     entry for each, `TASK/SPLIT/SUBSET`. A folder is read and scored without network and writes nothing;
-    an MTEB task is fetched to the cache of Hugging Face. Raises AnchorvecError for data that cannot be used.
+    an MTEB task is fetched to the cache of Hugging Face.
+
+    - `model`: a SentenceTransformer, its folder, or its hub id. Its stored `query` and `document` prompts are used,
+      and a prompt stored as `NAME-query` for the task or folder NAME. Texts are cut by its tokenizer.
+    - `data`: folders of a kind in `tasks.KINDS`, such as BEIR layout, or what was read of them.
+    - `tasks`: names of MTEB tasks.
+    - `batch_size`: texts encoded at a time.
+    - `instruction`: replaces the stored query prompts.
+    - `seed`: of the intervals.
+    - `show_progress_bar`: shows mteb's bars on stderr.
+
+    Raises AnchorvecError for data that cannot be used, an unknown task, and one that cannot be fetched.
     """
     if not data and not tasks:
         raise AnchorvecError("there is nothing to score on; name a folder in BEIR layout or an MTEB task")
-    collections = check_test_data(data=data, tasks=tasks)
-    names = [collection.name for collection in collections] + list(tasks)
-
-    results: dict[str, TaskScores] = {}
+    local = check_test_data(data=data, tasks=tasks)
+    results: dict[str, Scores] = {}
     with _side_effects_undone():
         from anchorvec.evaluation import _mteb
         from anchorvec.model.loading import load_encoder, warn_of_named_prompts
 
         # Names are looked up before anything is loaded or run, so that a misspelt one fails at once.
-        all_tasks = [_mteb.BeirTask(part) for part in collections] + [_mteb.named_task(name) for name in tasks]
+        all_tasks = {part.name: _mteb.local_task(kind_of_data(part), part) for part in local}
+        all_tasks |= {name: _mteb.named_task(name) for name in tasks}
         model = load_encoder(model)
         if instruction is None:
-            warn_of_named_prompts(model, names)
+            warn_of_named_prompts(model, list(all_tasks))
         device, dtype = str(model.device), str(next(model.parameters()).dtype).removeprefix("torch.")
         encoder = _mteb.encoder(model, instruction)
-        for name, task in zip(names, all_tasks, strict=True):
-            start = time.perf_counter()
-            try:
-                outcome = _mteb.run(encoder, task, batch_size=batch_size, show_progress_bar=show_progress_bar)
-            except OSError as error:  # no network, no disk
-                reason = str(error).strip().split("\n")[0]
-                raise AnchorvecError(f"{name} cannot be fetched or scored: {reason}") from error
-            seconds = time.perf_counter() - start
-            results |= _scores(name, outcome, device=device, dtype=dtype, seconds=seconds, seed=seed)
+        for name, task in all_tasks.items():
+            run = partial(_mteb.run, encoder, task, batch_size=batch_size, show_progress_bar=show_progress_bar)
+            results |= _scores(name, task, run, device=device, dtype=dtype, seed=seed)
     return results
 
 
-def check_test_data(*, data: Sequence[str | Path | BeirData] = (), tasks: Sequence[str] = ()) -> list[BeirData]:
-    """The collections of `data`; raises AnchorvecError for what `evaluate` could not use, tasks included."""
+def check_test_data(*, data: Sequence[str | Path | LocalData] = (), tasks: Sequence[str] = ()) -> list[LocalData]:
+    """What is read of `data`, folders of test data; `tasks` are names of MTEB tasks.
+
+    Raises AnchorvecError for what `evaluate` could not use, and where two have the same name.
+    """
     if not data and not tasks:
         return []
     require_extra()
-    collections = [part if isinstance(part, BeirData) else load_beir(part) for part in data]
-    names = [collection.name for collection in collections] + list(tasks)
+    local = [load_folder(part) if isinstance(part, str | Path) else part for part in data]
+    names = [part.name for part in local] + list(tasks)
     for name in names:
         if names.count(name) > 1:
             raise AnchorvecError(
@@ -87,46 +92,62 @@ def check_test_data(*, data: Sequence[str | Path | BeirData] = (), tasks: Sequen
 
         for name in tasks:
             _mteb.named_task(name)
-    return collections
+    return local
 
 
-def bm25_scores(data: str | Path | BeirData, *, seed: int = 0) -> TaskScores:
-    """The scores of BM25 on a folder in BEIR layout, by the same metrics as `evaluate`'s.
+def bm25_scores(data: str | Path | LocalData, *, seed: int = 0) -> Scores:
+    """The scores of BM25, as the module `bm25` says, by the same metrics as `evaluate`'s.
 
-    The library bm25s in its default setting: Lucene's variant, k1 = 1.5, b = 0.75; lower-cased words of two
-    and more letters, without bm25s's English stop words, not stemmed; title and text as one field.
+    - `data`: a folder in BEIR layout, or what was read of it.
+    - `seed`: of the intervals.
+
+    Raises AnchorvecError for data that cannot be used, or are not of retrieval.
     """
     require_extra()
-    collection = data if isinstance(data, BeirData) else load_beir(data)
+    local = load_folder(data) if isinstance(data, str | Path) else data
+    if kind_of_data(local) is not RETRIEVAL:
+        raise AnchorvecError(f"{local.name}: BM25 is scored on retrieval; name a folder with {RETRIEVAL.layout}")
     with _side_effects_undone():
         from anchorvec.evaluation import _mteb
+        from anchorvec.evaluation.bm25 import Bm25
 
-        start = time.perf_counter()
-        outcome = _mteb.run(_mteb.Bm25(), _mteb.BeirTask(collection))
-        seconds = time.perf_counter() - start
-    [scores] = _scores(collection.name, outcome, device="cpu", dtype="float32", seconds=seconds, seed=seed).values()
+        task = _mteb.local_task(RETRIEVAL, local)
+        run = partial(_mteb.run, _mteb.searcher(Bm25()), task)
+        [scores] = _scores(local.name, task, run, device="cpu", dtype="float32", seed=seed).values()
     return scores
 
 
-def _scores(name: str, outcome: Any, *, device: str, dtype: str, seconds: float, seed: int) -> dict[str, TaskScores]:
-    """One entry for a task, or one for each ranking where it has several; these share the task's seconds."""
-    if not outcome.rankings:
-        return {name: TaskScores(outcome.main_score, {}, {}, 0, 0, device, dtype, seconds)}
-    several = len(outcome.rankings) > 1
+def _scores(name: str, task: Any, run: Callable[[], Any], *, device: str, dtype: str, seed: int) -> dict[str, Scores]:
+    """The scores of `task` after a `run`: one entry, or one for each of its subsets; these share the main score."""
+    from anchorvec.evaluation import _mteb
+
+    start = time.perf_counter()
+    try:
+        outcome = run()
+    except OSError as error:  # no network, no disk
+        reason = str(error).strip().split("\n")[0]
+        raise AnchorvecError(f"{name} cannot be fetched or scored: {reason}") from error
+    common = {
+        "kind": outcome.mteb_type,
+        "main_score": outcome.main_score,
+        "seed": seed,
+        "device": device,
+        "dtype": dtype,
+        "seconds": time.perf_counter() - start,
+    }
+    kind = kind_of_mteb_type(outcome.mteb_type)
+    if kind is None or not outcome.subsets:
+        return {name: Scores(metrics={}, per_item={}, counts={}, fingerprint=_mteb.fingerprint(task), **common)}
+    several = len(outcome.subsets) > 1
     return {
-        f"{name}/{ranking.split}/{ranking.subset}" if several else name: TaskScores(
-            main_score=outcome.main_score,
-            metrics={
-                metric: bootstrap_interval(list(getattr(ranking, metric).values()), seed=seed) for metric in METRICS
-            },
-            per_query=ranking.ndcg_at_10,
-            queries=len(ranking.ndcg_at_10),
-            documents=ranking.documents,
-            device=device,
-            dtype=dtype,
-            seconds=seconds,
+        f"{name}/{part.split}/{part.subset}" if several else name: Scores(
+            metrics=kind.intervals(part.per_item, seed),
+            per_item=part.per_item,
+            counts=part.counts,
+            fingerprint=_mteb.fingerprint(task, part.split, part.subset),
+            **common,
         )
-        for ranking in outcome.rankings
+        for part in outcome.subsets
     }
 
 

@@ -1,4 +1,4 @@
-"""What an evaluation gives back, and how it is shown."""
+"""What an evaluation gives back, how two of them are compared, and how they are shown."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,56 +8,90 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from anchorvec.evaluation.statistics import Interval
-
-METRICS = {"ndcg_at_10": "nDCG@10", "recall_at_10": "Recall@10", "mrr_at_10": "MRR@10"}
+from anchorvec.errors import AnchorvecError
+from anchorvec.evaluation.statistics import Difference, Interval, paired_difference
+from anchorvec.evaluation.task_kind import PerItem
+from anchorvec.evaluation.tasks import headings
 
 
 @dataclass(frozen=True)
-class TaskScores:
-    """The scores of one system on one task."""
+class Scores:
+    """The scores of one system on one task, item by item, with what is needed to compare them later."""
 
+    kind: str
+    """mteb's type of the task: `Retrieval`, `STS`, ..."""
     main_score: float
     """mteb's main score of the task; nDCG@10 for most retrieval tasks."""
-    metrics: dict[str, Interval]
-    """`ndcg_at_10`, `recall_at_10` and `mrr_at_10`, means over queries; empty if it is not retrieval."""
-    per_query: dict[str, float]
-    """Query id -> nDCG@10, for `paired_bootstrap`."""
-    queries: int
-    documents: int
+    metrics: Mapping[str, Interval]
+    """Metric -> its value over all items with its interval: `ndcg_at_10`, `recall_at_10` and `mrr_at_10` for retrieval.
+
+    Empty for a task that has the main score alone.
+    """
+    per_item: PerItem
+    """The same metrics -> item id -> score. An item of retrieval is a query."""
+    counts: Mapping[str, int]
+    """How many items, and of what they are scored on: `{"queries": 500, "documents": 1200}`."""
+    seed: int
+    """Of the intervals."""
+    fingerprint: str
+    """A hash of what was scored on: texts and labels of a folder; name, repository and revision of a task of mteb."""
     device: str
     dtype: str
     seconds: float
-    """Wall time: encoding, search and metrics."""
+    """Wall time: encoding, search and metrics; of the whole task, where it has several subsets."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON: `ndcg_at_10` is the mean and `ndcg_at_10_interval` the two ends."""
-        flat: dict[str, Any] = {"main_score": self.main_score}
+        """Plain values for JSON: `ndcg_at_10` is the mean and `ndcg_at_10_interval` the two ends; counts by name."""
+        flat: dict[str, Any] = {"kind": self.kind, "main_score": self.main_score}
         for name, interval in self.metrics.items():
             flat[name] = interval.mean
             flat[f"{name}_interval"] = [interval.low, interval.high]
         return flat | {
-            "queries": self.queries,
-            "documents": self.documents,
+            **self.counts,
+            "seed": self.seed,
+            "fingerprint": self.fingerprint,
             "device": self.device,
             "dtype": self.dtype,
             "seconds": self.seconds,
-            "per_query": self.per_query,
+            "per_item": {metric: dict(of_item) for metric, of_item in self.per_item.items()},
         }
 
 
-def scores_table(results: Mapping[str, TaskScores], *, title: str | None = None) -> Table:
-    """A row for each system or task of `results`, its three metrics as `0.553 [0.521, 0.585]`.
+def difference(first: Scores, second: Scores, *, metric: str | None = None, seed: int = 0) -> Difference:
+    """By how much `second` is above `first`, item by item: `paired_difference`.
 
-    A task that is not retrieval shows mteb's main score in a column of its own.
+    - `metric`: one of `per_item`; by default the first one, nDCG@10 for retrieval.
+    - `seed`: of interval and p-value.
+
+    Raises AnchorvecError if the two were scored on different data, or have no per-item scores of the metric.
+    """
+    if first.fingerprint != second.fingerprint:
+        raise AnchorvecError("the two systems were scored on different data; score both on the same")
+    metric = metric or next(iter(first.per_item), "per-item metric")
+    for scores in (first, second):
+        if metric not in scores.per_item:
+            known = ", ".join(scores.per_item) or "none"
+            raise AnchorvecError(f"there is no {metric} of single items in scores of {scores.kind}; there is {known}")
+    return paired_difference(first.per_item[metric], second.per_item[metric], seed=seed)
+
+
+def scores_table(results: Mapping[str, Scores], *, title: str | None = None) -> Table:
+    """A row for each system or task of `results`, its metrics as `0.553 [0.521, 0.585]`, under `title`.
+
+    A task without per-item metrics shows mteb's main score in a column of its own.
     """
     other = any(not scores.metrics for scores in results.values())
+    columns = {
+        metric: heading
+        for metric, heading in headings().items()
+        if any(metric in scores.metrics for scores in results.values())
+    }
     # Without edges the three metrics and a name such as "after Stage II" fit into 80 columns.
     table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True)
     table.add_column("", overflow="fold")
-    for heading in [*METRICS.values(), *(["main score"] if other else [])]:
+    for heading in [*columns.values(), *(["main score"] if other else [])]:
         table.add_column(heading, justify="right")
     for name, scores in results.items():
-        cells = [str(scores.metrics[metric]) if scores.metrics else "" for metric in METRICS]
+        cells = [str(scores.metrics[metric]) if metric in scores.metrics else "" for metric in columns]
         table.add_row(escape(name), *cells, *([f"{scores.main_score:.3f}"] if other else []))
     return table

@@ -1,0 +1,84 @@
+"""Retrieval: documents are ranked for each query. Folders are in BEIR layout; an item is a query.
+
+Metrics are mteb's and pytrec_eval's.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from anchorvec.evaluation.beir import BeirData, load_beir
+from anchorvec.evaluation.task_kind import SubsetScores, TaskKind
+
+
+def recognises(folder: Path) -> bool:
+    """Whether `folder` has any of the files of the BEIR layout, plain or gzipped."""
+    files = [folder / "corpus.jsonl", folder / "queries.jsonl", folder / "qrels" / "test.tsv"]
+    return any(file.is_file() or file.with_name(f"{file.name}.gz").is_file() for file in files)
+
+
+def fill(task: Any, data: BeirData) -> None:
+    """Give `task`, an `AbsTaskRetrieval` of one split and subset, the collection `data`."""
+    from datasets import Dataset
+
+    task.dataset = {
+        "default": {
+            "test": {
+                "corpus": Dataset.from_list([{"id": document, **fields} for document, fields in data.corpus.items()]),
+                "queries": Dataset.from_list([{"id": query, "text": text} for query, text in data.queries.items()]),
+                "relevant_docs": {query: dict(grades) for query, grades in data.qrels.items()},
+                "top_ranked": None,
+            }
+        }
+    }
+
+
+def record(task: Any) -> list[SubsetScores]:
+    """nDCG@10, recall@10 and MRR@10 of each query, in a list that is filled while mteb runs `task`.
+
+    mteb hands what pytrec_eval says of each query, and the ranking, to a hook for scores of a task's own,
+    `task_specific_scores`; in this one object the hook is replaced by one that also takes them down. The documented
+    way, `prediction_folder`, would write all rankings to a file: for every subset anew, and before a task has left out
+    what it does not count.
+    """
+    found: list[SubsetScores] = []
+    own_hook = task.task_specific_scores
+
+    def task_specific_scores(
+        scores: Mapping[str, Mapping[str, float]],
+        qrels: dict[str, dict[str, int]],
+        results: dict[str, dict[str, float]],
+        hf_split: str,
+        hf_subset: str,
+    ) -> Any:
+        import pytrec_eval
+
+        # mteb keeps the mean of MRR@10 only; of one query it is pytrec_eval's reciprocal rank, if >= 1/10.
+        reciprocal = pytrec_eval.RelevanceEvaluator(qrels, {"recip_rank"}).evaluate(results)
+        ranks = {query: score["recip_rank"] for query, score in reciprocal.items()}
+        per_item = {
+            "ndcg_at_10": {query: score["ndcg_cut_10"] for query, score in scores.items()},
+            "recall_at_10": {query: score["recall_10"] for query, score in scores.items()},
+            "mrr_at_10": {query: rank if rank >= 0.1 else 0.0 for query, rank in ranks.items()},
+        }
+        counts = {"queries": len(scores), "documents": len(task.dataset[hf_subset][hf_split]["corpus"])}
+        found.append(SubsetScores(hf_split, hf_subset, per_item, counts))
+        return own_hook(scores, qrels, results, hf_split=hf_split, hf_subset=hf_subset)
+
+    task.task_specific_scores = task_specific_scores
+    return found
+
+
+RETRIEVAL = TaskKind(
+    name="Retrieval",
+    mteb_types=("Retrieval", "InstructionRetrieval", "Any2AnyRetrieval", "Reranking", "InstructionReranking"),
+    mteb_class="AbsTaskRetrieval",
+    main_score="ndcg_at_10",
+    metrics={"ndcg_at_10": "nDCG@10", "recall_at_10": "Recall@10", "mrr_at_10": "MRR@10"},
+    layout="corpus.jsonl, queries.jsonl and qrels/test.tsv (BEIR layout)",
+    recognises=recognises,
+    load=load_beir,
+    data=BeirData,
+    fill=fill,
+    record=record,
+)

@@ -1,0 +1,72 @@
+"""What a kind of task is: how its folders are read, made into a task of mteb, and scored item by item."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from anchorvec.evaluation.statistics import Interval, bootstrap_interval
+
+PerItem = Mapping[str, Mapping[str, float]]
+"""Metric -> item id -> score of this item. What an item is depends on the kind: for retrieval it is a query."""
+
+
+class LocalData(Protocol):
+    """The test data of a local folder."""
+
+    @property
+    def name(self) -> str:
+        """What the results call it."""
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all texts and labels, whatever the name."""
+
+
+@dataclass(frozen=True)
+class SubsetScores:
+    """What was read back of one subset (a language, say) and split of a task."""
+
+    split: str
+    subset: str
+    per_item: PerItem
+    counts: Mapping[str, int]
+    """How many items there were, and of what they are scored on: `{"queries": 500, "documents": 1200}`."""
+
+
+def mean_intervals(per_item: PerItem, seed: int) -> dict[str, Interval]:
+    """For each metric of `per_item` the mean over items with its bootstrap interval, drawn with `seed`."""
+    return {metric: bootstrap_interval(list(of_item.values()), seed=seed) for metric, of_item in per_item.items()}
+
+
+@dataclass(frozen=True)
+class TaskKind:
+    """A kind of task. A new one is a file with such an object, and a line in `tasks.py`.
+
+    These files need no mteb: what they give it are plain values and data sets, what they get from it is a task object.
+    """
+
+    name: str
+    """mteb's type of a local task of this kind, such as `Retrieval`."""
+    mteb_types: Iterable[str]
+    """The types of tasks in mteb's registry that are read back in this way."""
+    mteb_class: str
+    """The class in `mteb.abstasks` that runs a local task."""
+    main_score: str
+    """Which of the scores that mteb computes is a local task's main score."""
+    metrics: Mapping[str, str]
+    """Per-item metrics, the one by which systems are compared first, and how a table calls each."""
+    layout: str
+    """The files of a local folder, for an error to name."""
+    recognises: Callable[[Path], bool]
+    """Whether a folder is meant to be of this kind, though it may have faults."""
+    load: Callable[[Path], Any]
+    """The LocalData of a folder. Raises AnchorvecError, with `file:line`, for what cannot be used."""
+    data: type
+    """The class of what `load` returns."""
+    fill: Callable[[Any, Any], None]
+    """Gives a local task of mteb, the first argument, the LocalData in place of a download."""
+    record: Callable[[Any], list[SubsetScores]]
+    """Called with a task before mteb runs it: the list that has the scores of each subset and split after the run."""
+    intervals: Callable[[PerItem, int], dict[str, Interval]] = mean_intervals
+    """From the per-item scores and a seed, each metric over all items with its interval."""
