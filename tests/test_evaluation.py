@@ -195,6 +195,8 @@ def test_evaluate_describes_the_result(model: SentenceTransformer, collection: B
     assert scores.seconds > 0
     mean = np.mean(list(scores.per_item["ndcg_at_10"].values()))
     assert scores.metrics["ndcg_at_10"].mean == pytest.approx(mean)
+    for metric, of_query in scores.per_item.items():
+        assert scores.metrics[metric] == bootstrap_interval(list(of_query.values()), seed=3)
     assert scores.main_score == pytest.approx(mean, abs=1e-5)  # mteb rounds to five digits
 
 
@@ -426,6 +428,7 @@ def test_bm25_ranks_by_shared_words(collection: BeirData) -> None:
     scores = bm25_scores(collection)
     assert scores.per_item["ndcg_at_10"] == dict.fromkeys(QUERIES, 1.0)
     assert scores.fingerprint == bm25_scores(replace(collection, name="other")).fingerprint
+    assert scores.fingerprint != bm25_scores(replace(collection, queries=QUERIES | {"q0": "a cat"})).fingerprint
     assert scores.metrics["mrr_at_10"] == Interval(1.0, 1.0, 1.0)
 
 
@@ -458,6 +461,9 @@ def test_scores_on_the_same_data_are_compared_item_by_item() -> None:
     first, second = made_up({"q0": 0.25, "q1": 0.5}), made_up({"q0": 0.5, "q1": 0.75})
     assert difference(first, second) == paired_difference(first.per_item["ndcg_at_10"], second.per_item["ndcg_at_10"])
     assert difference(first, second, metric="ndcg_at_10").mean == 0.25
+    many = made_up({f"q{i}": i * i / 400 for i in range(20)}), made_up({f"q{i}": i / 20 for i in range(20)})
+    assert difference(*many, seed=1) == paired_difference(*(scores.per_item["ndcg_at_10"] for scores in many), seed=1)
+    assert difference(*many, seed=1) != difference(*many)
     with pytest.raises(AnchorvecError, match=r"no recall_at_10 .* there is ndcg_at_10"):
         difference(first, second, metric="recall_at_10")
     with pytest.raises(AnchorvecError, match="on different data"):

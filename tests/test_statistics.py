@@ -60,6 +60,10 @@ def test_an_interval_depends_on_the_seed_alone():
     values = np.arange(50) / 50
     assert bootstrap_interval(values, seed=3) == bootstrap_interval(values, seed=3)
     assert bootstrap_interval(values, seed=3) != bootstrap_interval(values, seed=4)
+    values = values[::5]  # ten: the ids of more are in another order
+    a, b = numbered(values**2), numbered(values)
+    difference, interval = paired_difference(a, b, seed=3), bootstrap_interval(values - values**2, seed=3)
+    assert (difference.mean, difference.low, difference.high) == (interval.mean, interval.low, interval.high)
     state = np.random.get_state()[1].tolist()
     bootstrap_interval(values)
     assert np.random.get_state()[1].tolist() == state  # numpy's own generator is not drawn from

@@ -34,7 +34,7 @@ class Outcome:
 def run(model: Any, task: Any, *, batch_size: int = 32, show_progress_bar: bool = False) -> Outcome:
     """The outcome of `model` (an encoder or a searcher in mteb's sense) on `task`; nothing is cached.
 
-    `batch_size` texts are encoded at a time.
+    `batch_size` texts are encoded at a time; `show_progress_bar` shows bars on stderr.
     """
     kind = kind_of_mteb_type(task.metadata.type)
     subsets = [] if kind is None else kind.record(task)
