@@ -1,31 +1,93 @@
 """Turn an open decoder LLM into a text embedder.
 
-Each command is a function here: `quickstart`, `train`, `plan`, `evaluate`, `search`, `decode`, `export`.
+Each command is a function here: `quickstart`, `train`, `plan`, `evaluate`, `search`, `decode`, `export`. What they take and
+give back is here too, and the parts that other training code can build on: the objectives of Stage I and their pairs.
 """
 
 import importlib
+from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from anchorvec.errors import AnchorvecError
 
 if TYPE_CHECKING:
-    from anchorvec.commands.decode import decode
-    from anchorvec.commands.plan import plan
-    from anchorvec.commands.quickstart import quickstart
-    from anchorvec.commands.search import search
-    from anchorvec.evaluation import evaluate
-    from anchorvec.exporting.folder import export
+    from anchorvec.commands.decode import Decoded, decode
+    from anchorvec.commands.plan import Plan, ShownPair, plan
+    from anchorvec.commands.quickstart import QuickstartResult, quickstart
+    from anchorvec.commands.search import Hit, Index, search
+    from anchorvec.data.tokens import PairTokenizer
+    from anchorvec.evaluation import (
+        BeirData,
+        Difference,
+        Interval,
+        LocalData,
+        Scores,
+        bm25_scores,
+        difference,
+        evaluate,
+    )
+    from anchorvec.exporting.folder import Exported, export
     from anchorvec.model.embedder import build_embedder
-    from anchorvec.objectives.reconstruction import Reconstruction
-    from anchorvec.pipeline import train
-    from anchorvec.recipe import Recipe, load_recipe
+    from anchorvec.objectives.bag_of_words import BagOfWordsLoss, BagOfWordsReconstruction
+    from anchorvec.objectives.pairs import TokenPair
+    from anchorvec.objectives.reconstruction import Reconstruction, ReconstructionOutput, TextReconstruction
+    from anchorvec.pipeline import Budget, TrainResult, train
+    from anchorvec.recipe import (
+        DataSettings,
+        EndPrompt,
+        EvaluationSettings,
+        Lora,
+        ModelSettings,
+        Recipe,
+        StageOne,
+        StageTwo,
+        TrainData,
+        load_recipe,
+    )
+    from anchorvec.run import Run
+    from anchorvec.training.engine import Engine
+
+    __version__: str
 
 __all__ = [
     "AnchorvecError",
+    "BagOfWordsLoss",
+    "BagOfWordsReconstruction",
+    "BeirData",
+    "Budget",
+    "DataSettings",
+    "Decoded",
+    "Difference",
+    "EndPrompt",
+    "Engine",
+    "EvaluationSettings",
+    "Exported",
+    "Hit",
+    "Index",
+    "Interval",
+    "LocalData",
+    "Lora",
+    "ModelSettings",
+    "PairTokenizer",
+    "Plan",
+    "QuickstartResult",
     "Recipe",
     "Reconstruction",
+    "ReconstructionOutput",
+    "Run",
+    "Scores",
+    "ShownPair",
+    "StageOne",
+    "StageTwo",
+    "TextReconstruction",
+    "TokenPair",
+    "TrainData",
+    "TrainResult",
+    "__version__",
+    "bm25_scores",
     "build_embedder",
     "decode",
+    "difference",
     "evaluate",
     "export",
     "load_recipe",
@@ -36,23 +98,56 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Recipe": "recipe",
-    "Reconstruction": "objectives.reconstruction",
-    "TextReconstruction": "objectives.reconstruction",
-    "build_embedder": "model.embedder",
+    "Decoded": "commands.decode",
     "decode": "commands.decode",
-    "evaluate": "evaluation",
-    "export": "exporting.folder",
-    "load_recipe": "recipe",
+    "Plan": "commands.plan",
+    "ShownPair": "commands.plan",
     "plan": "commands.plan",
+    "QuickstartResult": "commands.quickstart",
     "quickstart": "commands.quickstart",
+    "Hit": "commands.search",
+    "Index": "commands.search",
     "search": "commands.search",
+    "PairTokenizer": "data.tokens",
+    "BeirData": "evaluation",
+    "Difference": "evaluation",
+    "Interval": "evaluation",
+    "LocalData": "evaluation",
+    "Scores": "evaluation",
+    "bm25_scores": "evaluation",
+    "difference": "evaluation",
+    "evaluate": "evaluation",
+    "Exported": "exporting.folder",
+    "export": "exporting.folder",
+    "build_embedder": "model.embedder",
+    "BagOfWordsLoss": "objectives.bag_of_words",
+    "BagOfWordsReconstruction": "objectives.bag_of_words",
+    "TokenPair": "objectives.pairs",
+    "Reconstruction": "objectives.reconstruction",
+    "ReconstructionOutput": "objectives.reconstruction",
+    "TextReconstruction": "objectives.reconstruction",
+    "Budget": "pipeline",
+    "TrainResult": "pipeline",
     "train": "pipeline",
+    "DataSettings": "recipe",
+    "EndPrompt": "recipe",
+    "EvaluationSettings": "recipe",
+    "Lora": "recipe",
+    "ModelSettings": "recipe",
+    "Recipe": "recipe",
+    "StageOne": "recipe",
+    "StageTwo": "recipe",
+    "TrainData": "recipe",
+    "load_recipe": "recipe",
+    "Run": "run",
+    "Engine": "training.engine",
 }
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name at its first use: `anchorvec --help` need not wait for torch."""
+    if name == "__version__":
+        return metadata.version("anchorvec")
     if name not in _HOMES:
         raise AttributeError(f"module 'anchorvec' has no attribute {name!r}")
     return getattr(importlib.import_module(f"anchorvec.{_HOMES[name]}"), name)

@@ -2,7 +2,6 @@
 
 import os
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+import anchorvec
 from anchorvec.errors import AnchorvecError
 
 app = typer.Typer(
@@ -58,7 +58,7 @@ def main() -> None:
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        console.print(f"anchorvec {metadata.version('anchorvec')}", highlight=False)
+        console.print(f"anchorvec {anchorvec.__version__}", highlight=False)
         raise typer.Exit
 
 

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from anchorvec.device import default_device
 from anchorvec.model.embedder import load_causal_lm, stored_prompt
 from anchorvec.objectives.reconstruction import TextReconstruction
-from anchorvec.recipe import run_recipe
+from anchorvec.run import Run
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,9 @@ def decode(
 ) -> Decoded:
     """The text that the model in `folder` writes from the embedding of `text`, read as a query or a document.
 
-    The embedding is the only thing the decoder is given: it stands where the first token would (T4). Search is greedy,
-    or over `beams` beams. Raises AnchorvecError if the folder holds an embedder that can no longer write (T26); warns
+    `side` says as which. The embedding is the only thing the decoder is given: it stands where the first token would
+    (T4). At most `max_tokens` tokens are written, greedily or over `beams` beams; of the likeliest `first_tokens` the
+    probabilities are given. Raises AnchorvecError if the folder holds an embedder that can no longer write (T26); warns
     of a run's stage_one that was trained on bags of words instead.
     """
     model: Any = load_causal_lm(folder).eval()
@@ -84,5 +85,5 @@ def decode(
 def _tells_bags(folder: Path) -> bool:
     """Whether `folder` is the Stage I of a run whose recipe says so."""
     folder = folder.resolve()
-    stage_one = run_recipe(folder.parent).get("stage_one") if folder.name == "stage_one" else None
+    stage_one = Run(folder.parent).asked().get("stage_one") if folder.name == "stage_one" else None
     return isinstance(stage_one, dict) and stage_one.get("target") == "bag_of_words"

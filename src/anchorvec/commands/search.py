@@ -84,8 +84,9 @@ def search(
     """Each query with its `top_k` nearest documents of the corpus, the nearest first.
 
     Without `queries` they are asked for in the terminal. `instruction` replaces the model's stored query prompt.
-    `model` is a SentenceTransformer, its folder, or its
-    hub id; `corpus_path` is what `read_corpus` reads.
+    `model` is a SentenceTransformer, its folder, or its hub id; `corpus_path` is what `read_corpus` reads. `batch_size`
+    texts are encoded at a time, with a bar if `show_progress_bar`. Raises AnchorvecError for a model or a corpus that
+    cannot be read.
     """
     from anchorvec.model.loading import load_encoder, warn_of_named_prompts
 

@@ -8,6 +8,8 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from sentence_transformers import SentenceTransformer
 
+from anchorvec.run import Run
+
 _TEMPLATE = """\
 ---
 {{ card_data }}
@@ -68,11 +70,10 @@ def model_card(stage: Path, model: SentenceTransformer, *, name: str, writes: bo
 
     `writes` says whether the folder still holds the LM head that `anchorvec decode` needs (T26).
     """
-    run_folder = stage.parent
-    recipe_text = _read(run_folder / "recipe.yaml") or "# not saved beside the model"
-    run_text = _read(run_folder / "run.json") or "{}"
-    scores = json.loads(_read(run_folder / "scores.json") or "{}")
-    recipe = yaml.safe_load(recipe_text) or {}
+    run = Run(stage.parent)
+    run_text = _read(run.record) or "{}"
+    scores = json.loads(_read(run.scores) or "{}")
+    recipe = run.asked()
     recipe.pop("output", None)  # a path of the machine that trained
     base = recipe.get("model", {}).get("base", "a decoder LLM")
     stage_one, stage_two = recipe.get("stage_one"), recipe.get("stage_two")

@@ -17,8 +17,7 @@ from anchorvec.files import new_folder, user_path, write_text
 from anchorvec.model.embedder import can_write, load_causal_lm, save_tokenizer
 from anchorvec.model.loading import load_model
 from anchorvec.model.readout import last_states_of_padded
-from anchorvec.recipe import run_recipe
-from anchorvec.run import is_embedder
+from anchorvec.run import Run, is_embedder
 
 LEAST_COSINE = 0.9999
 """What two fp32 programs must agree on for every text; one pad or prompt too many gives 0.99 or less."""
@@ -105,17 +104,16 @@ def last_stage(run: Path) -> Path:
 
     Raises AnchorvecError if there is none: what an unfinished run has is to be asked for by its own folder.
     """
-    found = [name for name in ("stage_two", "stage_one", "base") if is_embedder(run / name)]
     if is_embedder(run):
         return run
-    if not found:
+    newest = Run(run).newest()
+    if newest is None:
         raise AnchorvecError(f"{run}: no model in this folder; name a run folder with stage_one or stage_two in it")
-    planned = [name for name in ("stage_two", "stage_one") if run_recipe(run).get(name)]
-    if found[0] != (planned or found)[0] or found[0] == "base":
-        raise AnchorvecError(
-            f"{run}: {(planned or ['stage_one'])[0]} of this run did not finish; name {run / found[0]} to export that"
-        )
-    return run / found[0]
+    planned = Run(run).planned()
+    if newest == Run(run).base or (planned and newest != Run(run).stage(planned[-1])):
+        last = planned[-1] if planned else "stage_one"
+        raise AnchorvecError(f"{run}: {last} of this run did not finish; name {newest} to export that")
+    return newest
 
 
 def encode_with_transformers(folder: str | Path, texts: Sequence[str]) -> Tensor:

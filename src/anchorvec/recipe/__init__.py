@@ -3,7 +3,7 @@
 A recipe is YAML. It may extend another one; the command line overrides both.
 """
 
-from anchorvec.recipe.reading import dump_recipe, load_recipe, recipe_names, run_recipe, save_recipe
+from anchorvec.recipe.reading import dump_recipe, load_recipe, recipe_names, save_recipe
 from anchorvec.recipe.settings import (
     DataSettings,
     EndPrompt,
@@ -29,6 +29,5 @@ __all__ = [
     "dump_recipe",
     "load_recipe",
     "recipe_names",
-    "run_recipe",
     "save_recipe",
 ]

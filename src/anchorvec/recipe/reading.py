@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
@@ -30,9 +29,9 @@ _Layer = tuple[str, dict[Any, Any]]  # what to call the source in a message, and
 
 
 def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe of a file, or the shipped one of that name, with the overrides applied.
+    """The recipe of a file, or the shipped one of that name (`name_or_path`), with the overrides applied.
 
-    An override is `key=value` with a dotted key and a YAML value: `stage_one=null`,
+    One of the `overrides` is `key=value` with a dotted key and a YAML value: `stage_one=null`,
     `stage_one.learning_rate=1e-4`, `data.train.0.path=pairs.jsonl`. A shipped name wins over a file of the
     same name; a `Path` is always a file.
 
@@ -62,15 +61,6 @@ def dump_recipe(recipe: Recipe) -> str:
 def save_recipe(recipe: Recipe, path: str | Path) -> None:
     """Write `dump_recipe` to a file, atomically; its folder is made if need be."""
     write_text(Path(path), dump_recipe(recipe))
-
-
-def run_recipe(run: Path) -> dict[str, Any]:
-    """What the `recipe.yaml` of a run folder says, unchecked; empty if there is none, or another program's."""
-    try:
-        found = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _read_with_parents(name_or_path: str | Path) -> list[_Layer]:
