@@ -1,7 +1,7 @@
 """Turn an open decoder LLM into a text embedder.
 
-Each command is a function here: `quickstart`, `train`, `plan`, `evaluate`, `search`, `decode`, `export`. What they take and
-give back is here too, and the parts that other training code can build on: the objectives of Stage I and their pairs.
+Each command is a function here: `quickstart`, `train`, `plan`, `evaluate`, `search`, `decode`, `export`. What they take
+and give back is here too, and what other training code can build on: the objectives of Stage I and their pairs.
 """
 
 import importlib

@@ -67,10 +67,10 @@ def quickstart(
     BM25 and the model before training and after each stage are scored on docstrings of packages that no training
     pair comes from: 500 queries over 1,200 documents, a fifth of that if `minutes` is below 15. What scoring leaves of
     the time is for training, a tenth of it for Stage I; a stage makes as many steps as fit, and its learning rate
-    follows the clock. The run's recipe is saved with the steps that were made. `overrides` and `seed` replace values of that
-    recipe; its training data, steps and score set are the quickstart's own, whatever `data.train`, the stages' `steps`
-    and `evaluation.data` say. Without `stage_one` the contrastive loss is alone: no Stage I, and no bag of words in
-    Stage II. The time counts from `started`, a `time.time()` (default: now).
+    follows the clock. The run's recipe is saved with the steps that were made. `seed` and `overrides` replace values of
+    that recipe; its training data, steps and score set are the quickstart's own, whatever `data.train`, the stages'
+    `steps` and `evaluation.data` say. Without `stage_one` the contrastive loss is alone: no Stage I, and no bag of
+    words in Stage II. The time counts from `started`, a `time.time()` (default: now).
     Raises AnchorvecError if `output` is in use, on several devices, or if scoring leaves less than a minute.
     """
     if not 0 < minutes < math.inf:
