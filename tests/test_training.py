@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 from anchorvec.commands.decode import decode
 from anchorvec.commands.plan import plan
 from anchorvec.errors import AnchorvecError
-from anchorvec.exporting.folder import export
+from anchorvec.exporting.folder import PROGRAMS, export
 from anchorvec.model.loading import load_model
 from anchorvec.objectives.contrastive import contrastive_loss
 from anchorvec.objectives.reconstruction import TextReconstruction
@@ -213,7 +213,8 @@ def test_instructions_reach_the_model_as_prompts(tmp_path):
 def test_export_merges_lora_and_is_compared(run, tmp_path):
     """The export holds no adapter, and gives the vectors of the run's adapter over Stage I."""
     result = export(run, tmp_path / "model", texts=["a further probe"])
-    assert min(result.sentence_transformers, result.transformers) >= 0.9999
+    assert list(result.cosines) == ["sentence-transformers", "transformers"]
+    assert min(result.cosines.values()) >= 0.9999
     assert not list((tmp_path / "model").glob("adapter*"))
     texts = ["one", "another text"]
     expected = load_model(run / "stage_two", merge=False).encode(texts)
@@ -225,9 +226,7 @@ def test_export_merges_lora_and_is_compared(run, tmp_path):
 
 def test_export_fails_where_vectors_differ_and_deletes_nothing(run, tmp_path, monkeypatch):
     """If a program gives other vectors the export is refused, no folder appears, and the run stays."""
-    monkeypatch.setattr(
-        "anchorvec.exporting.folder.encode_with_transformers", lambda folder, texts: torch.randn(len(texts), 64)
-    )
+    monkeypatch.setitem(PROGRAMS, "transformers", lambda folder, texts: torch.randn(len(texts), 64))
     with pytest.raises(AnchorvecError, match="in transformers the vectors"):
         export(run, tmp_path / "model")
     assert not (tmp_path / "model").exists()

@@ -1,6 +1,6 @@
 """From a run to one self-contained folder that serves anywhere, compared vector by vector before it appears."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -39,16 +39,16 @@ PROBES = [
 
 @dataclass(frozen=True)
 class Exported:
-    """An exported folder and how closely it agrees with the run: the smallest cosine over `texts` texts.
+    """An exported `folder`, and how closely each program that reads it agrees with the run.
 
-    `stage` is the folder it was made from.
+    `cosines`: the smallest one over `texts` texts, by program. `stage` is the folder that it was made from; `can_write`
+    says whether it still has the LM head.
     """
 
     folder: str
     stage: str
     texts: int
-    sentence_transformers: float
-    transformers: float
+    cosines: dict[str, float]
     can_write: bool
 
     def to_dict(self) -> dict[str, Any]:
@@ -57,10 +57,9 @@ class Exported:
 
     def __rich__(self) -> str:
         writes = "it can still write (anchorvec decode)" if self.can_write else "it can no longer write"
+        cosines = ", ".join(f"{cosine:.6f} in {program}" for program, cosine in self.cosines.items())
         return (
-            f"{self.folder}: the same vectors as {self.stage} on {self.texts} texts, least cosine "
-            f"{self.sentence_transformers:.6f} in sentence-transformers, {self.transformers:.6f} in transformers; "
-            f"{writes}"
+            f"{self.folder}: the same vectors as {self.stage} on {self.texts} texts, least cosine {cosines}; {writes}"
         )
 
 
@@ -85,18 +84,15 @@ def export(run: str | Path, out: str | Path, *, texts: Sequence[str] = ()) -> Ex
             load_causal_lm(stage).save_pretrained(scratch)
         write_text(scratch / "README.md", model_card(stage, model, name=out.name, writes=can_write(scratch)))
 
-        loaded = _least_cosine(expected, _encode(load_model(scratch).float(), probes))
-        plain = _least_cosine(expected, encode_with_transformers(scratch, probes))
-        for program, cosine in (("sentence-transformers", loaded), ("transformers", plain)):
+        cosines = {program: _least_cosine(expected, read(scratch, probes)) for program, read in PROGRAMS.items()}
+        for program, cosine in cosines.items():
             if not cosine >= LEAST_COSINE:
                 raise AnchorvecError(
                     f"{stage}: the exported model differs from the run: in {program} the vectors of some text have "
                     f"cosine {cosine:.6f}, less than {LEAST_COSINE}; nothing was written to {out}"
                 )
         writes = can_write(scratch)
-    return Exported(
-        str(out), str(stage), len(probes), sentence_transformers=loaded, transformers=plain, can_write=writes
-    )
+    return Exported(str(out), str(stage), len(probes), cosines, can_write=writes)
 
 
 def last_stage(run: Path) -> Path:
@@ -126,6 +122,18 @@ def encode_with_transformers(folder: str | Path, texts: Sequence[str]) -> Tensor
     with torch.no_grad():
         states = model(**batch, use_cache=False).last_hidden_state  # (texts, length, dim)
     return last_states_of_padded(states, batch["attention_mask"])
+
+
+def encode_with_sentence_transformers(folder: str | Path, texts: Sequence[str]) -> Tensor:
+    """The vectors (texts, dim) that sentence-transformers gives, loaded from `folder` afresh, without any prompt."""
+    return _encode(load_model(folder).float(), texts)
+
+
+PROGRAMS: dict[str, Callable[[str | Path, Sequence[str]], Tensor]] = {
+    "sentence-transformers": encode_with_sentence_transformers,
+    "transformers": encode_with_transformers,
+}
+"""What an export is compared in: a program's name -> the vectors that it gives of texts."""
 
 
 def _encode(model: SentenceTransformer, texts: Sequence[str]) -> Tensor:
