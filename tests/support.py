@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,13 +12,24 @@ from typing import Any
 import torch
 import transformers.trainer
 from sentence_transformers import SentenceTransformer
+from tokenizers.processors import ByteLevel, TemplateProcessing
+from tokenizers.processors import Sequence as Processors
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+)
 
 import anchorvec
+from anchorvec.model.base import byte_tokenizer
 from anchorvec.model.packing import use_packed_texts
 from anchorvec.objectives.bag_of_words import BagOfWordsLoss
 from anchorvec.objectives.contrastive import contrastive_loss
+from anchorvec.objectives.pairs import TokenPair
 
 Values = Mapping[str, Any]
 """Recipe keys, dotted, and their values."""
@@ -234,3 +246,100 @@ def stage_two_loss(
     loss = contrastive_loss(model, temperature=temperature, micro_batch_tokens=micro_batch_tokens, **options)
     value: Tensor = loss([dict(model.preprocess(list(column))) for column in columns], torch.empty(0))
     return value
+
+
+# Models, tokenizers and pairs
+
+
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"]
+
+
+TOKENIZERS = ["plain", "bos", "chat", "left"]
+
+
+def make_model(family: str = "llama", *, tied: bool = True, vocab_size: int = 260, seed: int = 0) -> PreTrainedModel:
+    """A random two-layer causal LM of `family` in float64, in evaluation mode."""
+    config = CONFIG_MAPPING[family](
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=512,
+        tie_word_embeddings=tied,
+        bos_token_id=257,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config).double().eval()
+
+
+def make_tokenizer(kind: str = "plain") -> PreTrainedTokenizerFast:
+    """A byte tokenizer with the end token `<|end|>` (id 0).
+
+    `bos`: it puts `<|bos|>` before each text, through the two chained post-processors of Llama 3. `chat`: it has a chat
+    template and a pad token of its own. `left`: it pads on the left.
+    """
+    tokenizer = byte_tokenizer()
+    if kind == "bos":
+        tokenizer.add_special_tokens({"bos_token": "<|bos|>"})
+        template = TemplateProcessing(
+            single="<|bos|> $A", special_tokens=[("<|bos|>", tokenizer.convert_tokens_to_ids("<|bos|>"))]
+        )
+        tokenizer.backend_tokenizer.post_processor = Processors([ByteLevel(trim_offsets=True), template])
+    if kind == "chat":
+        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+        tokenizer.chat_template = "{% for m in messages %}<|user|>{{ m['content'] }}<|end|>\n{% endfor %}"
+    if kind == "left":
+        tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def write_rows(path, rows):
+    """Write `rows` as JSON Lines and return the path."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def make_pairs(n: int = 6, *, seed: int = 0, vocab_size: int = 260) -> list[TokenPair]:
+    """Random pairs whose lengths all differ."""
+    draw = random.Random(seed)
+
+    def text(length: int) -> list[int]:
+        return [draw.randrange(1, vocab_size) for _ in range(length)]
+
+    pairs = []
+    for i in range(n):
+        query, document = text(2 + i), text(12 - i)
+        pairs.append(TokenPair([7, *query, 0], [7, *document, 0], [*query, 0], [*document, 0]))
+    return pairs
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(found, expected, tolerance=1e-10):
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).norm() <= tolerance * gradient.norm() + 1e-14, name
+
+
+END, BOS = 0, 257
+
+
+END_PROMPT = ('This text: "', '" in one word: "')
+
+
+def bare_ids(tokenizer, text):
+    """The ids of a text alone."""
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+QUICK = ["stage_one.steps=3", "stage_two.steps=3", "stage_one.warmup_steps=1", "stage_two.warmup_steps=1"]

@@ -15,7 +15,7 @@ import anchorvec.data.samplers
 from anchorvec.data.samplers import PATIENCE, TOO_SIMILAR, DifferentTexts, SimilarPairs, similar_groups
 from anchorvec.pipeline import load_training_data, train
 from anchorvec.recipe import load_recipe
-from conftest import write_rows
+from support import write_rows
 
 TOPICS, PER_TOPIC = 6, 20
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from anchorvec.errors import AnchorvecError
-from conftest import write_rows
+from support import write_rows
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 

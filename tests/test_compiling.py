@@ -14,8 +14,7 @@ from anchorvec.model.packing import use_packed_texts
 from anchorvec.model.working_weights import WorkingWeights
 from anchorvec.objectives.contrastive import contrastive_loss
 from anchorvec.objectives.reconstruction import TextReconstruction
-from conftest import FAMILIES, make_model
-from test_reconstruction import make_pairs
+from support import FAMILIES, make_model, make_pairs
 
 
 @pytest.mark.parametrize("family", FAMILIES)

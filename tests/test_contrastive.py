@@ -9,7 +9,7 @@ from anchorvec.model.embedder import build_embedder
 from anchorvec.model.packing import use_packed_texts
 from anchorvec.objectives.bag_of_words import BagOfWordsLoss
 from anchorvec.objectives.contrastive import contrastive_loss
-from test_reconstruction import gradients
+from support import gradients
 
 
 @pytest.mark.parametrize("weight", [None, 0.7])

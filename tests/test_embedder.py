@@ -31,8 +31,7 @@ from anchorvec.model.embedder import (
     stored_prompt,
 )
 from anchorvec.model.end import with_end
-from conftest import FAMILIES, make_model, make_tokenizer
-from test_end_token import END, END_PROMPT, bare_ids
+from support import END, END_PROMPT, FAMILIES, bare_ids, make_model, make_tokenizer
 
 
 def plain_embedding(model, ids):

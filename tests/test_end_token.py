@@ -16,10 +16,8 @@ from transformers import (
 
 from anchorvec.model.embedder import build_embedder
 from anchorvec.model.end import template_ids, with_end
-from conftest import TOKENIZERS, make_model, make_tokenizer
+from support import BOS, END, END_PROMPT, TOKENIZERS, bare_ids, make_model, make_tokenizer
 
-END, BOS = 0, 257
-END_PROMPT = ('This text: "', '" in one word: "')
 ENDS = [None, END_PROMPT]
 
 SCRIPTS = [
@@ -44,11 +42,6 @@ TEXTS = st.lists(
 ).map("".join)
 
 examples = settings(max_examples=50, deadline=None, database=None)
-
-
-def bare_ids(tokenizer, text):
-    """The ids of a text alone."""
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def around(tokenizer, kind, end_prompt):

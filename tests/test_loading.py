@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from anchorvec.errors import AnchorvecError
 from anchorvec.model.embedder import build_embedder
 from anchorvec.model.loading import load_model, warn_of_named_prompts
-from conftest import make_model, make_tokenizer
+from support import make_model, make_tokenizer
 
 
 def test_what_cannot_be_loaded_is_one_error(tmp_path):

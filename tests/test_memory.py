@@ -27,8 +27,7 @@ from anchorvec.training.stage import Stage
 from anchorvec.training.stage_one import pair_tokenizer, stage_one_objective
 from anchorvec.training.stage_two import stage_two_model
 from anchorvec.training.trainers import ReconstructionTrainer
-from conftest import make_model
-from test_reconstruction import assert_same_gradients, make_pairs
+from support import assert_same_gradients, make_model, make_pairs
 
 CPU = torch.device("cpu")
 

@@ -28,8 +28,7 @@ from anchorvec.model.packing import packed_states, padded_states, reads_packed, 
 from anchorvec.objectives.contrastive import contrastive_loss
 from anchorvec.objectives.pairs import exchange_partners
 from anchorvec.objectives.reconstruction import TextReconstruction
-from conftest import FAMILIES, make_model, make_tokenizer
-from test_reconstruction import assert_same_gradients, gradients, make_pairs
+from support import FAMILIES, assert_same_gradients, gradients, make_model, make_pairs, make_tokenizer
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from anchorvec.device import keep_frozen_in_bf16, resolve_precision
 from anchorvec.pipeline import train
 from anchorvec.recipe import load_recipe
-from conftest import FAMILIES, make_model
+from support import FAMILIES, make_model
 
 
 def test_a_named_precision_is_taken_and_auto_is_stable():

@@ -12,21 +12,7 @@ from anchorvec.model.end import with_end
 from anchorvec.model.head import output_head
 from anchorvec.objectives.pairs import TokenPair, exchange_partners, micro_batches
 from anchorvec.objectives.reconstruction import TextReconstruction
-from conftest import FAMILIES, make_model, make_tokenizer
-
-
-def make_pairs(n: int = 6, *, seed: int = 0, vocab_size: int = 260) -> list[TokenPair]:
-    """Random pairs whose lengths all differ."""
-    draw = random.Random(seed)
-
-    def text(length: int) -> list[int]:
-        return [draw.randrange(1, vocab_size) for _ in range(length)]
-
-    pairs = []
-    for i in range(n):
-        query, document = text(2 + i), text(12 - i)
-        pairs.append(TokenPair([7, *query, 0], [7, *document, 0], [*query, 0], [*document, 0]))
-    return pairs
+from support import FAMILIES, assert_same_gradients, gradients, make_model, make_pairs, make_tokenizer
 
 
 def plain_loss(model, pairs, alpha):
@@ -45,18 +31,6 @@ def plain_loss(model, pairs, alpha):
     N_D = sum(len(p.document_targets) for p in pairs)
     N_Q = sum(len(p.query_targets) for p in pairs)
     return alpha * q2d / N_D + (1 - alpha) * d2q / N_Q
-
-
-def gradients(model, loss):
-    model.zero_grad()
-    loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same_gradients(found, expected, tolerance=1e-10):
-    assert found.keys() == expected.keys()
-    for name, gradient in expected.items():
-        assert (found[name] - gradient).norm() <= tolerance * gradient.norm() + 1e-14, name
 
 
 @pytest.mark.parametrize("tied", [True, False])

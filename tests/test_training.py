@@ -22,10 +22,7 @@ from anchorvec.objectives.reconstruction import TextReconstruction
 from anchorvec.pipeline import stored_prompts, train
 from anchorvec.recipe import load_recipe
 from anchorvec.training.trainers import ReconstructionTrainer
-from conftest import make_model, write_rows
-from test_reconstruction import make_pairs
-
-QUICK = ["stage_one.steps=3", "stage_two.steps=3", "stage_one.warmup_steps=1", "stage_two.warmup_steps=1"]
+from support import QUICK, make_model, make_pairs, write_rows
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,7 @@ from anchorvec.training.stage import Stage
 from anchorvec.training.stage_one import train_stage_one
 from anchorvec.training.stage_two import train_stage_two
 from anchorvec.training.trainers import ContrastiveTrainer, ReconstructionTrainer
-from conftest import write_rows
-from test_training import QUICK
+from support import QUICK, write_rows
 
 
 def test_several_datasets_with_weights_instructions_and_negatives(tmp_path):

@@ -14,8 +14,7 @@ from transformers import AutoModelForCausalLM
 import anchorvec
 import formulas
 from anchorvec import AnchorvecError
-from conftest import make_model, make_tokenizer, write_rows
-from support import recipe, train
+from support import make_model, make_tokenizer, recipe, train, write_rows
 from wiring import HARD, PLAIN, expected, sources
 
 BOTH = pytest.mark.parametrize("name", ["texts_run", "words_run"])

@@ -14,8 +14,7 @@ from sentence_transformers import SentenceTransformer
 import anchorvec
 from anchorvec.evaluation import bm25_scores
 from anchorvec.model import packing
-from conftest import make_model, make_tokenizer, write_rows
-from support import decoder_calls, recipe, train
+from support import decoder_calls, make_model, make_tokenizer, recipe, train, write_rows
 from wiring import HARD, PLAIN, TEXTS, WORDS, sources
 
 STAGES = ["stage_one", "stage_two"]

@@ -7,8 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 import formulas
-from conftest import write_rows
-from support import train
+from support import train, write_rows
 from wiring import PLAIN, adapters, model_before
 
 STAGES = [(run, stage) for run in ("texts_run", "words_run") for stage in ("stage_one", "stage_two")]

@@ -7,8 +7,7 @@ import torch
 
 from anchorvec.objectives.bag_of_words import BagOfWordsLoss, BagOfWordsReconstruction
 from anchorvec.objectives.pairs import exchange_partners, micro_batches
-from conftest import make_model
-from test_reconstruction import assert_same_gradients, gradients, make_pairs
+from support import assert_same_gradients, gradients, make_model, make_pairs
 
 
 def make_objective(model, bag_of_words, alpha=0.2):

@@ -17,7 +17,7 @@ from anchorvec.errors import AnchorvecError
 from anchorvec.objectives.bag_of_words import BagOfWordsLoss
 from anchorvec.pipeline import train
 from anchorvec.recipe import load_recipe
-from conftest import make_model, make_tokenizer
+from support import make_model, make_tokenizer
 
 QUICK = ["stage_one.steps=3", "stage_two.steps=3", "stage_one.warmup_steps=1", "stage_two.warmup_steps=1"]
 

@@ -9,8 +9,7 @@ from peft import LoraConfig, get_peft_model
 
 from anchorvec.model.working_weights import WorkingWeights
 from anchorvec.objectives.reconstruction import TextReconstruction
-from conftest import make_model
-from test_reconstruction import make_pairs
+from support import make_model, make_pairs
 
 
 @pytest.mark.parametrize("tied", [True, False])

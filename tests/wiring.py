@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import formulas
-from conftest import make_tokenizer, write_rows
 from formulas import Ids, Pair, Reading, Words
-from support import Run, Step, Values
+from support import Run, Step, Values, make_tokenizer, write_rows
 
 ANIMALS = ["owl", "fox", "bat", "mole", "moth", "crab", "wolf", "lynx"]
 METALS = ["iron", "zinc", "gold", "lead", "tin", "copper", "silver", "nickel"]
