@@ -1,6 +1,7 @@
 """How the quickstart divides its time; the whole of it runs in the gate, with the real model."""
 
 import math
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ from transformers import TrainingArguments
 
 from anchorvec.commands.quickstart import contrastive_alone, quickstart
 from anchorvec.errors import AnchorvecError
-from anchorvec.pipeline import build_base, load_training_data, with_steps
+from anchorvec.pipeline import Budget, build_base, load_training_data, train, with_steps
 from anchorvec.recipe import load_recipe
 from anchorvec.run import Run
 from anchorvec.training.stage import Stage
@@ -119,6 +120,34 @@ def test_no_time_is_refused_at_once(tmp_path, minutes):
     with pytest.raises(AnchorvecError, match="no time to train in"):
         quickstart(tmp_path / "run", minutes=minutes)
     assert not (tmp_path / "run").exists()
+
+
+def test_any_recipe_runs_for_a_time(tmp_path, monkeypatch):
+    """Instead of its steps, which are saved as they were made; a tenth of the time is Stage I's."""
+    clock = Clock()
+    for module in ("training.progress", "training.stage", "training.trainers", "pipeline"):
+        monkeypatch.setattr(f"anchorvec.{module}.time", clock)
+    overrides = [f"output={tmp_path / 'run'}", "stage_one.warmup_steps=0", "stage_two.warmup_steps=0"]
+    result = train(load_recipe("debug", overrides), budget=Budget(3.0, began=0.0))
+    recipe = load_recipe(tmp_path / "run" / "recipe.yaml")
+    assert result.steps == {"stage_one": recipe.stage_one.steps, "stage_two": recipe.stage_two.steps}
+    assert result.steps["stage_two"] > 4 * result.steps["stage_one"]
+    assert 2.3 < result.minutes < 2.6  # but for the half minute of the export, which no clock saw
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+    with pytest.raises(AnchorvecError, match="minutes: -1"):
+        Budget(-1)
+
+
+def test_a_budget_leaves_time_for_scoring_and_the_export():
+    """What is left of ten minutes is divided: a tenth for Stage I, the rest for Stage II."""
+    budget = Budget(10.0, began=time.monotonic())
+    first, second = (budget.deadline(stages, scoring=45.0) - budget.began for stages in (2, 1))
+    assert first == pytest.approx(0.1 * (600 - 30 - 90), abs=1)
+    assert second == pytest.approx(600 - 30 - 45, abs=1)
+    budget.check(2, scoring=45.0)
+    with pytest.raises(AnchorvecError, match=r"the time is too short: 50 s are left .*; give 11 minutes or more"):
+        budget.check(2, scoring=260.0)
+    assert Budget().deadline(2, scoring=45.0) is None
 
 
 @pytest.mark.slow

@@ -101,13 +101,21 @@ def quickstart(
 
 
 @app.command(epilog="Example: anchorvec train debug output=runs/debug stage_one.steps=50")
-def train(recipe: RecipeName, overrides: Overrides = None, json_file: JsonFile = None) -> None:
+def train(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="Wall time for everything, scoring included, instead of the recipe's steps.")
+    ] = None,
+    json_file: JsonFile = None,
+) -> None:
     """Stage I, then Stage II, then the export, as the recipe says; KEY=null switches a stage off."""
+    from anchorvec.pipeline import Budget
     from anchorvec.pipeline import train as run
     from anchorvec.recipe import load_recipe
 
     _quiet()
-    result = run(load_recipe(recipe, overrides or []))
+    result = run(load_recipe(recipe, overrides or []), budget=Budget(minutes))
     _finish(result, json_file)
 
 

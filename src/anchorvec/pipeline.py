@@ -90,6 +90,11 @@ class Budget:
     began: float = field(default_factory=time.monotonic)
     stage_one_share: float = STAGE_ONE_SHARE
 
+    def __post_init__(self) -> None:
+        """Raise AnchorvecError for a time in which nothing can be trained."""
+        if self.minutes is not None and not 0 < self.minutes < math.inf:
+            raise AnchorvecError(f"minutes: {self.minutes} is no time to train in; give, for example, 20")
+
     def check(self, stages: int, scoring: float) -> None:
         """Raise AnchorvecError where less than a minute is left to train so many `stages`.
 
@@ -146,7 +151,9 @@ def run_stages(
     save_recipe(recipe, run.recipe)
     write_json(run.record, describe_run(recipe, inputs) | dict(record or {}))
     scores: Scored = {}
-    if recipe.evaluation.bm25:
+    if recipe.evaluation.bm25 and not recipe.evaluation.data:
+        _say("evaluation.bm25: there is no folder in evaluation.data to score it on")
+    elif recipe.evaluation.bm25:
         _score(recipe, run, scores, "bm25", None)
     # before training, so that a task that cannot be fetched costs nothing
     scoring = _score(recipe, run, scores, "untrained", stage)

@@ -289,7 +289,7 @@ CHANGES: list[tuple[str, str, str, str]] = [
         'resolve_precision(settings.precision) == "bf16"',
         'resolve_precision("fp32") == "bf16"',
     ),
-    ("key evaluation.bm25", "pipeline.py", "if recipe.evaluation.bm25:", "if False:"),
+    ("key evaluation.bm25", "pipeline.py", "elif recipe.evaluation.bm25:", "elif False:"),
     ("wiring", "training/stage.py", '"bf16": self.bf16', '"bf16": False'),
     ("wiring", "training/stage.py", '"logging_first_step": True', '"logging_first_step": False'),
     ("wiring", "training/stage.py", '"seed": self.recipe.seed,\n', '"seed": 0,\n'),
