@@ -9,6 +9,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from anchorvec.pipeline import train
+from anchorvec.recipe import load_recipe
+from support import QUICK
+
 
 @pytest.fixture
 def save_base(tmp_path):
@@ -48,3 +52,12 @@ def _watched_run(folder, name):
 
     values = {"data.train": wiring.sources(folder / "data"), **getattr(wiring, name)}
     return wiring.expected(support.train(folder / "run", values), values)
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory):
+    """A finished run of the recipe `debug`, cut to three steps a stage, with LoRA in Stage II."""
+    output = tmp_path_factory.mktemp("run") / "run"
+    lora = ["stage_two.lora.r=4", "stage_two.lora.alpha=8"]
+    train(load_recipe("debug", [f"output={output}", *QUICK, *lora]))
+    return output

@@ -15,23 +15,12 @@ from transformers import TrainingArguments
 from anchorvec.commands.decode import decode
 from anchorvec.commands.plan import plan
 from anchorvec.errors import AnchorvecError
-from anchorvec.exporting.folder import PROGRAMS, export
-from anchorvec.model.loading import load_model
 from anchorvec.objectives.contrastive import contrastive_loss
 from anchorvec.objectives.reconstruction import TextReconstruction
-from anchorvec.pipeline import stored_prompts, train
+from anchorvec.pipeline import train
 from anchorvec.recipe import load_recipe
 from anchorvec.training.trainers import ReconstructionTrainer
 from support import QUICK, make_model, make_pairs, write_rows
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A finished run of the recipe `debug`, cut to three steps a stage, with LoRA in Stage II."""
-    output = tmp_path_factory.mktemp("run") / "run"
-    lora = ["stage_two.lora.r=4", "stage_two.lora.alpha=8"]
-    train(load_recipe("debug", [f"output={output}", *QUICK, *lora]))
-    return output
 
 
 def test_a_run_leaves_every_stage_and_can_be_rerun(run, tmp_path):
@@ -87,19 +76,6 @@ def test_an_unfinished_run_says_how_to_go_on(run, tmp_path):
     expected = load_file(run / "stage_two" / "adapter_model.safetensors")
     found = load_file(tmp_path / "rest" / "stage_two" / "adapter_model.safetensors")
     assert all(torch.equal(found[key], expected[key]) for key in expected)
-
-
-def test_export_of_an_unfinished_run_must_name_the_stage(run, tmp_path):
-    """What stands for the whole run is its last planned stage alone; the result says what it was made from."""
-    unfinished = tmp_path / "unfinished"
-    shutil.copytree(run, unfinished, ignore=shutil.ignore_patterns("model", "stage_two"))
-    with pytest.raises(AnchorvecError, match=r"stage_two of this run did not finish; name .*/stage_one"):
-        export(unfinished, tmp_path / "out")
-    shutil.rmtree(unfinished / "stage_one")
-    with pytest.raises(AnchorvecError, match=r"did not finish; name .*/base"):
-        export(unfinished, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-    assert export(unfinished / "base", tmp_path / "out").stage == str(unfinished / "base")
 
 
 def test_several_devices_are_refused_before_any_work(tmp_path, monkeypatch):
@@ -196,49 +172,6 @@ def test_a_step_that_fits_goes_without_cached_gradients(tmp_path, monkeypatch, a
     assert asked == [cached]
 
 
-def test_instructions_reach_the_model_as_prompts(tmp_path):
-    """The instruction of the recipe is stored as the query prompt, in every stage and in the export (T15)."""
-    instruction = "data.train.0.instruction='Instruct: find it\nQuery: '"
-    recipe = load_recipe("debug", [f"output={tmp_path / 'run'}", *QUICK, instruction])
-    assert stored_prompts(recipe)["query"] == recipe.data.train[0].instruction
-    train(recipe)
-    model = SentenceTransformer(str(tmp_path / "run" / "model"), device="cpu")
-    assert model.prompts["query"] == recipe.data.train[0].instruction
-    assert model.prompts["document"] == ""
-
-
-def test_export_merges_lora_and_is_compared(run, tmp_path):
-    """The export holds no adapter, and gives the vectors of the run's adapter over Stage I."""
-    result = export(run, tmp_path / "model", texts=["a further probe"])
-    assert list(result.cosines) == ["sentence-transformers", "transformers"]
-    assert min(result.cosines.values()) >= 0.9999
-    assert not list((tmp_path / "model").glob("adapter*"))
-    texts = ["one", "another text"]
-    expected = load_model(run / "stage_two", merge=False).encode(texts)
-    found = SentenceTransformer(str(tmp_path / "model"), device="cpu").encode(texts)
-    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), atol=1e-5, rtol=1e-5)
-    started = load_model(run / "stage_one").encode(texts)
-    assert abs(started - expected).max() > 1e-4  # the adapter does something
-
-
-def test_export_fails_where_vectors_differ_and_deletes_nothing(run, tmp_path, monkeypatch):
-    """If a program gives other vectors the export is refused, no folder appears, and the run stays."""
-    monkeypatch.setitem(PROGRAMS, "transformers", lambda folder, texts: torch.randn(len(texts), 64))
-    with pytest.raises(AnchorvecError, match="in transformers the vectors"):
-        export(run, tmp_path / "model")
-    assert not (tmp_path / "model").exists()
-    assert (run / "stage_two" / "adapter_model.safetensors").exists()
-
-
-def test_a_stage_one_export_can_still_write(run, tmp_path):
-    """Exporting Stage I keeps the LM head (T26), so decode works; after Stage II it says plainly that it cannot."""
-    assert export(run / "stage_one", tmp_path / "one").can_write
-    decode(tmp_path / "one", "text", max_tokens=2)
-    assert not export(run / "stage_two", tmp_path / "two").can_write
-    with pytest.raises(AnchorvecError, match="can no longer write"):
-        decode(tmp_path / "two", "text")
-
-
 def test_the_seed_decides_new_lora_weights(tmp_path):
     """Stage II alone: the same seed gives the same adapter, another seed another one."""
     found = {}
@@ -249,19 +182,6 @@ def test_the_seed_decides_new_lora_weights(tmp_path):
     key = next(key for key in found["a"] if "lora_A" in key)
     assert torch.equal(found["a"][key], found["b"][key])
     assert not torch.equal(found["a"][key], found["c"][key])
-
-
-def test_the_card_names_recipe_stages_and_what_the_folder_can_do(run, tmp_path):
-    """The exported card says which stages were trained, how to use the model, and nothing of the machine's paths."""
-    export(run, tmp_path / "two")
-    export(run / "stage_one", tmp_path / "one")
-    last, first = ((tmp_path / name / "README.md").read_text() for name in ("two", "one"))
-    assert "Stage I, bidirectional reconstruction, then Stage II" in last
-    assert "then Stage II" not in first
-    assert "holds no LM head" in last
-    assert "also a causal LM" in first
-    assert str(run) not in last
-    assert "temperature: 0.05" in last
 
 
 def test_scores_are_taken_when_the_recipe_asks(tmp_path):

@@ -27,26 +27,40 @@ ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 20
 LEAST = {"key": 0.95, "other": 0.90}
 
-WIRING = ["wiring_steps", "wiring_data", "wiring_engine"]
 TESTS = {
     "data/samplers": ["batches", "wiring_data"],
-    "data/negatives": ["negatives", "batches", "wiring_data", "contrastive"],
-    "data/": ["wiring_data", "training_data", "wiring_steps", "negatives", "memory"],
+    "data/negatives": ["negatives", "batches", "wiring_data"],
+    "data/tokens": ["reconstruction", "wiring_data", "wiring_steps"],
+    "data/": ["wiring_data", "memory"],
     "objectives/contrastive": ["contrastive", "stage_two_loss", "wiring_steps"],
-    "objectives/bag_of_words": ["words", "stage_two_loss", "wiring_steps", "words_training"],
-    "objectives/": ["reconstruction", "words", "wiring_steps", "packing"],
+    "objectives/bag_of_words": ["words", "stage_two_loss", "wiring_steps"],
+    "objectives/": ["reconstruction", "wiring_steps", "words"],
     "model/head": ["reconstruction", "wiring_steps"],
-    "model/": ["embedder", "end_token", "loading", "training", "reconstruction"],
-    "exporting/": ["training", "loading", "words_training"],
-    "": [*WIRING, "trajectory", "training", "quickstarting", "memory", "stage_two_loss"],
+    "model/end": ["end_token"],
+    "model/base": ["embedder", "wiring_data"],
+    "model/readout": ["reconstruction", "embedder"],
+    "model/": ["embedder", "loading", "export"],
+    "exporting/": ["export", "loading"],
+    "training/engine": ["memory"],
+    "": ["wiring_steps", "trajectory", "wiring_data", "wiring_engine"],
 }
 """The beginning of a file's name -> its tests, the likeliest first; the first that fits."""
 
 
 def tests_of(kind: str, file: str) -> list[str]:
-    """The test files for a change; those of the wiring for a recipe key."""
-    names = TESTS[""] if kind.startswith("key ") else next(TESTS[start] for start in TESTS if file.startswith(start))
+    """The test files for a change. For a recipe key those with a test that is marked with its name."""
+    names = next(TESTS[start] for start in TESTS if file.startswith(start))
+    if kind.startswith("key "):
+        key = kind.removeprefix("key ")
+        marked = [path.stem for path in sorted((ROOT / "tests").glob("test_wiring_*.py")) if _marks(path, key)]
+        names = [name.removeprefix("test_") for name in marked] or names
     return [f"tests/test_{name}.py" for name in names]
+
+
+def _marks(path: Path, key: str) -> bool:
+    """Whether a test in the file is marked as one that follows `key`."""
+    marks = re.findall(r"mark\.wires\((.*?)\)\n", path.read_text(encoding="utf-8"), re.DOTALL)
+    return any(f'"{name}"' in mark for mark in marks for name in {key, key.rpartition(".")[2]})
 
 
 def outcome(number: int, scratch: Path) -> tuple[str, float]:
