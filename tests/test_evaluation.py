@@ -1,7 +1,5 @@
 """Scores on test collections: reading them, mteb's numbers, the model's prompts, intervals, BM25."""
 
-import gzip
-import io
 import json
 import math
 import os
@@ -18,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from rich.console import Console
 from scipy.stats import spearmanr
 from sentence_transformers import SentenceTransformer
 
@@ -26,16 +23,10 @@ from anchorvec.errors import AnchorvecError
 from anchorvec.evaluation import (
     BeirData,
     Interval,
-    Scores,
     bm25_scores,
     bootstrap_interval,
-    difference,
     evaluate,
-    load_beir,
-    paired_difference,
-    scores_table,
 )
-from anchorvec.evaluation import write_beir as write_collection
 from anchorvec.evaluation.retrieval import RETRIEVAL
 from anchorvec.evaluation.task_kind import SubsetScores, TaskKind
 from anchorvec.files import read_json_lines, write_json_lines
@@ -84,82 +75,6 @@ def ndcg_by_hand(model: SentenceTransformer, query_prompt: str, document_prompt:
     similarity = model.similarity(queries, documents)  # (queries, documents)
     ranks = (similarity > similarity.diagonal()[:, None]).sum(dim=1).tolist()  # query i is answered by document i
     return {q: 1 / math.log2(rank + 2) if rank < 10 else 0.0 for q, rank in zip(QUERIES, ranks, strict=True)}
-
-
-def test_load_beir_reads_plain_and_gzipped_files_alike(tmp_path: Path) -> None:
-    """A folder gives the same collection whether its files are gzipped or not."""
-    plain, zipped = write_beir(tmp_path / "animals"), tmp_path / "zipped" / "animals"
-    for path in plain.rglob("*.*"):
-        copy = zipped / path.relative_to(plain).with_name(f"{path.name}.gz")
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_bytes(gzip.compress(path.read_bytes()))
-    assert load_beir(plain) == load_beir(zipped) == BeirData(CORPUS, QUERIES, QRELS, name="animals")
-
-
-def test_what_is_written_is_what_is_read(tmp_path: Path, collection: BeirData) -> None:
-    """A collection that was written to a folder is read back, grades and all, under the folder's name."""
-    graded = replace(collection, qrels={**QRELS, "q0": {"d0": 2, "d1": 0, "d2": 1}})
-    write_collection(graded, tmp_path / "animals")
-    assert load_beir(tmp_path / "animals") == graded
-
-
-def test_the_fingerprint_is_that_of_the_content(collection: BeirData) -> None:
-    """Neither name nor order counts; a text, an id, a query, a grade or a judgement does."""
-    shuffled = BeirData(dict(reversed(CORPUS.items())), dict(reversed(QUERIES.items())), dict(reversed(QRELS.items())))
-    assert shuffled.fingerprint == collection.fingerprint
-    others = [
-        replace(collection, corpus=CORPUS | {"d0": {"title": "Cat", "text": "The cat sleeps"}}),
-        replace(collection, corpus=CORPUS | {"d16": {"title": "", "text": ""}}),
-        replace(collection, queries=QUERIES | {"q0": "where"}),
-        replace(collection, qrels=QRELS | {"q0": {"d0": 2}}),
-        replace(collection, qrels=QRELS | {"q0": {"d0": 1, "d1": 1}}),
-    ]
-    assert len({collection.fingerprint, *(other.fingerprint for other in others)}) == 6
-
-
-def test_load_beir_drops_queries_without_judgement(tmp_path: Path) -> None:
-    """A query that no row of the judgements names is not kept."""
-    folder = write_beir(tmp_path / "animals", qrels="query-id\tcorpus-id\tscore\nq1\td1\t2\n")
-    assert load_beir(folder).queries == {"q1": QUERIES["q1"]}
-
-
-@pytest.mark.parametrize(
-    ("files", "message"),
-    [
-        ({"qrels": "query-id\tcorpus-id\tscore\nq1\td1\t1\nq99\td1\t1\n"}, "test.tsv:3: no query .*'q99'"),
-        ({"qrels": "query-id\tcorpus-id\tscore\nq1\td99\t1\n"}, "test.tsv:2: no document .*'d99'"),
-        ({"qrels": "query-id\tcorpus-id\tscore\nq1 d1 1\n"}, "test.tsv:2: .*split by tabs"),
-        ({"qrels": "query-id\tcorpus-id\tscore\nq1\td1\t1\nq1\td1\t2\n"}, "test.tsv:3: .*another score"),
-        ({"qrels": "q1\td1\t1\n"}, "test.tsv:1: .*the first line must be"),
-        ({"qrels": "query-id\tcorpus-id\tscore\n"}, "test.tsv: there is no judgement"),
-        (
-            {"corpus": '{"_id": "d0", "text": "a"}\n{"_id": "d0", "text": "b"}\n'},
-            "corpus.jsonl:2: .*used before",
-        ),
-        ({"corpus": '{"_id": 7, "text": "a"}\n'}, "corpus.jsonl:1: `_id` is 7"),
-        ({"corpus": '{"_id": "d0"}\n'}, "corpus.jsonl:1: `text` is null"),
-        ({"queries": '\n{"_id": "q0", "text": \n'}, "queries.jsonl:2: this is no JSON"),
-        ({"queries": "[1]\n"}, "queries.jsonl:1: .*one JSON object"),
-    ],
-)
-def test_load_beir_names_file_and_line_of_a_bad_row(tmp_path: Path, files: dict[str, str], message: str) -> None:
-    """A row that cannot be used is reported with its file and line."""
-    with pytest.raises(AnchorvecError, match=message):
-        load_beir(write_beir(tmp_path / "animals", **files))
-
-
-def test_load_beir_reports_a_row_that_is_not_utf8(tmp_path: Path) -> None:
-    """A line in another encoding is reported with its file and line."""
-    folder = write_beir(tmp_path / "animals")
-    (folder / "corpus.jsonl").write_bytes(b'{"_id": "d0", "text": "a"}\n{"_id": "d1", "text": "\xe9"}\n')
-    with pytest.raises(AnchorvecError, match=r"corpus\.jsonl:2: this is not UTF-8"):
-        load_beir(folder)
-
-
-def test_load_beir_reports_a_missing_file(tmp_path: Path) -> None:
-    """The message names the file that the folder lacks."""
-    with pytest.raises(AnchorvecError, match=r"corpus\.jsonl: there is no such file, nor corpus\.jsonl\.gz"):
-        load_beir(tmp_path)
 
 
 def test_evaluate_uses_the_prompts_stored_with_the_model(model: SentenceTransformer, collection: BeirData) -> None:
@@ -437,54 +352,3 @@ def test_bm25_gives_zero_to_a_query_without_a_shared_word(collection: BeirData) 
     queries = QUERIES | {"q1": "whale", "q2": "of the"}
     per_query = bm25_scores(BeirData(CORPUS, queries, QRELS)).per_item["ndcg_at_10"]
     assert per_query == {query: float(query not in {"q1", "q2"}) for query in QUERIES}
-
-
-def made_up(per_item: dict[str, float], **changes: object) -> Scores:
-    """Scores with these nDCG@10, and `changes` of other fields."""
-    values = {
-        "kind": "Retrieval",
-        "main_score": 0.553,
-        "metrics": {"ndcg_at_10": Interval(0.553, 0.521, 0.585)},
-        "per_item": {"ndcg_at_10": per_item},
-        "counts": {"queries": len(per_item), "documents": 16},
-        "seed": 0,
-        "fingerprint": "abc",
-        "device": "cpu",
-        "dtype": "float32",
-        "seconds": 1.0,
-    }
-    return Scores(**values | changes)
-
-
-def test_scores_on_the_same_data_are_compared_item_by_item() -> None:
-    """The second minus the first, by the metric that is named or the kind's first."""
-    first, second = made_up({"q0": 0.25, "q1": 0.5}), made_up({"q0": 0.5, "q1": 0.75})
-    assert difference(first, second) == paired_difference(first.per_item["ndcg_at_10"], second.per_item["ndcg_at_10"])
-    assert difference(first, second, metric="ndcg_at_10").mean == 0.25
-    many = made_up({f"q{i}": i * i / 400 for i in range(20)}), made_up({f"q{i}": i / 20 for i in range(20)})
-    assert difference(*many, seed=1) == paired_difference(*(scores.per_item["ndcg_at_10"] for scores in many), seed=1)
-    assert difference(*many, seed=1) != difference(*many)
-    with pytest.raises(AnchorvecError, match=r"no recall_at_10 .* there is ndcg_at_10"):
-        difference(first, second, metric="recall_at_10")
-    with pytest.raises(AnchorvecError, match="on different data"):
-        difference(first, made_up({"q0": 0.5, "q1": 0.75}, fingerprint="abd"))
-    with pytest.raises(AnchorvecError, match=r"no per-item metric .* scores of STS; there is none"):
-        difference(*[replace(first, kind="STS", metrics={}, per_item={})] * 2)
-
-
-def test_scores_table_shows_means_with_intervals() -> None:
-    """A row names a system and shows its metrics with their intervals; a task without any shows its main score."""
-    console = Console(width=100, file=io.StringIO())
-    results = {"BM25": made_up({}), "other": made_up({}, metrics={}, main_score=0.25)}
-    console.print(scores_table(results))
-    headings, _, *rows = [" ".join(line.split()) for line in console.file.getvalue().splitlines()]
-    assert headings == "nDCG@10 main score"
-    assert rows == ["BM25 0.553 [0.521, 0.585] 0.553", "other 0.250"]
-
-
-def test_scores_are_plain_values_for_json() -> None:
-    """The dictionary of a result can be written as JSON: a mean as a number, its interval beside it."""
-    flat = json.loads(json.dumps(made_up({"q": 0.5}).to_dict()))
-    assert (flat["ndcg_at_10"], flat["ndcg_at_10_interval"]) == (0.553, [0.521, 0.585])
-    assert (flat["kind"], flat["queries"], flat["documents"]) == ("Retrieval", 1, 16)
-    assert (flat["seed"], flat["fingerprint"], flat["per_item"]) == (0, "abc", {"ndcg_at_10": {"q": 0.5}})

@@ -1,0 +1,118 @@
+"""Test collections as folders: what is read, written and refused."""
+
+import gzip
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from anchorvec.errors import AnchorvecError
+from anchorvec.evaluation import (
+    BeirData,
+    load_beir,
+)
+from anchorvec.evaluation import write_beir as write_collection
+
+ANIMALS = ["cat", "dog", "horse", "sheep", "goat", "cow", "duck", "goose"]  # each answers a query
+ANIMALS += ["hen", "fox", "wolf", "bear", "deer", "mouse", "owl", "crow"]
+CORPUS = {f"d{i}": {"title": name.title(), "text": f"The {name} sleeps."} for i, name in enumerate(ANIMALS)}
+QUERIES = {f"q{i}": f"where does a {name} rest" for i, name in enumerate(ANIMALS[:8])}
+QRELS = {f"q{i}": {f"d{i}": 1} for i in range(8)}
+PROMPTS = {"query": "Find the animal of this question: ", "document": "An animal: "}
+
+
+@pytest.fixture
+def collection() -> BeirData:
+    """Sixteen documents and eight queries, each answered by one document."""
+    return BeirData(CORPUS, QUERIES, QRELS, name="animals")
+
+
+def write_beir(
+    folder: Path, *, corpus: str | None = None, queries: str | None = None, qrels: str | None = None
+) -> Path:
+    """Write the collection above in BEIR layout, with some file replaced by other text."""
+    documents = "".join(json.dumps({"_id": i, **fields}) + "\n" for i, fields in CORPUS.items())
+    questions = "".join(json.dumps({"_id": i, "text": text}) + "\n" for i, text in QUERIES.items())
+    grades = "".join(f"{q}\t{d}\t{grade}\n" for q, row in QRELS.items() for d, grade in row.items())
+    (folder / "qrels").mkdir(parents=True)
+    (folder / "corpus.jsonl").write_text(documents if corpus is None else corpus)
+    (folder / "queries.jsonl").write_text(questions if queries is None else queries)
+    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + grades if qrels is None else qrels)
+    return folder
+
+
+def test_load_beir_reads_plain_and_gzipped_files_alike(tmp_path: Path) -> None:
+    """A folder gives the same collection whether its files are gzipped or not."""
+    plain, zipped = write_beir(tmp_path / "animals"), tmp_path / "zipped" / "animals"
+    for path in plain.rglob("*.*"):
+        copy = zipped / path.relative_to(plain).with_name(f"{path.name}.gz")
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(gzip.compress(path.read_bytes()))
+    assert load_beir(plain) == load_beir(zipped) == BeirData(CORPUS, QUERIES, QRELS, name="animals")
+
+
+def test_what_is_written_is_what_is_read(tmp_path: Path, collection: BeirData) -> None:
+    """A collection that was written to a folder is read back, grades and all, under the folder's name."""
+    graded = replace(collection, qrels={**QRELS, "q0": {"d0": 2, "d1": 0, "d2": 1}})
+    write_collection(graded, tmp_path / "animals")
+    assert load_beir(tmp_path / "animals") == graded
+
+
+def test_the_fingerprint_is_that_of_the_content(collection: BeirData) -> None:
+    """Neither name nor order counts; a text, an id, a query, a grade or a judgement does."""
+    shuffled = BeirData(dict(reversed(CORPUS.items())), dict(reversed(QUERIES.items())), dict(reversed(QRELS.items())))
+    assert shuffled.fingerprint == collection.fingerprint
+    others = [
+        replace(collection, corpus=CORPUS | {"d0": {"title": "Cat", "text": "The cat sleeps"}}),
+        replace(collection, corpus=CORPUS | {"d16": {"title": "", "text": ""}}),
+        replace(collection, queries=QUERIES | {"q0": "where"}),
+        replace(collection, qrels=QRELS | {"q0": {"d0": 2}}),
+        replace(collection, qrels=QRELS | {"q0": {"d0": 1, "d1": 1}}),
+    ]
+    assert len({collection.fingerprint, *(other.fingerprint for other in others)}) == 6
+
+
+def test_load_beir_drops_queries_without_judgement(tmp_path: Path) -> None:
+    """A query that no row of the judgements names is not kept."""
+    folder = write_beir(tmp_path / "animals", qrels="query-id\tcorpus-id\tscore\nq1\td1\t2\n")
+    assert load_beir(folder).queries == {"q1": QUERIES["q1"]}
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"qrels": "query-id\tcorpus-id\tscore\nq1\td1\t1\nq99\td1\t1\n"}, "test.tsv:3: no query .*'q99'"),
+        ({"qrels": "query-id\tcorpus-id\tscore\nq1\td99\t1\n"}, "test.tsv:2: no document .*'d99'"),
+        ({"qrels": "query-id\tcorpus-id\tscore\nq1 d1 1\n"}, "test.tsv:2: .*split by tabs"),
+        ({"qrels": "query-id\tcorpus-id\tscore\nq1\td1\t1\nq1\td1\t2\n"}, "test.tsv:3: .*another score"),
+        ({"qrels": "q1\td1\t1\n"}, "test.tsv:1: .*the first line must be"),
+        ({"qrels": "query-id\tcorpus-id\tscore\n"}, "test.tsv: there is no judgement"),
+        (
+            {"corpus": '{"_id": "d0", "text": "a"}\n{"_id": "d0", "text": "b"}\n'},
+            "corpus.jsonl:2: .*used before",
+        ),
+        ({"corpus": '{"_id": 7, "text": "a"}\n'}, "corpus.jsonl:1: `_id` is 7"),
+        ({"corpus": '{"_id": "d0"}\n'}, "corpus.jsonl:1: `text` is null"),
+        ({"queries": '\n{"_id": "q0", "text": \n'}, "queries.jsonl:2: this is no JSON"),
+        ({"queries": "[1]\n"}, "queries.jsonl:1: .*one JSON object"),
+    ],
+)
+def test_load_beir_names_file_and_line_of_a_bad_row(tmp_path: Path, files: dict[str, str], message: str) -> None:
+    """A row that cannot be used is reported with its file and line."""
+    with pytest.raises(AnchorvecError, match=message):
+        load_beir(write_beir(tmp_path / "animals", **files))
+
+
+def test_load_beir_reports_a_row_that_is_not_utf8(tmp_path: Path) -> None:
+    """A line in another encoding is reported with its file and line."""
+    folder = write_beir(tmp_path / "animals")
+    (folder / "corpus.jsonl").write_bytes(b'{"_id": "d0", "text": "a"}\n{"_id": "d1", "text": "\xe9"}\n')
+    with pytest.raises(AnchorvecError, match=r"corpus\.jsonl:2: this is not UTF-8"):
+        load_beir(folder)
+
+
+def test_load_beir_reports_a_missing_file(tmp_path: Path) -> None:
+    """The message names the file that the folder lacks."""
+    with pytest.raises(AnchorvecError, match=r"corpus\.jsonl: there is no such file, nor corpus\.jsonl\.gz"):
+        load_beir(tmp_path)
