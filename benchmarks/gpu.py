@@ -138,6 +138,23 @@ def same_step(shape: str) -> dict[str, Any]:
     }
 
 
+def measured(model: nn.Module, step: Callable[[], None]) -> dict[str, float]:
+    """Seconds of a step, the mean of three after two, and the most memory held."""
+    for _ in range(2):
+        model.zero_grad()
+        step()
+    synchronise()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    for _ in range(3):
+        model.zero_grad()
+        step()
+    synchronise()
+    memory = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0
+    return {"seconds": (time.perf_counter() - start) / 3, "peak_gb": memory}
+
+
 def against_plain(shape: str, pairs: int, parts: int, peak: float) -> dict[str, Any]:
     """Seconds of a Stage I step in the plain way and here, without the optimizer's."""
     model = make_model(shape, 0)
@@ -154,22 +171,7 @@ def against_plain(shape: str, pairs: int, parts: int, peak: float) -> dict[str, 
                 loss = plain_loss(model, step_pairs[i : i + size], step_pairs)
             loss.backward()
 
-    def measured(step: Callable[[], None]) -> dict[str, float]:
-        for _ in range(2):
-            model.zero_grad()
-            step()
-        synchronise()
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-        start = time.perf_counter()
-        for _ in range(3):
-            model.zero_grad()
-            step()
-        synchronise()
-        memory = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0
-        return {"seconds": (time.perf_counter() - start) / 3, "peak_gb": memory}
-
-    found: dict[str, Any] = {"plain": measured(plain)}
+    found: dict[str, Any] = {"plain": measured(model, plain)}
     objective = TextReconstruction(model, packed=True)
     working = WorkingWeights(objective)
 
@@ -183,7 +185,7 @@ def against_plain(shape: str, pairs: int, parts: int, peak: float) -> dict[str, 
     for name in ("packed", "compiled"):
         if name == "compiled":
             objective.compile_layers()
-        found[name] = measured(here)
+        found[name] = measured(model, here)
         found[name]["ratio"] = found["plain"]["seconds"] / found[name]["seconds"]
         flops = trained_flops(model, tokens, sum(counts.values()))
         found[name]["share_of_peak"] = flops / found[name]["seconds"] / peak / 1e12
