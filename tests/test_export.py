@@ -143,3 +143,14 @@ def test_a_run_without_a_stage_has_no_export(run, tmp_path):
     shutil.copytree(run / "base", unfinished / "base")
     with pytest.raises(AnchorvecError, match=r"stage_one of this run did not finish; name .*base to export that"):
         export(unfinished, tmp_path / "model")
+
+
+def test_an_adapter_is_put_over_the_stage_that_it_started_from(run, tmp_path):
+    """What LoRA leaves alone is Stage I's in the export, not the base's."""
+    export(run, tmp_path / "model")
+    exported = load_file(tmp_path / "model" / "model.safetensors")
+    stages = [load_file(run / name / "model.safetensors") for name in ("stage_one", "base")]
+    [name] = [name for name in exported if name.endswith("embed_tokens.weight")]
+    of_stages = [next(w for key, w in stage.items() if key.endswith("embed_tokens.weight")) for stage in stages]
+    assert torch.equal(exported[name], of_stages[0])
+    assert not torch.equal(exported[name], of_stages[1])

@@ -4,6 +4,7 @@ import copy
 import gc
 import json
 import platform
+import statistics
 import subprocess
 import sys
 import weakref
@@ -11,12 +12,14 @@ import weakref
 import pytest
 import torch
 from datasets import Dataset
+from sentence_transformers import SentenceTransformer
 from transformers import AutoTokenizer, TrainingArguments
 
 import anchorvec.training.memory
-from anchorvec.data.stage_inputs import LENGTH_SAMPLE
+from anchorvec.data.stage_inputs import LENGTH_SAMPLE, large_step
 from anchorvec.device import default_device
 from anchorvec.errors import AnchorvecError
+from anchorvec.model.packing import use_packed_texts
 from anchorvec.objectives.reconstruction import TextReconstruction
 from anchorvec.pipeline import build_base, load_training_data
 from anchorvec.recipe import load_recipe
@@ -27,7 +30,7 @@ from anchorvec.training.stage import Stage
 from anchorvec.training.stage_one import pair_tokenizer, stage_one_objective
 from anchorvec.training.stage_two import stage_two_model
 from anchorvec.training.trainers import ReconstructionTrainer
-from support import assert_same_gradients, make_model, make_pairs
+from support import assert_same_gradients, make_model, make_pairs, write_rows
 
 CPU = torch.device("cpu")
 
@@ -286,3 +289,18 @@ assert resident() - before < 100, "not given back"
     if platform.libc_ver()[0] != "glibc":
         pytest.skip("another C library")
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_a_large_step_is_the_mean_and_three_standard_deviations(tmp_path):
+    """Of the tokens of its pairs, so that few steps have more; texts are packed."""
+    rows = [{"query": f"{i:02}", "positive": "p" * (1 + i % 20), "negatives": []} for i in range(60)]
+    file = write_rows(tmp_path / "pairs.jsonl", rows)
+    overrides = [f"output={tmp_path / 'run'}", f"data.train=[{{path: {file}}}]", "stage_one=null"]
+    recipe = load_recipe("debug", [*overrides, "stage_two.pairs_per_step=4"])
+    model = SentenceTransformer(str(build_base(recipe, tmp_path / "base")), device="cpu")
+    assert use_packed_texts(model)
+    inputs = load_training_data(recipe)
+    tokens = [2 + 1 + (1 + i % 20) + 1 for i in range(60)]  # both texts are bytes and an end
+    expected = 4 * statistics.mean(tokens) + 3 * 2 * statistics.pstdev(tokens)
+    found = large_step(model, inputs.contrastive["pairs"], inputs.prompts["pairs"], recipe)
+    assert found == pytest.approx(expected)

@@ -166,7 +166,7 @@ CHANGES: list[tuple[str, str, str, str]] = [
     ("export", "model/embedder.py", "{} if attention == \"auto\" else {\"attn_implementation\": attention}", "{}"),
     ("wiring", "model/base.py", "return tiny_causal_lm(seed=seed)", "return tiny_causal_lm(seed=0)"),
     ("wiring", "model/base.py", "where: dict[str, Any] = {\"revision\": revision,", "where: dict[str, Any] = {\"revision\": None,"),
-    ("wiring", "model/end.py", "backend.enable_truncation(max_tokens)", "backend.enable_truncation(512)"),
+    ("wiring", "model/end.py", "padding_side=\"right\"", "padding_side=\"left\""),
     ("wiring", "model/end.py", "model_max_length=max_tokens", "model_max_length=512"),
     ("wiring", "data/pairs.py", "times = int(weight)", "times = 1"),
     ("wiring", "data/pairs.py", "default_rng(seed)", "default_rng(0)"),
