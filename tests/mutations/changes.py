@@ -1,4 +1,4 @@
-"""Changes to the package of which none raises an exception, or changes a shape or a type; a test should notice each.
+"""Changes to the package that are meant to raise no exception and change no shape or type; tests should notice each.
 
 A row: what is changed, a recipe key or a kind of code; the file; the text, which is there once; what it becomes.
 """
