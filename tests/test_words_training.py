@@ -168,7 +168,10 @@ def test_a_folder_that_tells_words_does_not_promise_to_write(tmp_path):
         warnings.simplefilter("error")
         decode(tmp_path / "run" / "base", "text", max_tokens=2)
     (tmp_path / "run" / "recipe.yaml").write_text("- another: [program's")
-    decode(tmp_path / "run" / "stage_one", "text", max_tokens=2)
+    with pytest.raises(AnchorvecError, match=r"recipe\.yaml:1: not valid YAML"):
+        decode(tmp_path / "run" / "stage_one", "text", max_tokens=2)
+    (tmp_path / "run" / "run.json").unlink()
+    decode(tmp_path / "run" / "stage_one", "text", max_tokens=2)  # in a folder that is no run's
 
 
 def test_words_need_two_pairs(tmp_path):

@@ -29,7 +29,7 @@ from anchorvec.files import write_json
 from anchorvec.model.embedder import build_embedder
 from anchorvec.model.loading import load_encoder
 from anchorvec.recipe import Recipe, StageOne, StageTwo, load_recipe, save_recipe
-from anchorvec.run import STAGE_TITLES, STAGES, Run, StageName
+from anchorvec.run import STAGE_TITLES, Run, StageName
 from anchorvec.training.memory import release_freed_memory
 from anchorvec.training.progress import OnLog
 from anchorvec.training.stage import Stage
@@ -157,10 +157,9 @@ def run_stages(
         _score(recipe, run, scores, "bm25", None)
     # before training, so that a task that cannot be fetched costs nothing
     scoring = _score(recipe, run, scores, "untrained", stage)
-    stages = [name for name in STAGES if getattr(recipe, name) is not None]
-    budget.check(len(stages), scoring)
-    for i, name in enumerate(stages):
-        deadline = budget.deadline(len(stages) - i, scoring)
+    budget.check(len(recipe.stages), scoring)
+    for i, name in enumerate(recipe.stages):
+        deadline = budget.deadline(len(recipe.stages) - i, scoring)
         if deadline is not None:
             _say(f"{STAGE_TITLES[name]}: {(deadline - time.monotonic()) / 60:.1f} minutes")
         train_stage = train_stage_one if name == "stage_one" else train_stage_two

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from anchorvec.errors import AnchorvecError
 from anchorvec.files import write_json
 
@@ -99,19 +97,6 @@ class Run:
         except OSError as error:
             raise AnchorvecError(f"output: {output} cannot be made: {error.strerror}") from error
         return run
-
-    def asked(self) -> dict[str, Any]:
-        """What its recipe says, unchecked; empty if there is none, or another program's."""
-        try:
-            found = yaml.safe_load(self.recipe.read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError):
-            return {}
-        return found if isinstance(found, dict) else {}
-
-    def planned(self) -> list[StageName]:
-        """The stages that its recipe switches on, in their order."""
-        asked = self.asked()
-        return [name for name in STAGES if asked.get(name)]
 
     def start_of(self, name: StageName) -> Path | None:
         """The newest embedder that stands before the stage `name`; None: there is none."""

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from anchorvec.device import default_device
 from anchorvec.model.embedder import load_causal_lm, stored_prompt
 from anchorvec.objectives.reconstruction import TextReconstruction
+from anchorvec.recipe import stored_recipe
 from anchorvec.run import Run
 
 
@@ -85,5 +86,5 @@ def decode(
 def _tells_bags(folder: Path) -> bool:
     """Whether `folder` is the Stage I of a run whose recipe says so."""
     folder = folder.resolve()
-    stage_one = Run(folder.parent).asked().get("stage_one") if folder.name == "stage_one" else None
-    return isinstance(stage_one, dict) and stage_one.get("target") == "bag_of_words"
+    recipe = stored_recipe(Run(folder.parent)) if folder.name == "stage_one" else None
+    return recipe is not None and recipe.stage_one is not None and recipe.stage_one.target == "bag_of_words"

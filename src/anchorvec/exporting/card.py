@@ -2,12 +2,11 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
-import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from sentence_transformers import SentenceTransformer
 
+from anchorvec.recipe import Recipe, dump_recipe, stored_recipe
 from anchorvec.run import Run
 
 _TEMPLATE = """\
@@ -73,19 +72,8 @@ def model_card(stage: Path, model: SentenceTransformer, *, name: str, writes: bo
     run = Run(stage.parent)
     run_text = _read(run.record) or "{}"
     scores = json.loads(_read(run.scores) or "{}")
-    recipe = run.asked()
-    recipe.pop("output", None)  # a path of the machine that trained
-    base = recipe.get("model", {}).get("base", "a decoder LLM")
-    stage_one, stage_two = recipe.get("stage_one"), recipe.get("stage_two")
-    trained = []
-    if stage_one:
-        of_words = " of bags of words" if stage_one.get("target") == "bag_of_words" else ""
-        trained.append(f"Stage I, bidirectional reconstruction{of_words}")
-    if stage_two:
-        beside = " with bag-of-words reconstruction beside it" if stage_two.get("bag_of_words_weight") else ""
-        trained.append(f"Stage II, contrastive learning{beside}")
-    if stage.name in ("base", "stage_one"):
-        trained = trained[: ("base", "stage_one").index(stage.name)]
+    recipe = stored_recipe(run)
+    trained = _trained(stage, recipe) if recipe else []
     card = ModelCard.from_template(
         ModelCardData(
             library_name="sentence-transformers",
@@ -94,10 +82,10 @@ def model_card(stage: Path, model: SentenceTransformer, *, name: str, writes: bo
         ),
         template_str=_TEMPLATE,
         name=name,
-        base=base,
+        base=recipe.model.base if recipe else "a decoder LLM",
         stages=", then ".join(trained) or "not trained yet",
         max_tokens=model.max_seq_length,
-        training_tokens=(recipe.get("data") or {}).get("max_tokens") if trained else None,
+        training_tokens=recipe.data.max_tokens if recipe and trained else None,
         dimensions=model.get_embedding_dimension(),
         prompts=model.prompts,
         ability=_ability(stage, recipe, writes),
@@ -106,16 +94,28 @@ def model_card(stage: Path, model: SentenceTransformer, *, name: str, writes: bo
             "{:.3f} to {:.3f}".format(*score["ndcg_at_10_interval"]) if "ndcg_at_10_interval" in score else ""
         ),
         score_set=_describe_score_set(json.loads(run_text).get("score_set")),
-        recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).strip(),
+        recipe=dump_recipe(recipe, output=False).strip() if recipe else "",
         run=run_text.strip(),
     )
     return str(card)
 
 
-def _ability(stage: Path, recipe: dict[str, Any], writes: bool) -> str:
+def _trained(stage: Path, recipe: Recipe) -> list[str]:
+    """What each stage up to the folder `stage` was, in words."""
+    done = []
+    if recipe.stage_one is not None and stage.name != "base":
+        of_words = " of bags of words" if recipe.stage_one.target == "bag_of_words" else ""
+        done.append(f"Stage I, bidirectional reconstruction{of_words}")
+    if recipe.stage_two is not None and stage.name not in ("base", "stage_one"):
+        beside = " with bag-of-words reconstruction beside it" if recipe.stage_two.bag_of_words_weight else ""
+        done.append(f"Stage II, contrastive learning{beside}")
+    return done
+
+
+def _ability(stage: Path, recipe: Recipe | None, writes: bool) -> str:
     if not writes:
         return "This folder holds no LM head: it can no longer write texts back from their embeddings."
-    if stage.name == "stage_one" and (recipe.get("stage_one") or {}).get("target", "text") == "text":
+    if recipe and recipe.stage_one and recipe.stage_one.target == "text" and stage.name == "stage_one":
         return "This folder is also a causal LM: `anchorvec decode` writes texts back from their embeddings."
     return "This folder is also a causal LM, but it was not trained to write texts back from their embeddings."
 

@@ -17,6 +17,7 @@ from anchorvec.files import new_folder, user_path, write_text
 from anchorvec.model.embedder import can_write, load_causal_lm, save_tokenizer
 from anchorvec.model.loading import load_model
 from anchorvec.model.readout import last_states_of_padded
+from anchorvec.recipe import stored_recipe
 from anchorvec.run import Run, is_embedder
 
 LEAST_COSINE = 0.9999
@@ -105,7 +106,8 @@ def last_stage(run: Path) -> Path:
     newest = Run(run).newest()
     if newest is None:
         raise AnchorvecError(f"{run}: no model in this folder; name a run folder with stage_one or stage_two in it")
-    planned = Run(run).planned()
+    recipe = stored_recipe(Run(run))
+    planned = recipe.stages if recipe else []
     if newest == Run(run).base or (planned and newest != Run(run).stage(planned[-1])):
         last = planned[-1] if planned else "stage_one"
         raise AnchorvecError(f"{run}: {last} of this run did not finish; name {newest} to export that")

@@ -16,6 +16,7 @@ from anchorvec.errors import AnchorvecError
 from anchorvec.files import write_text
 from anchorvec.recipe.settings import END_FORM_TAGS, Key, Recipe, dotted, sections
 from anchorvec.recipe.yaml12 import dump, parse, show
+from anchorvec.run import Run
 
 RENAMED = {
     "stage_two.words_weight": "stage_two.bag_of_words_weight",
@@ -53,14 +54,25 @@ def recipe_names() -> list[str]:
     return sorted(path.relative_to(SHIPPED).with_suffix("").as_posix() for path in SHIPPED.rglob("*.yaml"))
 
 
-def dump_recipe(recipe: Recipe) -> str:
-    """The recipe as YAML with every default written out; `load_recipe` gives back an equal one."""
-    return dump(recipe.model_dump(mode="json"))
+def dump_recipe(recipe: Recipe, *, output: bool = True) -> str:
+    """The `recipe` as YAML with every default written out; `load_recipe` gives back an equal one.
+
+    `output`: whether with the folder of the run, a path of the machine that trains.
+    """
+    return dump(recipe.model_dump(mode="json", exclude=None if output else {"output"}))
 
 
 def save_recipe(recipe: Recipe, path: str | Path) -> None:
     """Write `dump_recipe` to a file, atomically; its folder is made if need be."""
     write_text(Path(path), dump_recipe(recipe))
+
+
+def stored_recipe(run: Run) -> Recipe | None:
+    """The recipe that was saved in the folder of `run`; None where that folder is no run's.
+
+    Raises AnchorvecError for a recipe that cannot be read, as `load_recipe` does.
+    """
+    return load_recipe(run.recipe) if run.record.is_file() and run.recipe.is_file() else None
 
 
 def _read_with_parents(name_or_path: str | Path) -> list[_Layer]:

@@ -21,6 +21,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from anchorvec.files import user_path
+from anchorvec.run import STAGES, StageName
 
 END_FORM_TAGS = TOKEN, PROMPT = "<token>", "<prompt>"
 """How pydantic tells the forms of `model.end` apart; no user sees them."""
@@ -273,6 +274,11 @@ class Recipe(_Section):
     """Folder of the run. A relative path counts from the current folder."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Decides everything that is random: order of the pairs, samples, new weights, dropout."""
+
+    @property
+    def stages(self) -> list[StageName]:
+        """The stages that are switched on, in their order."""
+        return [name for name in STAGES if getattr(self, name) is not None]
 
     @property
     def training_tokens(self) -> int:
