@@ -225,7 +225,7 @@ def test_negatives_that_are_none_are_dropped(tmp_path: Path) -> None:
         ("a.parquet.gz", b"PK", "unknown extension"),
         ("a.parquet", b"PK", "cannot be read"),
         ("a.jsonl.gz", b"plain", "cannot be read"),
-        ("a.jsonl.gz", gzip.compress(b'{"query": "a", "positive": "b"}\n' * 9)[:-9], "cannot be read"),
+        ("a.jsonl.gz", gzip.compress(b'{"query": "a", "positive": "b"}\n' * 9, mtime=0)[:-9], "cannot be read"),
     ],
 )
 def test_a_file_without_pairs_is_an_error(tmp_path: Path, name: str, content: bytes, message: str) -> None:
