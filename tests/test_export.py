@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -44,7 +45,8 @@ def test_instructions_reach_the_model_as_prompts(tmp_path):
 def test_export_merges_lora_and_is_compared(run, tmp_path):
     """The export holds no adapter, and gives the vectors of the run's adapter over Stage I."""
     result = export(run, tmp_path / "model", texts=["a further probe"])
-    assert list(result.cosines) == ["sentence-transformers", "transformers"]
+    assert list(result.cosines) == [f"{name} {version(name)}" for name in ("sentence-transformers", "transformers")]
+    assert "transformers 4.57" in result.not_compared
     assert min(result.cosines.values()) >= 0.9999
     assert not list((tmp_path / "model").glob("adapter*"))
     texts = ["one", "another text"]
@@ -58,7 +60,7 @@ def test_export_merges_lora_and_is_compared(run, tmp_path):
 def test_export_fails_where_vectors_differ_and_deletes_nothing(run, tmp_path, monkeypatch):
     """If a program gives other vectors the export is refused, no folder appears, and the run stays."""
     monkeypatch.setitem(PROGRAMS, "transformers", lambda folder, texts: torch.randn(len(texts), 64))
-    with pytest.raises(AnchorvecError, match="in transformers the vectors"):
+    with pytest.raises(AnchorvecError, match=r"in transformers \S+ the vectors"):
         export(run, tmp_path / "model")
     assert not (tmp_path / "model").exists()
     assert (run / "stage_two" / "adapter_model.safetensors").exists()
@@ -132,7 +134,7 @@ def test_an_export_is_compared_to_four_nines(run, tmp_path, monkeypatch):
         return vectors + 0.05 * vectors.norm(dim=1, keepdim=True) * torch.eye(vectors.shape[1])[0]
 
     monkeypatch.setitem(PROGRAMS, "transformers", off)
-    with pytest.raises(AnchorvecError, match="in transformers the vectors"):
+    with pytest.raises(AnchorvecError, match=r"in transformers \S+ the vectors"):
         export(run, tmp_path / "model")
 
 

@@ -25,6 +25,7 @@ from anchorvec.errors import AnchorvecError
 from anchorvec.files import new_folder, write_json
 from anchorvec.model.base import check_causal, check_fit, load_base
 from anchorvec.model.end import EndPrompt
+from anchorvec.model.portable import make_portable
 from anchorvec.model.readout import Readout
 
 
@@ -84,6 +85,7 @@ def save_causal_lm(model: PreTrainedModel, like: str | Path, folder: str | Path)
             shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
         elif not path.name.startswith(("model", "config.json", "generation_config", "README")):
             shutil.copy2(path, folder / path.name)
+    make_portable(folder)
 
 
 def load_causal_lm(folder: str | Path, *, attention: str = "auto") -> PreTrainedModel:
@@ -148,3 +150,4 @@ def _add_sentence_transformers_files(folder: Path, readout: Readout, prompts: Ma
         for name in ["modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"]:
             shutil.copy2(Path(scratch) / name, folder / name)
         shutil.copytree(Path(scratch) / "1_Pooling", folder / "1_Pooling")
+    make_portable(folder)

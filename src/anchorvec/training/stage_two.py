@@ -25,6 +25,7 @@ from anchorvec.files import new_folder
 from anchorvec.model.compiling import compile_decoder_layers
 from anchorvec.model.embedder import attention_options, save_tokenizer
 from anchorvec.model.packing import packed_features, use_packed_texts
+from anchorvec.model.portable import make_portable
 from anchorvec.objectives.bag_of_words import SAMPLE_PAIRS, BagOfWordsLoss
 from anchorvec.objectives.contrastive import contrastive_loss
 from anchorvec.training.bag_of_words import bag_of_words_loss
@@ -85,6 +86,7 @@ def train_stage_two(stage: Stage) -> Path:
     with new_folder(folder) as scratch:
         model.save_pretrained(str(scratch), create_model_card=False)
         save_tokenizer(model.tokenizer, scratch)
+        make_portable(scratch)
     return folder
 
 
