@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
+from transformers import AutoModelForCausalLM
 
 from anchorvec.commands.decode import decode
 from anchorvec.errors import AnchorvecError
@@ -156,3 +157,21 @@ def test_an_adapter_is_put_over_the_stage_that_it_started_from(run, tmp_path):
     of_stages = [next(w for key, w in stage.items() if key.endswith("embed_tokens.weight")) for stage in stages]
     assert torch.equal(exported[name], of_stages[0])
     assert not torch.equal(exported[name], of_stages[1])
+
+
+def test_what_is_compared_is_the_run_itself(run, tmp_path, monkeypatch):
+    """The adapter as it was trained, not what was merged; and the export holds fp32 weights whatever a stage holds."""
+    loaded = []
+
+    def load(folder, **options):
+        loaded.append(options)
+        return load_model(folder, **options)
+
+    monkeypatch.setattr("anchorvec.exporting.folder.load_model", load)
+    shutil.copytree(run / "base", tmp_path / "half")
+    AutoModelForCausalLM.from_pretrained(run / "base", dtype=torch.bfloat16).save_pretrained(tmp_path / "half")
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
+    export(run, tmp_path / "model")
+    assert loaded == [{"merge": False}, {}, {}]
+    export(tmp_path / "half", tmp_path / "from_half")
+    assert load_model(tmp_path / "from_half").dtype == torch.float32

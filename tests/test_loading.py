@@ -5,7 +5,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModelForCausalLM
 
@@ -60,3 +60,12 @@ def test_small_updates_survive_the_merge(save_base, tmp_path):
     model.save_pretrained(str(tmp_path / "run" / "stage_two"), create_model_card=False)
     assert np.abs(trained - before).max() > 1e-4
     np.testing.assert_allclose(load_model(tmp_path / "run" / "stage_two").encode("a text"), trained, atol=1e-6)
+
+
+def test_an_adapter_is_merged_or_left_as_it_is(run):
+    """Both give the same vectors; unmerged, the adapter is a part of its own."""
+    merged, unmerged = (load_model(run / "stage_two", merge=merge) for merge in (True, False))
+    assert isinstance(unmerged[0].model, PeftModel)
+    assert not isinstance(merged[0].model, PeftModel)
+    vectors = [model.encode(["a text", "another"], convert_to_tensor=True) for model in (merged, unmerged)]
+    torch.testing.assert_close(*vectors, atol=1e-5, rtol=1e-5)

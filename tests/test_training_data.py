@@ -10,7 +10,9 @@ from transformers import AutoTokenizer
 
 from anchorvec.commands.plan import plan
 from anchorvec.data.negatives import text_hashes
+from anchorvec.data.stage_inputs import sample_rows, without_prompt_and_end
 from anchorvec.errors import AnchorvecError
+from anchorvec.model.embedder import build_embedder
 from anchorvec.model.packing import token_ids
 from anchorvec.pipeline import build_base, load_training_data, train
 from anchorvec.recipe import load_recipe
@@ -19,7 +21,7 @@ from anchorvec.training.stage import Stage
 from anchorvec.training.stage_one import train_stage_one
 from anchorvec.training.stage_two import train_stage_two
 from anchorvec.training.trainers import ContrastiveTrainer, ReconstructionTrainer
-from support import QUICK, write_rows
+from support import QUICK, make_model, make_tokenizer, write_rows
 
 
 def test_several_datasets_with_weights_instructions_and_negatives(tmp_path):
@@ -202,3 +204,24 @@ def test_a_length_limit_without_room_for_a_text_is_refused(tmp_path):
     end = "model.end={before: 'a text with many words: ', after: ' means in one word: '}"
     with pytest.raises(AnchorvecError, match=r"data.max_tokens: 8 leaves no room for a text; the \d+ tokens around it"):
         train(load_recipe("debug", [f"output={tmp_path / 'run'}", end, "data.max_tokens=8", *QUICK]))
+
+
+def test_content_is_the_text_without_what_stands_around_it(save_base):
+    """Without BOS and end, and without the instruction of either side; of a text without any, too."""
+    base = save_base(make_model(), make_tokenizer("bos"))
+    folder = build_embedder(base, base.parent / "embedder", max_tokens=64)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for instructions in ({"instruction": "find: "}, {"document_instruction": "note: "}, {}):
+        source = {"path": "pairs.jsonl", **instructions}
+        content = without_prompt_and_end(tokenizer, load_recipe("debug", [f"data.train=[{json.dumps(source)}]"]))
+        for text in ("words", *(f"{prompt}words" for prompt in instructions.values())):
+            assert tokenizer.decode(content(tokenizer(text)["input_ids"])) == "words"
+
+
+def test_lengths_are_those_of_rows_from_everywhere():
+    """A sample is drawn, not the first rows, and the seed decides which."""
+    rows = datasets.Dataset.from_dict({"row": range(1000)})
+    samples = [[row["row"] for row in sample_rows(rows, 100, seed)] for seed in (0, 0, 1)]
+    assert samples[0] == samples[1] != samples[2]
+    assert len(set(samples[0])) == 100
+    assert max(samples[0]) > 900

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 import anchorvec
 import formulas
 from anchorvec import AnchorvecError
+from anchorvec.pipeline import load_training_data
 from support import make_model, make_tokenizer, recipe, train, write_rows
 from wiring import HARD, PLAIN, expected, sources
 
@@ -205,6 +206,18 @@ def test_a_split_of_a_subset_is_read(hub_folder, split, subset):
     for pair in shown.pairs:
         assert "".join(pair.query_read).startswith(f"{subset} {split or 'train'} ")
         assert f"{subset} {split or 'train'}" in "".join(pair.document_read)
+
+
+@pytest.mark.wires("split", "subset", of=("data.train.0",))
+def test_each_data_set_has_a_split_and_a_subset_of_its_own(hub_folder):
+    """Two of one folder."""
+    sources = [
+        {"path": str(hub_folder), "subset": subset, "split": split, "name": f"{subset}-{split}"}
+        for subset, split in (("big", "train"), ("small", "extra"))
+    ]
+    values = {"data.train": sources, "stage_two": None, "stage_one.pairs_per_step": 2}
+    rows = load_training_data(recipe(values)).reconstruction
+    assert [row["query"][:9] for row in rows] == ["big train"] * 4 + ["small ext"] * 4
 
 
 @pytest.mark.wires("data.strict")
