@@ -39,7 +39,7 @@ TESTS = {
     "data/samplers": ["batches", "wiring_data"],
     "data/negatives": ["negatives", "batches", "wiring_data"],
     "data/tokens": ["reconstruction", "wiring_data", "wiring_steps"],
-    "data/": ["wiring_data", "memory"],
+    "data/": ["wiring_data", "training_data", "memory"],
     "objectives/contrastive": ["contrastive", "stage_two_loss", "wiring_steps"],
     "objectives/bag_of_words": ["words", "stage_two_loss", "wiring_steps"],
     "objectives/": ["reconstruction", "wiring_steps", "words"],
@@ -47,9 +47,15 @@ TESTS = {
     "model/end": ["end_token"],
     "model/base": ["embedder", "wiring_data"],
     "model/readout": ["reconstruction", "embedder"],
+    "model/portable": ["runtimes", "embedder"],
     "model/": ["embedder", "loading", "export"],
     "exporting/": ["export", "loading"],
-    "training/engine": ["memory"],
+    "training/engine": ["memory", "wiring_engine"],
+    "training/stage.py": ["wiring_engine", "wiring_steps"],
+    "training/stage_one": ["wiring_engine", "wiring_data", "memory"],
+    "training/stage_two": ["wiring_engine", "memory", "wiring_steps", "wiring_data"],
+    "recipe/": ["wiring_engine", "wiring_data"],
+    "pipeline.py": ["wiring_data", "wiring_engine"],
     "": ["wiring_steps", "trajectory", "wiring_data", "wiring_engine"],
 }
 """The beginning of a file's name -> its tests, the likeliest first; the first that fits."""
@@ -78,8 +84,8 @@ class Verdict:
     raises, which says nothing about the tests. They go on until one fails by a check.
     """
 
-    def __init__(self, package: Path) -> None:
-        self.package, self.noticed, self.raised = str(package), "", ""
+    def __init__(self, package: Path, key: str) -> None:
+        self.package, self.key, self.noticed, self.raised = str(package), key, "", ""
 
     def pytest_exception_interact(self, node: Any, call: Any) -> None:
         """Called for each failure."""
@@ -89,6 +95,10 @@ class Verdict:
         else:
             self.noticed = node.nodeid
             node.session.shouldstop = "noticed"
+
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        """Those first that are marked with the key that is changed."""
+        items.sort(key=lambda item: not any(self.key in mark.args for mark in item.iter_markers("wires")))
 
     def of(self, code: int) -> str:
         """`caught`, `raised` or `survives`, by what was seen and pytest's exit code."""
@@ -118,7 +128,7 @@ def outcome(change: Change, name: str, scratch: Path) -> tuple[str, float, str]:
         sys.path.insert(0, str(package))
         import pytest
 
-        verdict = Verdict(package)
+        verdict = Verdict(package, kind.rpartition(".")[2].removeprefix("key "))
         options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"--basetemp={scratch / f't{name}'}"]
         code = int(pytest.main([*options, *tests_of(kind, file)], plugins=[verdict]))
         found.write_text(json.dumps([verdict.of(code), verdict.noticed or verdict.raised]), encoding="utf-8")
