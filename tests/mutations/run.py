@@ -1,11 +1,10 @@
-"""Tries to break the package: each of `changes.py` in a copy of it, against the tests of its module, 20 s of processor
-time at most.
+"""Tries to break the package: each of `changes.py` in a copy of it, against the tests of its module.
 
     python tests/mutations/run.py [--json FILE] [NUMBER ...]
 
-A worker for each core imports the libraries once and forks for each change. The tests run on the unchanged package
-first. Exit code 1 where they fail there, where a change raises an exception, or where less than 95% of the changes to
-recipe keys or less than 90% of the others are noticed.
+A worker for each core imports the libraries once and forks for each change, which has 20 s of processor time. The
+tests run on the unchanged package first. Exit code 1 where they fail there, where a change raises an exception, or
+where less than 95% of the changes to recipe keys or less than 90% of the others are noticed.
 """
 
 import argparse
