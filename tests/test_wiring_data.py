@@ -231,7 +231,7 @@ def test_a_bad_row_is_left_out_or_refused(tmp_path, run):
         run(recipe({"output": str(tmp_path / "strict"), "data.strict": True, **values}))
     found = run(recipe({"output": str(tmp_path / "run"), **values}))
     if run is anchorvec.plan:
-        assert (found.rows, found.rejected_rows) == ({"pairs": 8}, {"pairs": 1})
+        assert (found.rows, found.rejected_rows, found.mended_rows) == ({"pairs": 8}, {"pairs": 1}, {"pairs": 0})
     else:
         assert json.loads((tmp_path / "run" / "run.json").read_text())["data"]["pairs"]["rows"] == 8
 

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 from rich.text import Text
 
 import anchorvec
 from anchorvec.errors import AnchorvecError
+from anchorvec.terminal import replace_unshown, terminal
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -18,7 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-console = Console()
+console = terminal()
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped recipe.")]
 Overrides = Annotated[
@@ -49,10 +49,11 @@ ModelFolder = Annotated[str, typer.Argument(metavar="MODEL", help="A folder with
 def main() -> None:
     """Run the command line; bad input ends with one line on stderr and exit code 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    replace_unshown()
     try:
         app()
     except AnchorvecError as error:
-        Console(stderr=True).print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
+        terminal(stderr=True).print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
         sys.exit(2)
 
 
@@ -233,7 +234,7 @@ def _quiet() -> None:
 
 def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     """One line on stderr, without the line of code that it comes from."""
-    Console(stderr=True).print(Text.assemble(("warning: ", "bold yellow"), str(message)), soft_wrap=True)
+    terminal(stderr=True).print(Text.assemble(("warning: ", "bold yellow"), str(message)), soft_wrap=True)
 
 
 def _finish(result: Any, json_file: Path | None) -> None:

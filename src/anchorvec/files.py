@@ -91,6 +91,14 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
+def _follow_umask(folder: Path) -> None:
+    """Give all that is in `folder` the modes that new files have here; some libraries keep theirs to one user."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in folder.rglob("*"):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+
+
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """A scratch folder that becomes `folder` when the block ends, and vanishes if it fails.
@@ -107,6 +115,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
         raise AnchorvecError(f"{folder} cannot be made: {error.strerror}") from error
     try:
         yield scratch
+        _follow_umask(scratch)
         if folder.exists():
             folder.rmdir()
         scratch.rename(folder)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console, Group
+from rich.console import Group
 from transformers import AutoTokenizer
 
 from anchorvec.data import read_pairs
@@ -30,6 +30,7 @@ from anchorvec.model.embedder import build_embedder
 from anchorvec.model.loading import load_encoder
 from anchorvec.recipe import Recipe, StageOne, StageTwo, load_recipe, save_recipe
 from anchorvec.run import STAGE_TITLES, Run, StageName
+from anchorvec.terminal import say
 from anchorvec.training.memory import release_freed_memory
 from anchorvec.training.progress import OnLog
 from anchorvec.training.stage import Stage
@@ -152,7 +153,7 @@ def run_stages(
     write_json(run.record, describe_run(recipe, inputs) | dict(record or {}))
     scores: Scored = {}
     if recipe.evaluation.bm25 and not recipe.evaluation.data:
-        _say("evaluation.bm25: there is no folder in evaluation.data to score it on")
+        say("evaluation.bm25: there is no folder in evaluation.data to score it on")
     elif recipe.evaluation.bm25:
         _score(recipe, run, scores, "bm25", None)
     # before training, so that a task that cannot be fetched costs nothing
@@ -161,14 +162,14 @@ def run_stages(
     for i, name in enumerate(recipe.stages):
         deadline = budget.deadline(len(recipe.stages) - i, scoring)
         if deadline is not None:
-            _say(f"{STAGE_TITLES[name]}: {(deadline - time.monotonic()) / 60:.1f} minutes")
+            say(f"{STAGE_TITLES[name]}: {(deadline - time.monotonic()) / 60:.1f} minutes")
         train_stage = train_stage_one if name == "stage_one" else train_stage_two
         stage = train_stage(Stage(name, recipe, run, stage, inputs, deadline, on_log))
         if deadline is not None:
             recipe = with_steps(recipe, name, run.steps()[name])
             save_recipe(recipe, run.recipe)
         _score(recipe, run, scores, name, stage)
-    _say("exporting, and comparing the export with the run")
+    say("exporting, and comparing the export with the run")
     exported = export(run.folder, run.model)
     return TrainResult(
         str(run.folder), exported, scores, steps=run.steps(), minutes=(time.monotonic() - budget.began) / 60
@@ -181,7 +182,7 @@ def _score(recipe: Recipe, run: Run, scores: Scored, system: str, model: Path | 
     if not settings.data and not settings.tasks:
         return 0.0
     start = time.monotonic()
-    _say(f"scoring: {TITLES[system]}")
+    say(f"scoring: {TITLES[system]}")
     release_freed_memory()  # of a finished stage
     if model is None:
         scores[system] = {Path(folder).resolve().name: bm25_scores(folder) for folder in settings.data}
@@ -196,7 +197,7 @@ def _score(recipe: Recipe, run: Run, scores: Scored, system: str, model: Path | 
         )
     write_json(run.scores, _plain(scores))
     for task, found in scores[system].items():
-        _say(f"  {task}: {found.main_score:.3f}")
+        say(f"  {task}: {found.main_score:.3f}")
     return time.monotonic() - start
 
 
@@ -205,10 +206,6 @@ def with_steps(recipe: Recipe, name: StageName, steps: int) -> Recipe:
     stage: StageOne | StageTwo = getattr(recipe, name)
     changed = {"steps": steps, "warmup_steps": round(steps * stage.warmup_steps / stage.steps)}
     return recipe.model_copy(update={name: stage.model_copy(update=changed)})
-
-
-def _say(line: str) -> None:
-    Console(stderr=True).print(line, highlight=False, markup=False)
 
 
 def load_training_data(recipe: Recipe) -> StageInputs:
@@ -222,8 +219,8 @@ def load_training_data(recipe: Recipe) -> StageInputs:
             source.path, strict=recipe.data.strict, split=source.split, subset=source.subset
         )
         report = loaded[source.name].report
-        if report.rejected or report.dropped_negatives or report.ignored_columns:
-            Console(stderr=True).print(report.summary(), highlight=False, markup=False)
+        if report.rejected or report.mended or report.dropped_negatives or report.ignored_columns:
+            say(report.summary())
     return stage_inputs(recipe, loaded)
 
 

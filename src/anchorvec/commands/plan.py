@@ -51,6 +51,7 @@ class Plan:
     precision: str
     rows: dict[str, int]
     rejected_rows: dict[str, int]
+    mended_rows: dict[str, int]
     ignored_columns: dict[str, list[str]]
     rows_with_negatives: dict[str, int]
     parameters: int
@@ -73,8 +74,9 @@ class Plan:
         table.add_row("device", f"{self.device}, {self.precision}")
         for name, rows in self.rows.items():
             shown = f"{rows:,}"
-            if left_out := self.rejected_rows[name]:
-                shown += f" ({left_out:,} left out)"
+            changes = {"left out": self.rejected_rows[name], "mended": self.mended_rows[name]}
+            if any(changes.values()):
+                shown += f" ({', '.join(f'{count:,} {what}' for what, count in changes.items() if count)})"
             if name in self.rows_with_negatives:
                 shown += f", {self.rows_with_negatives[name]:,} with hard negatives"
             if columns := self.ignored_columns[name]:
@@ -137,6 +139,7 @@ def plan(recipe: Recipe | str | Path) -> Plan:
         rows_with_negatives=inputs.rows_with_negatives,
         ignored_columns={name: report.ignored_columns for name, report in inputs.reports.items()},
         rejected_rows={name: sum(report.rejected.values()) for name, report in inputs.reports.items()},
+        mended_rows={name: sum(report.mended.values()) for name, report in inputs.reports.items()},
         parameters=prepared.parameters,
         trained_parameters=trained,
         disk=disk,

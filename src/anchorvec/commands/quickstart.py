@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from anchorvec.data import DocstringData, docstrings
@@ -19,6 +18,7 @@ from anchorvec.files import write_json, write_text
 from anchorvec.pipeline import TITLES, Budget, load_training_data, run_stages
 from anchorvec.recipe import Recipe, load_recipe
 from anchorvec.run import Run
+from anchorvec.terminal import say
 
 _FULL_SCORE_SET = 500, 1200  # queries, documents
 _SMALL_SCORE_SET = 100, 240
@@ -78,7 +78,7 @@ def quickstart(
     require_extra()
     check_one_device()
     run = Run.create(recipe.output)
-    Console(stderr=True).print("reading the docstrings of the installed packages")
+    say("reading the docstrings of the installed packages")
     n_queries, n_documents = _FULL_SCORE_SET if minutes >= _FULL_SCORE_SET_MINUTES else _SMALL_SCORE_SET
     data = docstrings.quickstart_data(seed=seed, n_queries=n_queries, n_documents=n_documents)
     write_beir(docstring_collection(data), run.score_set)

@@ -12,6 +12,7 @@ from rich.text import Text
 from anchorvec.errors import AnchorvecError
 from anchorvec.evaluation.beir import document_text
 from anchorvec.files import plain_or_gzipped, read_json_lines, read_lines, user_path
+from anchorvec.terminal import terminal
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -136,8 +137,8 @@ def prompt_loop(index: Index, top_k: int = 5, console: Console | None = None) ->
 
     Standard input need not be a terminal: `echo "a query" | anchorvec search MODEL CORPUS` works.
     """
-    console = console or Console()
-    prompt = "[bold]query>[/bold] " if sys.stdin.isatty() else ""
+    console = console or terminal()
+    prompt = "query> " if sys.stdin.isatty() else ""
     if prompt:
         console.print(f"{len(index)} documents. An empty line ends the search.", highlight=False)
     answers: dict[str, list[Hit]] = {}

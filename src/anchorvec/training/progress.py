@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from anchorvec.errors import AnchorvecError
 from anchorvec.run import STAGE_TITLES, StageName
+from anchorvec.terminal import terminal
 
 OnLog = Callable[[Mapping[str, Any]], None]
 
@@ -33,11 +33,11 @@ class StageProgress(TrainerCallback):
         self._listener = on_log
         self.out_of_time = False
         self.bar = Progress(
-            TextColumn("[bold]{task.description}"),
+            TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(),
             TextColumn("{task.fields[steps]} {task.fields[status]}"),
             TimeRemainingColumn(),
-            console=Console(stderr=True),
+            console=terminal(stderr=True),
         )
 
     def __enter__(self) -> Self:
