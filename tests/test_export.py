@@ -14,8 +14,9 @@ from anchorvec.commands.decode import decode
 from anchorvec.errors import AnchorvecError
 from anchorvec.exporting.folder import PROGRAMS, export
 from anchorvec.model.loading import load_model
-from anchorvec.pipeline import stored_prompts, train
+from anchorvec.pipeline import train
 from anchorvec.recipe import load_recipe
+from anchorvec.start import stored_prompts
 from support import QUICK
 
 

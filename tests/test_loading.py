@@ -18,14 +18,14 @@ from support import make_model, make_tokenizer
 def test_what_cannot_be_loaded_is_one_error(tmp_path):
     """A weights file that breaks off, whole or of an adapter, and the folder of a run, which holds several models."""
     folder = build_embedder("tiny", tmp_path / "run" / "base", max_tokens=32)
-    with pytest.raises(AnchorvecError, match=r"this is a run; name .*/model"):
+    with pytest.raises(AnchorvecError, match=r"this is a run, and an embedder is needed; name .*/model"):
         load_model(tmp_path / "run")
     model = SentenceTransformer(str(folder), device="cpu")
     model.add_adapter(LoraConfig(r=2, target_modules="all-linear", task_type="FEATURE_EXTRACTION"))
     model.save_pretrained(str(tmp_path / "run" / "stage_two"), create_model_card=False)
     for weights in (tmp_path / "run" / "stage_two" / "adapter_model.safetensors", folder / "model.safetensors"):
         weights.write_bytes(weights.read_bytes()[:1000])
-        with pytest.raises(AnchorvecError, match="this cannot be loaded"):
+        with pytest.raises(AnchorvecError, match=rf"{weights.name} is damaged or cut short: copy it again"):
             load_model(weights.parent)
 
 

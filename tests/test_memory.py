@@ -21,9 +21,10 @@ from anchorvec.device import default_device
 from anchorvec.errors import AnchorvecError
 from anchorvec.model.packing import use_packed_texts
 from anchorvec.objectives.reconstruction import TextReconstruction
-from anchorvec.pipeline import build_base, load_training_data
+from anchorvec.pipeline import load_training_data
 from anchorvec.recipe import load_recipe
 from anchorvec.run import Run
+from anchorvec.start import build_base
 from anchorvec.training.engine import ENOUGH_TOKENS
 from anchorvec.training.memory import ADAM_BYTES, free_memory, kept_bytes, tokens_that_fit
 from anchorvec.training.stage import Stage
@@ -121,7 +122,7 @@ def setup(tmp_path):
     """A function that sets up both stages of the recipe `debug` and gives their engines."""
 
     def engines(*options):
-        own = ["stage_one.micro_batch_tokens=null", "stage_two.micro_batch_tokens=null"]
+        own = ["model.max_tokens=64", "stage_one.micro_batch_tokens=null", "stage_two.micro_batch_tokens=null"]
         recipe = load_recipe("debug", [f"output={tmp_path / 'run'}", *own, *options])
         inputs = load_training_data(recipe)
         run = Run(tmp_path)

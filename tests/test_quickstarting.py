@@ -12,9 +12,10 @@ from transformers import TrainingArguments
 
 from anchorvec.commands.quickstart import contrastive_alone, quickstart
 from anchorvec.errors import AnchorvecError
-from anchorvec.pipeline import Budget, build_base, load_training_data, train, with_steps
+from anchorvec.pipeline import Budget, load_training_data, train, with_steps
 from anchorvec.recipe import load_recipe
 from anchorvec.run import Run
+from anchorvec.start import build_base
 from anchorvec.training.stage import Stage
 from anchorvec.training.stage_one import train_stage_one
 from anchorvec.training.stage_two import train_stage_two

@@ -14,9 +14,10 @@ from anchorvec.data.stage_inputs import sample_rows, without_prompt_and_end
 from anchorvec.errors import AnchorvecError
 from anchorvec.model.embedder import build_embedder
 from anchorvec.model.packing import token_ids
-from anchorvec.pipeline import build_base, load_training_data, train
+from anchorvec.pipeline import load_training_data, train
 from anchorvec.recipe import load_recipe
 from anchorvec.run import Run
+from anchorvec.start import build_base
 from anchorvec.training.stage import Stage
 from anchorvec.training.stage_one import train_stage_one
 from anchorvec.training.stage_two import train_stage_two
@@ -174,7 +175,16 @@ def test_an_instruction_without_room_for_a_text_is_refused(tmp_path):
     for refused in (train, plan):
         with pytest.raises(AnchorvecError, match=r"data.train.0.instruction: it leaves no room"):
             refused(
-                load_recipe("debug", [f"output={tmp_path / refused.__name__}", long, "stage_one=null", *QUICK[1::2]])
+                load_recipe(
+                    "debug",
+                    [
+                        f"output={tmp_path / refused.__name__}",
+                        long,
+                        "model.max_tokens=64",
+                        "stage_one=null",
+                        *QUICK[1::2],
+                    ],
+                )
             )
     assert not list((tmp_path / "train").iterdir())  # the mended recipe may use it
 

@@ -6,7 +6,6 @@ first step. Both stages go through transformers' Trainer.
 
 import math
 import platform
-import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -17,19 +16,18 @@ from typing import Any
 
 import torch
 from rich.console import Group
-from transformers import AutoTokenizer
 
 from anchorvec.data import read_pairs
-from anchorvec.data.stage_inputs import StageInputs, check_instructions, stage_inputs
+from anchorvec.data.stage_inputs import StageInputs, stage_inputs
 from anchorvec.device import check_one_device, device_name, resolve_precision
 from anchorvec.errors import AnchorvecError
 from anchorvec.evaluation import Scores, bm25_scores, check_test_data, evaluate, scores_table
 from anchorvec.exporting.folder import Exported, export
 from anchorvec.files import write_json
-from anchorvec.model.embedder import build_embedder
 from anchorvec.model.loading import load_encoder
 from anchorvec.recipe import Recipe, StageOne, StageTwo, load_recipe, save_recipe
 from anchorvec.run import STAGE_TITLES, Run, StageName
+from anchorvec.start import build_base, with_settings_of_base
 from anchorvec.terminal import say
 from anchorvec.training.memory import release_freed_memory
 from anchorvec.training.progress import OnLog
@@ -130,7 +128,7 @@ def train(recipe: Recipe | str | Path, *, budget: Budget | None = None, on_log: 
     with every record that is also appended to `log.jsonl`. Raises AnchorvecError if the folder already holds a run, if
     the recipe or its data cannot be used, or if the time is too short.
     """
-    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    recipe = with_settings_of_base(recipe if isinstance(recipe, Recipe) else load_recipe(recipe))
     budget = budget or Budget()
     check_one_device()
     run = Run.create(recipe.output)
@@ -222,46 +220,6 @@ def load_training_data(recipe: Recipe) -> StageInputs:
         if report.rejected or report.mended or report.dropped_negatives or report.ignored_columns:
             say(report.summary())
     return stage_inputs(recipe, loaded)
-
-
-def stored_prompts(recipe: Recipe) -> dict[str, str]:
-    """The prompts that are stored with the model (T15).
-
-    `query` and `document` are the instructions that all data sets share. Where data sets differ there is none by
-    default, and each one's are stored as `NAME-query` and `NAME-document`, the keys that mteb looks up too.
-    """
-    sources = recipe.data.train
-    instructions = {"query": [s.instruction for s in sources], "document": [s.document_instruction for s in sources]}
-    prompts = {}
-    for side, values in instructions.items():
-        same = len(set(values)) == 1
-        prompts[side] = values[0] if same else ""
-        if not same:
-            prompts |= {f"{s.name}-{side}": value for s, value in zip(sources, values, strict=True)}
-    return prompts
-
-
-def build_base(recipe: Recipe, folder: Path) -> Path:
-    """The untrained embedder of the recipe's base model, written into `folder`.
-
-    Raises AnchorvecError for a base that cannot be used, and for an instruction that leaves no room for a text.
-    """
-    settings = recipe.model
-    build_embedder(
-        settings.base,
-        folder,
-        max_tokens=settings.max_tokens,
-        end_prompt=None if settings.end == "token" else (settings.end.before, settings.end.after),
-        prompts=stored_prompts(recipe),
-        revision=settings.revision,
-        seed=recipe.seed,
-    )
-    try:
-        check_instructions(recipe, AutoTokenizer.from_pretrained(folder))
-    except AnchorvecError:
-        shutil.rmtree(folder)  # so that the mended recipe may use the run's folder
-        raise
-    return folder
 
 
 def describe_run(recipe: Recipe, inputs: StageInputs) -> dict[str, Any]:

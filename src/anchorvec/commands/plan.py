@@ -18,9 +18,10 @@ from anchorvec.data.tokens import PairTokenizer
 from anchorvec.device import check_one_device, default_device, resolve_precision
 from anchorvec.model.embedder import load_causal_lm
 from anchorvec.objectives.pairs import TokenPair
-from anchorvec.pipeline import build_base, load_training_data
+from anchorvec.pipeline import load_training_data
 from anchorvec.recipe import Recipe, dump_recipe, load_recipe
 from anchorvec.run import Run
+from anchorvec.start import build_base, with_settings_of_base
 from anchorvec.training.engine import Engine
 from anchorvec.training.stage import Stage
 from anchorvec.training.stage_one import pair_tokenizer, stage_one_objective
@@ -109,7 +110,7 @@ def plan(recipe: Recipe | str | Path) -> Plan:
     folder (TMPDIR) while it works. `rows_with_negatives` is empty where Stage II wants none. Raises AnchorvecError for
     a recipe or data that cannot be used.
     """
-    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    recipe = with_settings_of_base(recipe if isinstance(recipe, Recipe) else load_recipe(recipe))
     check_one_device()
     inputs = load_training_data(recipe)
     target = reconstructs(recipe)

@@ -23,10 +23,11 @@ from transformers import (
 
 from anchorvec.errors import AnchorvecError
 from anchorvec.files import new_folder, write_json
-from anchorvec.model.base import check_causal, check_fit, load_base
+from anchorvec.model.base import check_causal, check_fit, load_base, without_rowless_tokens
 from anchorvec.model.end import EndPrompt
 from anchorvec.model.portable import make_portable
 from anchorvec.model.readout import Readout
+from anchorvec.run import is_embedder
 
 
 def build_embedder(
@@ -38,6 +39,7 @@ def build_embedder(
     prompts: Mapping[str, str] | None = None,
     revision: str | None = None,
     seed: int = 0,
+    head: bool = True,
 ) -> Path:
     """Write `base` as an untrained embedder into `folder` and return the folder.
 
@@ -46,15 +48,16 @@ def build_embedder(
     `max_tokens` counts everything: what the tokenizer adds, the prompt, the text and its end.
     With `end_prompt` None each text ends in the tokenizer's end token; otherwise in the prompt's words.
     `prompts` are stored with the model under sentence-transformers' names (`query`, `document`, ...).
-    `seed` matters for `tiny` alone. Raises AnchorvecError if the base is no decoder, has no end token or
+    `seed` matters for `tiny` alone. Without `head` an embedder that has no LM head will do as base, and has none then.
+    Raises AnchorvecError if the base is no decoder, has no end token or
     fewer positions than `max_tokens`, or if `folder` is in use.
     """
     folder = Path(folder)
     with new_folder(folder) as scratch:
-        model, tokenizer = load_base(base, revision=revision, seed=seed)
+        model, tokenizer = load_base(base, revision=revision, seed=seed, head=head)
         check_causal(model, base)
         readout = Readout(max_tokens, end_prompt)
-        tokenizer = readout.tokenizer(tokenizer)
+        tokenizer = readout.tokenizer(without_rowless_tokens(model, tokenizer, base))
         check_fit(model, tokenizer, base)
         # A model never trains the embedding of its config's pad token, which is often the end token (T2).
         model.config.get_text_config().pad_token_id = None
@@ -85,7 +88,8 @@ def save_causal_lm(model: PreTrainedModel, like: str | Path, folder: str | Path)
             shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
         elif not path.name.startswith(("model", "config.json", "generation_config", "README")):
             shutil.copy2(path, folder / path.name)
-    make_portable(folder)
+    if is_embedder(folder):
+        make_portable(folder)
 
 
 def load_causal_lm(folder: str | Path, *, attention: str = "auto") -> PreTrainedModel:
