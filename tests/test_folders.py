@@ -169,6 +169,19 @@ def test_an_embedder_as_base_keeps_what_is_its_own(folders, tmp_path, capsys):
     assert with_settings_of_base(recipe({"model.base": str(folders["causal LM"])})).model.max_tokens == 512
 
 
+def test_the_default_limit_is_within_the_positions_of_the_base(save_base, capsys):
+    """One line says so; a limit that the recipe names is left for the checks to refuse."""
+    model = make_model()
+    model.config.max_position_embeddings = 100
+    base = str(save_base(model, make_tokenizer()))
+    assert with_settings_of_base(recipe({"model.base": base})).model.max_tokens == 100
+    assert f"model.max_tokens: 100, the positions of {base}; by default it is 512" in capsys.readouterr().err
+    assert with_settings_of_base(recipe({"model.base": base, "model.max_tokens": 101})).model.max_tokens == 101
+    assert with_settings_of_base(recipe({"model.base": base, "model.max_tokens": 60})).model.max_tokens == 60
+    with pytest.raises(AnchorvecError, match="data.max_tokens: 101 is more than the 100 tokens"):
+        with_settings_of_base(recipe({"model.base": base, "data.max_tokens": 101}))
+
+
 @pytest.mark.parametrize("end", [None, ("This text: ", " means:"), ("", " in a word:")])
 def test_the_end_of_an_embedder_is_kept(save_base, tmp_path, capsys, end):
     """Token or prompt, and in the new run every text is read as before."""

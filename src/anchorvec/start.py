@@ -18,15 +18,16 @@ from anchorvec.terminal import say
 def with_settings_of_base(recipe: Recipe) -> Recipe:
     """`recipe` with the length limit, end and prompts of its base, where that is an embedder and it names no others.
 
-    One line on stderr says what is kept, and what of the embedder is replaced or left out. Raises AnchorvecError where
-    texts would be longer in training than the limit that is kept.
+    Of any base it takes a limit within its positions, where the recipe names none. One line on stderr says what is
+    kept, and what of an embedder is replaced or left out. Raises AnchorvecError where texts would be longer in training
+    than the limit that is kept.
     """
     asked = recipe.model
     if asked.base in ("tiny", "smollm2") or asked.base.endswith(".gguf"):
         return recipe
     found = identify(asked.base, revision=asked.revision)
     if found.kind not in ("embedder", "LoRA stage"):
-        return recipe
+        return _within_positions(recipe, found)
     kept: list[str] = []
     replaced = [f"{found.pooling} pooling, by the last token's"] if found.pooling not in (None, "lasttoken") else []
     model = _kept_model(found, asked, kept, replaced)
@@ -36,16 +37,31 @@ def with_settings_of_base(recipe: Recipe) -> Recipe:
     elif found.prompts:
         replaced.append("its prompts, by the recipe's instructions")
     replaced += [f"its module {name}, left out" for name in found.other_modules]
-    if recipe.data.max_tokens is not None and recipe.data.max_tokens > model.max_tokens:
-        raise AnchorvecError(
-            f"data.max_tokens: {recipe.data.max_tokens} is more than the {model.max_tokens} tokens that "
-            f"{asked.base} reads; lower it, or set model.max_tokens"
-        )
+    _check_data_limit(recipe, model)
     say(
         f"model.base: {asked.base} is {found}; kept: {'; '.join(kept) or 'nothing of its own'}; "
         f"replaced: {'; '.join(replaced) or 'nothing'}"
     )
     return recipe.model_copy(update={"model": model, "data": recipe.data.model_copy(update={"train": sources})})
+
+
+def _within_positions(recipe: Recipe, found: ModelFolder) -> Recipe:
+    """`recipe` with the positions of the causal LM `found` as its limit, where it names none and has more by default."""
+    asked = recipe.model
+    if "max_tokens" in asked.model_fields_set or found.positions is None or asked.max_tokens <= found.positions:
+        return recipe
+    model = asked.model_copy(update={"max_tokens": found.positions})
+    _check_data_limit(recipe, model)
+    say(f"model.max_tokens: {found.positions}, the positions of {asked.base}; by default it is {asked.max_tokens}")
+    return recipe.model_copy(update={"model": model})
+
+
+def _check_data_limit(recipe: Recipe, model: ModelSettings) -> None:
+    if recipe.data.max_tokens is not None and recipe.data.max_tokens > model.max_tokens:
+        raise AnchorvecError(
+            f"data.max_tokens: {recipe.data.max_tokens} is more than the {model.max_tokens} tokens that "
+            f"{model.base} reads; lower it, or set model.max_tokens"
+        )
 
 
 def _kept_model(found: ModelFolder, asked: ModelSettings, kept: list[str], replaced: list[str]) -> ModelSettings:

@@ -23,13 +23,14 @@ _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "consolidated*")
 class ModelFolder:
     """A model by its folder or hub id, and what its files say of it.
 
-    `architectures` are those of its configuration, `pooling`, `prompts` and `max_tokens` an embedder's own, None or
-    empty where it says nothing.
+    `architectures` are those of its configuration, `positions` the tokens that it has positions for, `pooling`,
+    `prompts` and `max_tokens` (a length limit) an embedder's own; None or empty where it says nothing.
     """
 
     name: str
     kind: Kind
     architectures: tuple[str, ...] = ()
+    positions: int | None = None
     pooling: str | None = None
     other_modules: tuple[str, ...] = ()
     prompts: dict[str, str] = field(default_factory=dict)
@@ -79,8 +80,10 @@ def identify(model: str | Path, *, revision: str | None = None) -> ModelFolder:
 
     modules, adapter, config = read(_MODULES), read(_ADAPTER), read(_MODEL) or {}
     architectures = tuple(config.get("architectures") or ())
+    positions = config.get("max_position_embeddings", config.get("n_positions"))
+    kind: Kind
     if modules is not None:
-        kind: Kind = "embedder" if adapter is None else "LoRA stage"
+        kind = "embedder" if adapter is None else "LoRA stage"
         types = [module["type"].rpartition(".")[2] for module in modules]
         pooling = next((module["path"] for module in modules if module["type"].endswith("Pooling")), None)
         settings = read("config_sentence_transformers.json") or {}
@@ -88,6 +91,7 @@ def identify(model: str | Path, *, revision: str | None = None) -> ModelFolder:
             str(model),
             kind,
             architectures,
+            positions=positions,
             pooling=None if pooling is None else _pooling(read(f"{pooling}/config.json") or {}),
             other_modules=tuple(name for name in types if name not in ("Transformer", "Pooling", "Normalize")),
             prompts={key: prompt for key, prompt in (settings.get("prompts") or {}).items() if prompt},
@@ -96,7 +100,8 @@ def identify(model: str | Path, *, revision: str | None = None) -> ModelFolder:
     if adapter is not None:
         return ModelFolder(str(model), "adapter", architectures)
     is_causal = ModelFolder("", "causal LM", architectures).has_head
-    return ModelFolder(str(model), "causal LM" if is_causal or not architectures else "other model", architectures)
+    kind = "causal LM" if is_causal or not architectures else "other model"
+    return ModelFolder(str(model), kind, architectures, positions=positions)
 
 
 def is_local(model: str | Path) -> bool:
