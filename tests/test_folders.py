@@ -178,7 +178,7 @@ def test_the_default_limit_is_within_the_positions_of_the_base(save_base, capsys
     assert f"model.max_tokens: 100, the positions of {base}; by default it is 512" in capsys.readouterr().err
     assert with_settings_of_base(recipe({"model.base": base, "model.max_tokens": 101})).model.max_tokens == 101
     assert with_settings_of_base(recipe({"model.base": base, "model.max_tokens": 60})).model.max_tokens == 60
-    with pytest.raises(AnchorvecError, match="data.max_tokens: 101 is more than the 100 tokens"):
+    with pytest.raises(AnchorvecError, match=r"data.max_tokens: 101 is more than the 100 tokens"):
         with_settings_of_base(recipe({"model.base": base, "data.max_tokens": 101}))
 
 
