@@ -1,10 +1,12 @@
 """What training reads of its data, and which data it refuses before any work."""
 
+import io
 import json
 
 import datasets
 import pyarrow
 import pytest
+from rich.console import Console
 from sentence_transformers import SentenceTransformer
 from transformers import AutoTokenizer
 
@@ -150,12 +152,30 @@ def test_texts_stay_on_disk_and_are_hashed_once(tmp_path, monkeypatch):
 
 
 def test_repeated_texts_do_not_end_a_stage_unnoticed(tmp_path):
-    """Where batches without duplicates run out before the planned steps, the run fails instead of stopping early."""
+    """Where no batch without duplicates can be filled, that is said before anything is trained."""
     rows = [{"query": f"q{i * (i % 2)}", "positive": f"p{i * (1 - i % 2)}"} for i in range(64)]  # q0 or p0 in each
     path = write_rows(tmp_path / "same.jsonl", rows)
     few = ["stage_one=null", "stage_two.pairs_per_step=16", "stage_two.steps=2", "stage_two.warmup_steps=0"]
-    with pytest.raises(AnchorvecError, match="repeat texts"):
-        train(load_recipe("debug", [f"output={tmp_path / 'run'}", f"data.train=[{{path: {path}}}]", *few]))
+    for command in (train, plan):
+        with pytest.raises(AnchorvecError, match="no 16 rows of same were found in which no text is there twice"):
+            command(load_recipe("debug", [f"output={tmp_path / 'run'}", f"data.train=[{{path: {path}}}]", *few]))
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_a_plan_says_how_many_steps_repeated_texts_fill(tmp_path):
+    """Before the same rows come again; the stage makes all of its steps all the same."""
+    rows = [{"query": f"q{i}", "positive": f"p{i % 20 if i < 40 else 0}"} for i in range(400)]
+    path = write_rows(tmp_path / "skewed.jsonl", rows)
+    steps = ["stage_one=null", "stage_two.pairs_per_step=18", "stage_two.steps=6", "stage_two.warmup_steps=0"]
+    recipe = load_recipe("debug", [f"output={tmp_path / 'run'}", f"data.train=[{{path: {path}}}]", *steps])
+    found = plan(recipe)
+    assert (found.steps_of_a_pass, found.full_steps) == ({"skewed": 2}, {"skewed": 22})
+    console = Console(width=500, file=io.StringIO(), record=True)
+    console.print(found)
+    assert "a pass over them fills 2 steps of Stage II, not 22" in console.export_text()
+    assert train(recipe).steps == {"stage_two": 6}
+    every = write_rows(tmp_path / "plain.jsonl", [{"query": f"q{i}", "positive": f"p{i}"} for i in range(100)])
+    assert plan(load_recipe("debug", [f"data.train=[{{path: {every}}}]", *steps])).steps_of_a_pass == {"plain": 5}
 
 
 def test_too_few_different_texts_are_refused_before_training(tmp_path):

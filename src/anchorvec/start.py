@@ -46,7 +46,7 @@ def with_settings_of_base(recipe: Recipe) -> Recipe:
 
 
 def _within_positions(recipe: Recipe, found: ModelFolder) -> Recipe:
-    """`recipe` with the positions of the causal LM `found` as its limit, where it names none and the default is more."""
+    """`recipe` with the positions of the causal LM `found` as its limit, where it names none that is lower."""
     asked = recipe.model
     if "max_tokens" in asked.model_fields_set or found.positions is None or asked.max_tokens <= found.positions:
         return recipe

@@ -208,7 +208,7 @@ CHANGES: list[tuple[str, str, str, str]] = [
     ("sampling", "data/negatives.py", "np.fromiter(map(xxh3_64_intdigest,", "np.fromiter(map(len,"),
     ("sampling", "data/negatives.py", "hashes[rows[use], 2 + number[use]] = found[use]", "hashes[rows[use], 2 + number[use]] = found[use] + 1"),
     ("sampling", "data/samplers.py", "if texts.isdisjoint(own):", "if True:"),
-    ("sampling", "data/samplers.py", "                    texts.update(own)\n", "                    texts.update(own[:1])\n"),
+    ("sampling", "data/samplers.py", "                texts.update(own)\n", "                texts.update(own[:1])\n"),
     ("sampling", "data/samplers.py", "passed_over.append((pair, waited + 1))", "pass"),
     ("sampling", "data/samplers.py", "waiting.extendleft(reversed(passed_over))", "pass"),
     ("sampling", "data/samplers.py", "manual_seed(self.seed + self.epoch)", "manual_seed(self.seed)"),

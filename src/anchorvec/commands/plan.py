@@ -55,6 +55,8 @@ class Plan:
     mended_rows: dict[str, int]
     ignored_columns: dict[str, list[str]]
     rows_with_negatives: dict[str, int]
+    steps_of_a_pass: dict[str, int]
+    full_steps: dict[str, int]
     parameters: int
     trained_parameters: dict[str, int]
     disk: dict[str, int]
@@ -80,6 +82,12 @@ class Plan:
                 shown += f" ({', '.join(f'{count:,} {what}' for what, count in changes.items() if count)})"
             if name in self.rows_with_negatives:
                 shown += f", {self.rows_with_negatives[name]:,} with hard negatives"
+            if name in self.steps_of_a_pass and self.steps_of_a_pass[name] < self.full_steps[name]:
+                shown += (
+                    f"; texts repeat: a pass over them fills {self.steps_of_a_pass[name]:,} steps of Stage II, not "
+                    f"{self.full_steps[name]:,}, and the same rows come again after that; for more lower "
+                    "stage_two.pairs_per_step"
+                )
             if columns := self.ignored_columns[name]:
                 shown += f"; not used: {', '.join(columns)}"
             table.add_row(f"pairs of {name}", shown)
@@ -138,6 +146,8 @@ def plan(recipe: Recipe | str | Path) -> Plan:
         precision=resolve_precision(recipe.model.precision),
         rows={name: report.rows for name, report in inputs.reports.items()},
         rows_with_negatives=inputs.rows_with_negatives,
+        steps_of_a_pass=inputs.steps_of_a_pass,
+        full_steps=_full_steps(recipe, inputs),
         ignored_columns={name: report.ignored_columns for name, report in inputs.reports.items()},
         rejected_rows={name: sum(report.rejected.values()) for name, report in inputs.reports.items()},
         mended_rows={name: sum(report.mended.values()) for name, report in inputs.reports.items()},
@@ -186,6 +196,14 @@ def _prepared(recipe: Recipe, run: Run, inputs: StageInputs, tokenize: PairToken
         model = load_causal_lm(run.base)
     counts = (sum(p.numel() for p in part.parameters()) for part in (model, model.base_model))
     return _Prepared(dict(sorted(stages.items())), *counts)
+
+
+def _full_steps(recipe: Recipe, inputs: StageInputs) -> dict[str, int]:
+    """The steps of Stage II that a pass over each data set would fill if no text were there twice; 1,000 at most."""
+    if recipe.stage_two is None:
+        return {}
+    size = recipe.stage_two.pairs_per_step
+    return {name: min(1_000, len(rows) // size) for name, rows in inputs.contrastive.items()}
 
 
 def _trained(model: nn.Module) -> int:

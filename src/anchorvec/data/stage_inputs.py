@@ -16,6 +16,7 @@ from sentence_transformers import SentenceTransformer
 from torch.utils.data import ConcatDataset
 
 from anchorvec.data import ContrastiveRows, Pairs, ReadReport, contrastive_rows, drawn_rows
+from anchorvec.data.samplers import steps_of_a_pass
 from anchorvec.errors import AnchorvecError
 from anchorvec.model.end import template_ids
 from anchorvec.model.packing import reads_packed
@@ -36,6 +37,7 @@ class StageInputs:
     Stage II, by the name of the data set, and empty without one. `contrastive`: query, positive, and negative_1 ..
     negative_n, which are None in rows without. `hashes` of these texts, 0 for none: (rows, columns). `prompts`: the
     instruction of each column. `rows_with_negatives` counts before weights, and is empty where none are wanted.
+    `steps_of_a_pass`: the steps of Stage II that each data set fills before its rows come again, 1,000 at most.
     """
 
     reports: dict[str, ReadReport]
@@ -44,6 +46,7 @@ class StageInputs:
     hashes: dict[str, NDArray[np.uint64]]
     prompts: dict[str, dict[str, str]]
     rows_with_negatives: dict[str, int]
+    steps_of_a_pass: dict[str, int]
 
 
 def stage_inputs(recipe: Recipe, pairs: Mapping[str, Pairs]) -> StageInputs:
@@ -52,6 +55,7 @@ def stage_inputs(recipe: Recipe, pairs: Mapping[str, Pairs]) -> StageInputs:
     Raises AnchorvecError where a step of a stage needs more pairs than there are; it would be skipped silently. For
     Stage II these must be of different texts.
     """
+    steps_of = {}
     reconstruction = []
     contrastive: dict[str, ContrastiveRows] = {}
     with_negatives, prompts = {}, {}
@@ -77,6 +81,7 @@ def stage_inputs(recipe: Recipe, pairs: Mapping[str, Pairs]) -> StageInputs:
         for name, rows in contrastive.items():
             _check_rows("stage_two", recipe.stage_two.pairs_per_step, len(rows.hashes), name)
             _check_texts(name, rows, recipe.stage_two.pairs_per_step)
+            steps_of[name] = _steps_of_a_pass(name, rows, recipe.stage_two.pairs_per_step, recipe.seed)
     return StageInputs(
         reports={name: part.report for name, part in pairs.items()},
         reconstruction=ConcatDataset(reconstruction),
@@ -84,6 +89,7 @@ def stage_inputs(recipe: Recipe, pairs: Mapping[str, Pairs]) -> StageInputs:
         hashes={name: rows.hashes for name, rows in contrastive.items()},
         prompts=prompts,
         rows_with_negatives=with_negatives,
+        steps_of_a_pass=steps_of,
     )
 
 
@@ -112,6 +118,16 @@ def _check_texts(name: str, rows: ContrastiveRows, pairs_per_step: int) -> None:
                 f"stage_two.pairs_per_step: {pairs_per_step} is more than the {different} different texts in the "
                 f"column {column} of {name}; a step has none twice; lower it"
             )
+
+
+def _steps_of_a_pass(name: str, rows: ContrastiveRows, pairs_per_step: int, seed: int) -> int:
+    steps = steps_of_a_pass(rows.hashes, pairs_per_step, seed=seed)
+    if not steps:
+        raise AnchorvecError(
+            f"stage_two.pairs_per_step: no {pairs_per_step} rows of {name} were found in which no text is there twice, "
+            "as its texts repeat so often; lower it"
+        )
+    return steps
 
 
 def reconstructs(recipe: Recipe) -> Literal["text", "bag_of_words"] | None:
