@@ -140,22 +140,23 @@ def evaluate(
     json_file: JsonFile = None,
 ) -> None:
     """Score a model on BEIR folders and MTEB tasks."""
-    from anchorvec.evaluation import bm25_scores, scores_table
+    from anchorvec.evaluation import bm25_scores, check_test_data, scores_table
     from anchorvec.evaluation import evaluate as run
 
     _quiet()
     if bm25 and not data:
         raise AnchorvecError("--bm25: it is scored on folders; name one with --data")
+    folders = check_test_data(data=data or [], tasks=task or [])
     scores = run(
         model,
-        data=data or [],
+        data=folders,
         tasks=task or [],
         batch_size=batch_size,
         instruction=instruction,
         show_progress_bar=True,
     )
     if bm25:
-        scores |= {f"{folder.name} (BM25)": bm25_scores(folder) for folder in data or []}
+        scores |= {f"{folder.name} (BM25)": bm25_scores(folder) for folder in folders}
     console.print(scores_table(scores, title=model))
     _write(json_file, {name: value.to_dict() for name, value in scores.items()})
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import mteb
 from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from mteb.abstasks.task_metadata import TaskMetadata
-from mteb.models import ModelMeta, SentenceTransformerEncoderWrapper
+from mteb.models import EncoderProtocol, ModelMeta, SearchEncoderWrapper, SentenceTransformerEncoderWrapper
 from sentence_transformers import SentenceTransformer
 
 from anchorvec.errors import AnchorvecError
@@ -108,6 +108,31 @@ def searcher(model: Any) -> Any:
     """`model`, which has `index` and `search`, with the description of itself that mteb wants of a searcher."""
     model.mteb_model_meta = ModelMeta.create_empty()
     return model
+
+
+def without_own(model: Any, own: Collection[str]) -> Any:
+    """`model`, an encoder or a searcher, that ranks no document for the query of the same id where `own` has this id.
+
+    mteb's `ignore_identical_ids` would go by the id alone, for all queries of a task.
+    """
+    if not own:
+        return model
+    return searcher(_WithoutOwn(SearchEncoderWrapper(model) if isinstance(model, EncoderProtocol) else model, own))
+
+
+class _WithoutOwn:
+    def __init__(self, ranks: Any, own: Collection[str]) -> None:
+        self._ranks = ranks
+        self._own = own
+
+    def index(self, corpus: Any, **options: Any) -> None:
+        self._ranks.index(corpus, **options)
+
+    def search(self, queries: Any, **options: Any) -> dict[str, dict[str, float]]:
+        rankings: dict[str, dict[str, float]] = self._ranks.search(queries, **options)
+        for query in self._own:
+            rankings.get(query, {}).pop(query, None)
+        return rankings
 
 
 @contextmanager

@@ -5,6 +5,7 @@ A folder holds `corpus.jsonl`, `queries.jsonl` and `qrels/test.tsv`.
 
 import hashlib
 import json
+import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -41,12 +42,26 @@ class BeirData:
             digest.update(b"\n")
         return digest.hexdigest()
 
+    @cached_property
+    def own_documents(self) -> frozenset[str]:
+        """Ids of the queries that are documents as well: the same id and, white space aside, the same text.
+
+        A document's text is its title and text joined. Equal ids alone mean nothing, for many collections number their
+        queries and their documents independently. Such a document is left out of the ranking of its own query.
+        """
+        return frozenset(
+            query
+            for query, text in self.queries.items()
+            if query in self.corpus and document_text(self.corpus[query]).split() == text.split()
+        )
+
 
 def load_beir(folder: str | Path) -> BeirData:
     """The test collection in `folder`, named after it; queries without a judgement are dropped.
 
     - `folder`: holds the three files, each plain or with `.gz` behind its name; a leading `~` is the home folder.
 
+    Warns of queries that are documents too, which `own_documents` says, with their number.
     Raises AnchorvecError with `file:line` for a row that cannot be used, a repeated id, or a judgement of a
     query or document that does not exist.
     """
@@ -90,7 +105,14 @@ def load_beir(folder: str | Path) -> BeirData:
         raise AnchorvecError(f"{path}: there is no judgement; write rows of query-id, corpus-id and score")
 
     judged = {query: text for query, text in queries.items() if query in qrels}
-    return BeirData(corpus, judged, qrels, name=folder.resolve().name)
+    data = BeirData(corpus, judged, qrels, name=folder.resolve().name)
+    if data.own_documents:
+        warnings.warn(
+            f"{data.name}: queries that stand in the corpus, by id and text: {len(data.own_documents):,}; "
+            "each is left out of its own ranking",
+            stacklevel=2,
+        )
+    return data
 
 
 def write_beir(data: BeirData, folder: str | Path) -> None:

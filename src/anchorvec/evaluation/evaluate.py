@@ -35,6 +35,7 @@ def evaluate(
 ) -> dict[str, Scores]:
     """The scores of `model` on every folder of `data` and every MTEB task of `tasks`.
 
+    A registered task leaves out what mteb says, a folder each query's own document (`BeirData.own_documents`).
     The keys are names of folders and tasks; a retrieval task of several splits or subsets (languages) has one
     entry for each, `TASK/SPLIT/SUBSET`. A folder is read and scored without network and writes nothing;
     an MTEB task is fetched to the cache of Hugging Face.
@@ -66,8 +67,10 @@ def evaluate(
             warn_of_named_prompts(model, list(all_tasks))
         device, dtype = str(model.device), str(next(model.parameters()).dtype).removeprefix("torch.")
         encoder = _mteb.encoder(model, instruction)
+        own = {part.name: kind_of_data(part).own_documents(part) for part in local}
         for name, task in all_tasks.items():
-            run = partial(_mteb.run, encoder, task, batch_size=batch_size, show_progress_bar=show_progress_bar)
+            system = _mteb.without_own(encoder, own.get(name, ()))
+            run = partial(_mteb.run, system, task, batch_size=batch_size, show_progress_bar=show_progress_bar)
             results |= _scores(name, task, run, device=device, dtype=dtype, seed=seed)
     return results
 
@@ -112,7 +115,8 @@ def bm25_scores(data: str | Path | LocalData, *, seed: int = 0) -> Scores:
         from anchorvec.evaluation.bm25 import Bm25
 
         task = _mteb.local_task(RETRIEVAL, local)
-        run = partial(_mteb.run, _mteb.searcher(Bm25()), task)
+        system = _mteb.without_own(_mteb.searcher(Bm25()), RETRIEVAL.own_documents(local))
+        run = partial(_mteb.run, system, task)
         [scores] = _scores(local.name, task, run, device="cpu", dtype="float32", seed=seed).values()
     return scores
 
