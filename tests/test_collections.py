@@ -9,11 +9,9 @@ from pathlib import Path
 import pytest
 
 from anchorvec.errors import AnchorvecError
-from anchorvec.evaluation import (
-    BeirData,
-    load_beir,
-)
+from anchorvec.evaluation import BeirData, bm25_scores, load_beir
 from anchorvec.evaluation import write_beir as write_collection
+from anchorvec.files import without_surrogates
 
 ANIMALS = ["cat", "dog", "horse", "sheep", "goat", "cow", "duck", "goose"]  # each answers a query
 ANIMALS += ["hen", "fox", "wolf", "bear", "deer", "mouse", "owl", "crow"]
@@ -157,7 +155,7 @@ def test_a_judgement_of_a_document_that_is_the_query_itself_is_left_out(tmp_path
         queries="".join(json.dumps(row) + "\n" for row in rows),
         qrels=judgements("d3 d3 1", "d3 d5 1", "d4 d4 1"),
     )
-    with pytest.warns(UserWarning) as said:
+    with pytest.warns(UserWarning, match="left out") as said:
         data = load_beir(folder)
     assert data.qrels == {"d3": {"d5": 1}, "d4": {"d4": 1}}
     assert re.search(r"left out: 1 of a document that is the query itself \(first: \S*:2\)$", str(said[0].message))
@@ -187,3 +185,46 @@ def test_ids_titles_and_grades_are_read_as_other_programs_write_them(tmp_path: P
         {"0": {"0": 1, "03": 2}, "1": {"-1": 3}, "2": {str(2**70): 0}, "3": {"03": -1}},
         name="loose",
     )
+
+
+def test_half_a_surrogate_pair_is_read_as_a_replacement_character(tmp_path: Path) -> None:
+    """In texts, titles and ids, of documents and of queries; whole pairs are characters; one line counts the texts."""
+    folder = write_beir(
+        tmp_path / "halves",
+        corpus=r'{"_id": "d0", "title": "a\ud83d", "text": "\ude00b \ud83d\ude00"}' + "\n"
+        r'{"_id": "d1", "text": "\ud83d\ude00", "other": "\ud83d", "title": NaN}' + "\n"
+        r'{"_id": "d\udfff", "text": "c"}' + "\n",
+        queries='{"_id": "q0", "text": "plain"}\n' r'{"_id": "q1", "text": "\ud83d \ud83d"}' "\n",
+        qrels=judgements("q0 d0 1", "q1 d\ufffd 1"),
+    )
+    with pytest.warns(UserWarning, match=r"^halves: .* U\+FFFD: 4 \(first: \S*corpus\.jsonl:1\)$") as said:
+        data = load_beir(folder)
+    assert data.corpus["d0"] == {"title": "a\ufffd", "text": "\ufffdb \N{GRINNING FACE}"}
+    assert list(data.corpus) == ["d0", "d1", "d\ufffd"]
+    assert data.queries == {"q0": "plain", "q1": "\ufffd \ufffd"}
+    assert len(said) == 1
+    bm25_scores(data)
+
+
+@pytest.mark.parametrize(
+    ("text", "mended"),
+    [
+        ("", ""),
+        ("na\u00efve \N{GRINNING FACE}\ufeff", "na\u00efve \N{GRINNING FACE}\ufeff"),
+        ("\ud83d\ude00", "\N{GRINNING FACE}"),
+        ("a\ud83db", "a\ufffdb"),
+        ("\ude00\ud83d", "\ufffd\ufffd"),
+        ("\ud83d\ud83d\ude00\n", "\ufffd\N{GRINNING FACE}\n"),
+    ],
+)
+def test_surrogates_are_joined_or_replaced(text: str, mended: str) -> None:
+    """A pair is its character, a half alone U+FFFD; all else stays, a byte order mark too."""
+    assert without_surrogates(text) == mended
+    assert without_surrogates(mended) == mended
+
+
+@pytest.mark.parametrize("row", ["[" * 100_000, '{"_id": ' + "7" * 5_000 + "}"], ids=["deep", "long"])
+def test_what_the_json_reader_gives_up_on_has_its_place(tmp_path: Path, row: str) -> None:
+    """Lists in lists without end, and numbers of thousands of digits."""
+    with pytest.raises(AnchorvecError, match=r"corpus\.jsonl:1: this is no JSON"):
+        load_beir(write_beir(tmp_path / "animals", corpus=f"{row}\n"))

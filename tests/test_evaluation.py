@@ -352,3 +352,10 @@ def test_bm25_gives_zero_to_a_query_without_a_shared_word(collection: BeirData) 
     queries = QUERIES | {"q1": "whale", "q2": "of the"}
     per_query = bm25_scores(BeirData(CORPUS, queries, QRELS)).per_item["ndcg_at_10"]
     assert per_query == {query: float(query not in {"q1", "q2"}) for query in QUERIES}
+
+
+def test_bm25_finds_nothing_where_no_document_has_a_word() -> None:
+    """Single characters and stop words alone are no words of BM25; the scores are 0."""
+    corpus = {"d0": {"title": "", "text": "\u65e5"}, "d1": {"title": "of", "text": "the"}}
+    data = BeirData(corpus, {"q0": "\u65e5", "q1": "a word"}, {"q0": {"d0": 1}, "q1": {"d1": 1}})
+    assert bm25_scores(data).per_item["ndcg_at_10"] == {"q0": 0.0, "q1": 0.0}

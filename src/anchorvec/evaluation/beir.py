@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anchorvec.errors import AnchorvecError
-from anchorvec.files import plain_or_gzipped, read_json_lines, read_lines, user_path, write_json_lines, write_text
+from anchorvec.files import (
+    plain_or_gzipped,
+    read_json_lines,
+    read_lines,
+    user_path,
+    without_surrogates,
+    write_json_lines,
+    write_text,
+)
 
 if TYPE_CHECKING:
     from anchorvec.data.docstrings import DocstringData
@@ -65,19 +73,25 @@ def load_beir(folder: str | Path) -> BeirData:
     - `folder`: holds the three files, each plain or with `.gz` behind its name; a leading `~` is the home folder.
 
     Whole numbers are ids as texts are, a missing or null title is empty, and a grade may be written `1.0`. Judgements
-    of a query or a document that is not there are left out, and so is that of `own_documents`; a warning says how many.
+    of a query or a document that is not there are left out, and so is that of `own_documents`; lone surrogates are
+    replaced. Warnings count all this.
     Raises AnchorvecError with `file:line` for a row that cannot be used and a repeated id, and where no judgement is
     left.
     """
     folder = user_path(folder)
     if not folder.is_dir():
         raise AnchorvecError(f"{folder}: there is no such folder; name one in BEIR layout")
-    name = folder.resolve().name
+    name = without_surrogates(folder.resolve().name)
+    mended: list[str] = []
     corpus = {
         document: {"title": _text(row, "title", place, default=""), "text": _text(row, "text", place)}
-        for document, place, row in _rows_by_id(folder / "corpus.jsonl", "document")
+        for document, place, row in _rows_by_id(folder / "corpus.jsonl", "document", mended)
     }
-    queries = {query: _text(row, "text", place) for query, place, row in _rows_by_id(folder / "queries.jsonl", "query")}
+    queries = {
+        query: _text(row, "text", place) for query, place, row in _rows_by_id(folder / "queries.jsonl", "query", mended)
+    }
+    if mended:
+        _warn(f"{name}: texts with half a surrogate pair, read as U+FFFD: {len(mended):,} (first: {mended[0]})")
     qrels = _qrels(folder, BeirData(corpus, queries, {}, name=name))
     judged = {query: text for query, text in queries.items() if query in qrels}
     data = BeirData(corpus, judged, qrels, name=name)
@@ -118,10 +132,17 @@ def document_text(document: dict[str, str]) -> str:
     return f"{document['title']} {document['text']}".strip()
 
 
-def _rows_by_id(path: Path, what: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Each row of a JSON Lines file, plain or gzipped, with its id, which must be that of one row alone, and place."""
+def _rows_by_id(path: Path, what: str, mended: list[str]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """The id, place and row of each line of a JSON Lines file, plain or gzipped; ids must differ.
+
+    Lone surrogates are replaced; the place of each such text is added to `mended`.
+    """
     seen: set[str] = set()
-    for place, row in read_json_lines(plain_or_gzipped(path)):
+    for place, read in read_json_lines(plain_or_gzipped(path)):
+        texts = {name: read[name] for name in ("_id", "title", "text") if isinstance(read.get(name), str)}
+        whole = {name: without_surrogates(text) for name, text in texts.items()}
+        mended += [place] * sum(whole[name] != text for name, text in texts.items())
+        row = read | whole
         key = row.get("_id")
         key = str(key) if type(key) is int else _text(row, "_id", place)
         if key in seen:
