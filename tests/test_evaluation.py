@@ -231,7 +231,8 @@ def test_another_kind_of_task_is_one_entry_of_the_table(
     scores = evaluate(model, data=[write_beir(tmp_path / "animals"), tmp_path / "sentences"])
     assert list(scores["animals"].per_item) == ["ndcg_at_10", "recall_at_10", "mrr_at_10"]
     of_pairs = scores["sentences"]
-    sides = (model.encode([str(row[side]) for row in rows], prompt="") for side in ("sentence1", "sentence2"))
+    prompt = PROMPTS["query"]  # nothing else is stored for such texts
+    sides = (model.encode([str(row[side]) for row in rows], prompt=prompt) for side in ("sentence1", "sentence2"))
     cosine = model.similarity_pairwise(*sides).tolist()
     assert list(of_pairs.per_item["cosine"].values()) == pytest.approx(cosine, abs=1e-5)
     assert of_pairs.main_score == pytest.approx(spearmanr(cosine, [row["score"] for row in rows])[0], abs=1e-5)

@@ -41,7 +41,10 @@ JsonFile = Annotated[
     typer.Option("--json", metavar="FILE", help="Write the result to FILE as JSON.", callback=_writable),
 ]
 Instruction = Annotated[
-    str | None, typer.Option(help="Put before each query, in place of the prompt that is stored with the model.")
+    str | None,
+    typer.Option(
+        help="Put before each query, or text of a task without queries, in place of the prompt stored with the model."
+    ),
 ]
 ModelFolder = Annotated[str, typer.Argument(metavar="MODEL", help="A folder with an embedder, or a hub id.")]
 
@@ -228,6 +231,7 @@ def _quiet() -> None:
     transformers_logging.disable_progress_bar()
     disable_datasets_bar()
     logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
+    logging.getLogger("mteb").setLevel(logging.ERROR)  # it says that prompts are ignored, which are not
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     warnings.showwarning = show_warning
 

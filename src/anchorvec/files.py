@@ -27,8 +27,8 @@ def user_path(path: str | Path) -> Path:
 def without_surrogates(text: str) -> str:
     """`text` with U+FFFD in place of each lone surrogate, which no tokenizer and no UTF-8 file takes.
 
-    JSON can hold half of a pair as `\\ud83d`, and so can what is cut between the two. Two halves that stand together
-    become their character. A text without any is given back as it is.
+    JSON can escape half of a pair, and a text may have been cut between the two. Halves that stand together become
+    their character; a text without any is given back as it is.
     """
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
