@@ -57,7 +57,7 @@ def run(
     recipe = with_pairs(recipe, data, run.pairs)
     unscored = recipe.model_copy(update={"evaluation": EvaluationSettings()})
     budget = Budget(minutes + EXPORT_SECONDS / 60, stage_one_share=stage_one_share)
-    trained = run_stages(unscored, run, load_training_data(recipe), budget=budget)
+    trained = run_stages(unscored, run, load_training_data(recipe), [], budget=budget)
     bf16 = resolve_precision(recipe.model.precision) == "bf16"
     model = load_encoder(run.newest(), torch.bfloat16 if bf16 else torch.float32)
     [scores] = evaluate(model, data=[run.score_set]).values()

@@ -41,7 +41,10 @@ JsonFile = Annotated[
     typer.Option("--json", metavar="FILE", help="Write the result to FILE as JSON.", callback=_writable),
 ]
 Instruction = Annotated[
-    str | None, typer.Option(help="Put before each query, in place of the prompt that is stored with the model.")
+    str | None,
+    typer.Option(
+        help="Put before each query, or text of a task without queries, in place of the prompt stored with the model."
+    ),
 ]
 ModelFolder = Annotated[str, typer.Argument(metavar="MODEL", help="A folder with an embedder, or a hub id.")]
 
@@ -141,22 +144,23 @@ def evaluate(
     json_file: JsonFile = None,
 ) -> None:
     """Score a model on BEIR folders and MTEB tasks."""
-    from anchorvec.evaluation import bm25_scores, scores_table
+    from anchorvec.evaluation import bm25_scores, check_test_data, scores_table
     from anchorvec.evaluation import evaluate as run
 
     _quiet()
     if bm25 and not data:
         raise AnchorvecError("--bm25: it is scored on folders; name one with --data")
+    folders = check_test_data(data=data or [], tasks=task or [])
     scores = run(
         model,
-        data=data or [],
+        data=folders,
         tasks=task or [],
         batch_size=batch_size,
         instruction=instruction,
         show_progress_bar=True,
     )
     if bm25:
-        scores |= {f"{folder.name} (BM25)": bm25_scores(folder) for folder in data or []}
+        scores |= {f"{folder.name} (BM25)": bm25_scores(folder) for folder in folders}
     console.print(scores_table(scores, title=model))
     _write(json_file, {name: value.to_dict() for name, value in scores.items()})
 
@@ -228,6 +232,7 @@ def _quiet() -> None:
     transformers_logging.disable_progress_bar()
     disable_datasets_bar()
     logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
+    logging.getLogger("mteb").setLevel(logging.ERROR)  # it says that prompts are ignored, which are not
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     warnings.showwarning = show_warning
 

@@ -8,7 +8,7 @@ import math
 import platform
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +21,7 @@ from anchorvec.data import read_pairs
 from anchorvec.data.stage_inputs import StageInputs, stage_inputs
 from anchorvec.device import check_one_device, device_name, resolve_precision
 from anchorvec.errors import AnchorvecError
-from anchorvec.evaluation import Scores, bm25_scores, check_test_data, evaluate, scores_table
+from anchorvec.evaluation import LocalData, Scores, bm25_scores, check_test_data, evaluate, scores_table
 from anchorvec.exporting.folder import Exported, export
 from anchorvec.files import write_json
 from anchorvec.model.loading import load_encoder
@@ -132,20 +132,24 @@ def train(recipe: Recipe | str | Path, *, budget: Budget | None = None, on_log: 
     budget = budget or Budget()
     check_one_device()
     run = Run.create(recipe.output)
-    check_test_data(data=recipe.evaluation.data, tasks=recipe.evaluation.tasks)
-    return run_stages(recipe, run, load_training_data(recipe), budget=budget, on_log=on_log)
+    tests = check_test_data(data=recipe.evaluation.data, tasks=recipe.evaluation.tasks)
+    return run_stages(recipe, run, load_training_data(recipe), tests, budget=budget, on_log=on_log)
 
 
 def run_stages(
     recipe: Recipe,
     run: Run,
     inputs: StageInputs,
+    tests: Sequence[LocalData],
     *,
     budget: Budget,
     record: Mapping[str, Any] | None = None,
     on_log: OnLog | None = None,
 ) -> TrainResult:
-    """`train` in the new folder of `run`, on data that are read already; `record` is added to the run's record."""
+    """`train` in the new folder of `run`, on `inputs` and `tests` that are read already.
+
+    `record` is added to the run's record.
+    """
     stage = build_base(recipe, run.base)
     save_recipe(recipe, run.recipe)
     write_json(run.record, describe_run(recipe, inputs) | dict(record or {}))
@@ -153,9 +157,9 @@ def run_stages(
     if recipe.evaluation.bm25 and not recipe.evaluation.data:
         say("evaluation.bm25: there is no folder in evaluation.data to score it on")
     elif recipe.evaluation.bm25:
-        _score(recipe, run, scores, "bm25", None)
+        _score(recipe, run, tests, scores, "bm25", None)
     # before training, so that a task that cannot be fetched costs nothing
-    scoring = _score(recipe, run, scores, "untrained", stage)
+    scoring = _score(recipe, run, tests, scores, "untrained", stage)
     budget.check(len(recipe.stages), scoring)
     for i, name in enumerate(recipe.stages):
         deadline = budget.deadline(len(recipe.stages) - i, scoring)
@@ -166,7 +170,7 @@ def run_stages(
         if deadline is not None:
             recipe = with_steps(recipe, name, run.steps()[name])
             save_recipe(recipe, run.recipe)
-        _score(recipe, run, scores, name, stage)
+        _score(recipe, run, tests, scores, name, stage)
     say("exporting, and comparing the export with the run")
     exported = export(run.folder, run.model)
     return TrainResult(
@@ -174,21 +178,23 @@ def run_stages(
     )
 
 
-def _score(recipe: Recipe, run: Run, scores: Scored, system: str, model: Path | None) -> float:
+def _score(
+    recipe: Recipe, run: Run, tests: Sequence[LocalData], scores: Scored, system: str, model: Path | None
+) -> float:
     """Add the scores of `model`, or of BM25, and write all; the seconds it took, 0 where nothing is scored."""
     settings = recipe.evaluation
-    if not settings.data and not settings.tasks:
+    if not tests and not settings.tasks:
         return 0.0
     start = time.monotonic()
     say(f"scoring: {TITLES[system]}")
     release_freed_memory()  # of a finished stage
     if model is None:
-        scores[system] = {Path(folder).resolve().name: bm25_scores(folder) for folder in settings.data}
+        scores[system] = {test.name: bm25_scores(test) for test in tests}
     else:
         bf16 = resolve_precision(settings.precision) == "bf16"
         scores[system] = evaluate(
             load_encoder(model, torch.bfloat16 if bf16 else torch.float32),
-            data=settings.data,
+            data=tests,
             tasks=settings.tasks,
             batch_size=settings.batch_size,
             show_progress_bar=sys.stderr.isatty(),

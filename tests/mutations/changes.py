@@ -66,7 +66,7 @@ CHANGES: list[tuple[str, str, str, str]] = [
     ("key stage_two.in_batch_negatives", "training/stage_two.py", "if stage.two.in_batch_negatives == \"random\":", "if True:"),
     ("key stage_two.negatives", "data/stage_inputs.py", "contrastive_rows(dataset, negatives=recipe.stage_two.negatives)", "contrastive_rows(dataset, negatives=min(1, recipe.stage_two.negatives))"),
     ("key stage_two", "pipeline.py", "(self.stage_one_share if stages > 1 else 1.0)", "self.stage_one_share"),
-    ("key evaluation.data", "pipeline.py", "            data=settings.data,\n            tasks", "            data=settings.data[:0],\n            tasks"),
+    ("key evaluation.data", "pipeline.py", "            data=tests,\n            tasks", "            data=tests[:0],\n            tasks"),
     ("key evaluation.tasks", "pipeline.py", "tasks=settings.tasks,\n            batch", "tasks=[],\n            batch"),
     ("key evaluation.batch_size", "pipeline.py", "batch_size=settings.batch_size", "batch_size=32"),
     ("key evaluation.precision", "pipeline.py", "resolve_precision(settings.precision) == \"bf16\"", "resolve_precision(\"fp32\") == \"bf16\""),

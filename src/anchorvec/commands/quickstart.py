@@ -12,7 +12,7 @@ from rich.table import Table
 from anchorvec.data import DocstringData, docstrings
 from anchorvec.device import check_one_device
 from anchorvec.errors import AnchorvecError
-from anchorvec.evaluation import Scores, docstring_collection, require_extra, scores_table, write_beir
+from anchorvec.evaluation import Scores, check_test_data, docstring_collection, require_extra, scores_table, write_beir
 from anchorvec.exporting.folder import Exported
 from anchorvec.files import write_json, write_text
 from anchorvec.pipeline import TITLES, Budget, load_training_data, run_stages
@@ -83,7 +83,8 @@ def quickstart(
     data = docstrings.quickstart_data(seed=seed, n_queries=n_queries, n_documents=n_documents)
     write_beir(docstring_collection(data), run.score_set)
     recipe = on_score_set(with_pairs(recipe, data, run.pairs), run.score_set)
-    trained = run_stages(recipe, run, load_training_data(recipe), budget=budget, record={"score_set": data.description})
+    inputs, tests = load_training_data(recipe), check_test_data(data=recipe.evaluation.data)
+    trained = run_stages(recipe, run, inputs, tests, budget=budget, record={"score_set": data.description})
     result = QuickstartResult(
         output=trained.output,
         model=trained.export.folder,
