@@ -20,10 +20,9 @@ from numpy.typing import NDArray
 
 from anchorvec.data.rows import COLUMNS, REQUIRED, SURROGATE, RejectedRow, SourceRow, missing, source_rows
 from anchorvec.errors import AnchorvecError
-from anchorvec.files import user_path
+from anchorvec.files import user_path, without_surrogates
 
 EXAMPLES_PER_KIND = 3
-REPLACEMENT = "\ufffd"
 HALF_PAIR = "with half of a surrogate pair, now U+FFFD"
 _SCHEMA = pa.schema({"query": pa.string(), "positive": pa.string(), "negatives": pa.list_(pa.string())})
 _ROWS_PER_BATCH = 1_000
@@ -182,7 +181,7 @@ def _checked(row: SourceRow) -> _Checked:
         if not isinstance(value, str):
             found = "null" if value is None else f"of type {type(value).__name__}"
             raise RejectedRow("not a string", f"{column} is {found}, not a string")
-        texts.append(SURROGATE.sub(REPLACEMENT, value))
+        texts.append(without_surrogates(value))
         if not texts[-1].strip():
             raise RejectedRow("empty", f"{column} is empty")
     query, positive = texts
@@ -192,7 +191,7 @@ def _checked(row: SourceRow) -> _Checked:
         raise RejectedRow("not a string", f"negatives is of type {type(listed).__name__}, not a list of texts")
     single = content.get("negative")
     given = ([] if single is None else [single]) + listed
-    wanted = [SURROGATE.sub(REPLACEMENT, text) for text in given if isinstance(text, str)]
+    wanted = [without_surrogates(text) for text in given if isinstance(text, str)]
     own = {"", query.strip(), positive.strip()}
     negatives = [text for text in dict.fromkeys(wanted) if text.strip() not in own]
     halves = any(isinstance(text, str) and SURROGATE.search(text) for text in (*map(content.get, REQUIRED), *given))
