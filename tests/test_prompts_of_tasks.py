@@ -141,6 +141,14 @@ def test_an_instruction_leaves_documents_their_own_prompt(
         assert_read_with(model, encoded, {"query": "Instruct: ", "document": "D: "})
 
 
+def test_a_task_made_of_others_has_the_main_score_alone(model: SentenceTransformer, encoded: Encoded) -> None:
+    """Its parts are read with the instruction."""
+    [scores] = evaluate(model, tasks=["MockAggregatedTask"], instruction="Say: ").values()
+    assert scores.metrics == {}
+    assert 0 <= scores.main_score <= 1
+    assert_read_with(model, encoded, {None: "Say: ", "query": "Say: ", "document": ""})
+
+
 @pytest.mark.parametrize(
     ("task", "what"), [("MockImageClassificationTask", "image"), ("MockAny2AnyRetrievalT2ITask", "image")]
 )

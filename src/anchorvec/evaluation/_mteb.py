@@ -10,6 +10,7 @@ from typing import Any
 
 import mteb
 from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from mteb.abstasks.aggregated_task import AbsTaskAggregate
 from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.models import EncoderProtocol, ModelMeta, SearchEncoderWrapper, SentenceTransformerEncoderWrapper
 from mteb.types import PromptType
@@ -29,7 +30,7 @@ class Outcome:
     mteb_type: str
     main_score: float
     subsets: list[SubsetScores]
-    """One for each subset and split; none where no kind reads tasks of this type back."""
+    """One for each subset and split; none where no kind reads tasks of this type back, or the task averages others."""
 
 
 def run(model: Any, task: Any, *, batch_size: int = 32, show_progress_bar: bool = False) -> Outcome:
@@ -37,7 +38,8 @@ def run(model: Any, task: Any, *, batch_size: int = 32, show_progress_bar: bool 
 
     `batch_size` texts are encoded at a time; `show_progress_bar` shows bars on stderr.
     """
-    kind = kind_of_mteb_type(task.metadata.type)
+    # A task made of others (CQADupstackRetrieval) only averages their scores.
+    kind = None if isinstance(task, AbsTaskAggregate) else kind_of_mteb_type(task.metadata.type)
     subsets = [] if kind is None else kind.record(task)
     with _quiet_datasets():
         result = mteb.evaluate(
