@@ -238,7 +238,7 @@ def _quiet() -> None:
 
 
 def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    """One line on stderr, without the line of code that it comes from."""
+    """`message` as one line on stderr, without the line of code that it comes from."""
     terminal(stderr=True).print(Text.assemble(("warning: ", "bold yellow"), str(message)), soft_wrap=True)
 
 

@@ -148,7 +148,7 @@ def run_stages(
 ) -> TrainResult:
     """`train` in the new folder of `run`, on `inputs` and `tests` that are read already.
 
-    `record` is added to the run's record.
+    `recipe`, `budget` and `on_log` are as there. `record` is added to the run's record.
     """
     stage = build_base(recipe, run.base)
     save_recipe(recipe, run.recipe)
@@ -229,7 +229,7 @@ def load_training_data(recipe: Recipe) -> StageInputs:
 
 
 def describe_run(recipe: Recipe, inputs: StageInputs) -> dict[str, Any]:
-    """What a reader needs to repeat the run, beside the recipe: versions, machine, seed, data."""
+    """What a reader needs to repeat the run beside `recipe`: versions, machine, seed, and what `inputs` were read."""
     packages = [
         "anchorvec",
         "torch",

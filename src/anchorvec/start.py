@@ -94,7 +94,7 @@ def _with_prompts(source: TrainData, prompts: dict[str, str]) -> TrainData:
 
 
 def stored_prompts(recipe: Recipe) -> dict[str, str]:
-    """The prompts that are stored with the model (T15).
+    """The prompts that are stored with the model that `recipe` trains (T15).
 
     `query` and `document` are the instructions that all data sets share. Where data sets differ there is none by
     default, and each one's are stored as `NAME-query` and `NAME-document`, the keys that mteb looks up too.

@@ -40,10 +40,11 @@ _CONSIDERED = 8
 
 
 class _WholeEpochs(DefaultBatchSampler):
-    """A batch sampler for sentence-transformers' trainer: full batches, in an epoch as many as its length says.
+    """A batch sampler of `dataset` for sentence-transformers' trainer: in an epoch as many batches as its length says.
 
-    Where pairs are left over because they fit into no batch, the pairs are gone through once more until the epoch has
-    all its batches; without a single batch, the epoch ends. Epoch and seed decide the batches.
+    They are full; `options` are those of the library's own samplers. Where pairs are left over because they fit into no
+    batch, the pairs are gone through once more until the epoch has all its batches; without a single batch, the epoch
+    ends. Epoch and seed decide the batches.
     """
 
     def __init__(self, dataset: Dataset, **options: Any) -> None:
@@ -68,7 +69,7 @@ class _WholeEpochs(DefaultBatchSampler):
 
 
 class DifferentTexts(_WholeEpochs):
-    """Batches of random pairs.
+    """Batches of random pairs of `dataset`.
 
     `hashes`: for each data set by its name, those of all texts of its pairs, (pairs, texts); 0 is no text. A pair that
     has a text of the batch already waits for the next one, `PATIENCE` times at most: the time that an epoch takes grows
@@ -86,7 +87,7 @@ class DifferentTexts(_WholeEpochs):
 def different_texts(hashes: NDArray[np.uint64], size: int, generator: torch.Generator) -> Iterator[list[int]]:
     """Batches of `size` pairs without a text twice, of all pairs in random order, but for those that are left over.
 
-    `hashes`: (pairs, texts), 0 is no text.
+    `hashes`: (pairs, texts), 0 is no text. `generator` decides the order.
     """
     fresh = map(int, torch.randperm(len(hashes), generator=generator, dtype=torch.int32).numpy())
     waiting: deque[tuple[int, int]] = deque()  # pairs, and how often each has waited
@@ -127,7 +128,7 @@ def steps_of_a_pass(hashes: NDArray[np.uint64], size: int, *, seed: int, most: i
 
 
 class SimilarPairs(_WholeEpochs):
-    """Batches of similar pairs; the columns are query, document and hard negatives, which are None where there is none.
+    """Batches of similar pairs of `dataset`; its columns are query, document and hard negatives, None where none is.
 
     `word_vectors` gives the vectors (texts, dim) of texts, of length 1 or 0, `prompts` what is put before the texts of
     each data set's columns first. Pairs are left over where they do not fill the last batch of a block of `BLOCK`

@@ -131,14 +131,17 @@ def _steps_of_a_pass(name: str, rows: ContrastiveRows, pairs_per_step: int, seed
 
 
 def reconstructs(recipe: Recipe) -> Literal["text", "bag_of_words"] | None:
-    """What is reconstructed from an embedding, in Stage I or else beside Stage II's loss; None: nothing."""
+    """What `recipe` reconstructs from an embedding, in Stage I or else beside Stage II's loss; None: nothing."""
     if recipe.stage_one is not None:
         return recipe.stage_one.target
     return "bag_of_words" if recipe.stage_two is not None and recipe.stage_two.bag_of_words_weight else None
 
 
 def check_instructions(recipe: Recipe, tokenizer: Any) -> None:
-    """Raise AnchorvecError for a length limit in training, or an instruction, that leaves no room for a text."""
+    """Raise AnchorvecError for a length limit in training, or an instruction, that leaves no room for a text.
+
+    `recipe` has them, `tokenizer`, the embedder's, adds what stands around every text.
+    """
     limit = recipe.training_tokens
     key = "model.max_tokens" if recipe.data.max_tokens is None else "data.max_tokens"
     around = len(tokenizer("")["input_ids"])
@@ -155,9 +158,10 @@ def check_instructions(recipe: Recipe, tokenizer: Any) -> None:
 
 
 def large_step(model: SentenceTransformer, dataset: Dataset, prompts: Mapping[str, str], recipe: Recipe) -> float:
-    """Tokens of a large step of Stage II on the data set: their mean and three standard deviations.
+    """Tokens of a large step of the Stage II of `recipe` on `dataset`: their mean and three standard deviations.
 
-    With padding, what the longest text makes of each column; all documents are padded to one length.
+    `model` tokenizes, `prompts` are put before the texts of each column. With padding, what the longest text makes of
+    each column; all documents are padded to one length.
     """
     assert recipe.stage_two is not None
     pairs = recipe.stage_two.pairs_per_step
@@ -192,10 +196,11 @@ def _longest(dataset: Dataset, column: str) -> list[str]:
 
 
 def without_prompt_and_end(tokenizer: Any, recipe: Recipe) -> Callable[[list[int]], list[int]]:
-    """The function that leaves of the ids of a text as it is read those of the text alone.
+    """The function that leaves of the ids of a text those of the text alone.
 
-    A tokenizer may join the first word with the space before it, so these ids may differ from those of the text read
-    without a prompt. A text that has no instruction, but begins with the words of one, loses these.
+    `tokenizer` reads it, with an instruction of `recipe` before it. A tokenizer may join the first word with the space
+    before it, so these ids may differ from those of the text read without a prompt. A text that has no instruction, but
+    begins with the words of one, loses these.
     """
     prompts = {text for source in recipe.data.train for text in (source.instruction, source.document_instruction)}
     before, after = template_ids(tokenizer)

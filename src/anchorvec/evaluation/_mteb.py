@@ -128,7 +128,10 @@ class Encoder(SentenceTransformerEncoderWrapper):  # type: ignore[misc]  # mteb 
         prompt_type: PromptType | None = None,
         **options: Any,
     ) -> Any:
-        """The vectors of `inputs`, which mteb describes by the other arguments: (texts, dim)."""
+        """The vectors of `inputs`: (texts, dim).
+
+        `task_metadata`, `hf_split`, `hf_subset` and `prompt_type` are what mteb says of them, `options` go on to it.
+        """
         prompt = self._prompt(task_metadata, prompt_type)
         self.model_prompts = {} if prompt is None else {task_metadata.name: prompt}  # where mteb looks it up
         return super().encode(

@@ -40,7 +40,7 @@ def mean_intervals(per_item: PerItem, seed: int) -> dict[str, Interval]:
 
 
 def nothing_of(data: LocalData) -> frozenset[str]:
-    """Of a kind that ranks nothing: no ids."""
+    """Of `data` of a kind that ranks nothing: no ids."""
     return frozenset()
 
 

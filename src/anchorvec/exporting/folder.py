@@ -124,7 +124,10 @@ def last_stage(run: Path) -> Path:
 
 
 def encode_with_transformers(folder: str | Path, texts: Sequence[str]) -> Tensor:
-    """The vectors (texts, dim) that plain transformers gives: last hidden state at each text's last real token."""
+    """The vectors of `texts` (texts, dim) that plain transformers gives, loaded from `folder` afresh.
+
+    The last hidden state at each text's last real token.
+    """
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval()
     batch = tokenizer(

@@ -132,7 +132,7 @@ def _check_loaded(model: PreTrainedModel, report: dict[str, Any], base: str) -> 
 
 
 def check_causal(model: PreTrainedModel, base: str | Path) -> None:
-    """Raise AnchorvecError if a later token changes an earlier state: then it is no decoder."""
+    """Raise AnchorvecError if a later token changes an earlier state of `model`, named `base`: it is no decoder."""
     embedded = model.get_input_embeddings()(torch.arange(3, device=model.device)[None]).detach().requires_grad_()
     states = model.eval().base_model(inputs_embeds=embedded, use_cache=False).last_hidden_state
     # Exactly zero behind a causal mask, whatever the weights; a tiny change of value would prove nothing.
@@ -144,7 +144,7 @@ def check_causal(model: PreTrainedModel, base: str | Path) -> None:
 
 
 def check_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base: str | Path) -> None:
-    """Raise AnchorvecError if the model lacks an embedding that every text needs, or positions."""
+    """Raise AnchorvecError if `model`, called `base`, lacks an embedding that `tokenizer` needs, or positions."""
     rows = len(model.get_input_embeddings().get_parameter("weight"))
     before, after = template_ids(tokenizer)
     if outside := [i for i in [*before, *after, tokenizer.pad_token_id] if i >= rows]:
@@ -203,7 +203,10 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_causal_lm(*, seed: int = 0, vocab_size: int = 257, hidden_size: int = 64) -> PreTrainedModel:
-    """A random two-layer Llama for trials and tests; its weights depend on `seed` alone."""
+    """A random two-layer Llama for trials and tests, of `vocab_size` tokens and `hidden_size` numbers a state.
+
+    Its weights depend on `seed` alone.
+    """
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=hidden_size,

@@ -68,7 +68,7 @@ def build_embedder(
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Save `tokenizer` with its own truncation and without padding, whatever the last call used (T25)."""
+    """Save `tokenizer` in `folder` with its own truncation and no padding, whatever the last call used (T25)."""
     tokenizer.backend_tokenizer.enable_truncation(tokenizer.model_max_length)
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.save_pretrained(folder)
@@ -80,7 +80,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
 
 
 def save_causal_lm(model: PreTrainedModel, like: str | Path, folder: str | Path) -> None:
-    """Save a trained causal LM, head included (T12), as an embedder with the other files of `like`."""
+    """Save `model`, a causal LM, head included (T12), in `folder`, as an embedder with the other files of `like`."""
     like, folder = Path(like), Path(folder)
     model.save_pretrained(folder)
     for path in like.iterdir():
@@ -126,7 +126,10 @@ def can_write(folder: str | Path) -> bool:
 
 
 def stored_prompt(folder: str | Path, name: str) -> str:
-    """The prompt that is stored with the embedder under `name`; empty if there is none."""
+    """The prompt that is stored with the embedder in `folder` under `name`; empty if there is none.
+
+    Raises AnchorvecError if it is no embedder.
+    """
     path = Path(folder) / "config_sentence_transformers.json"
     if not path.is_file():
         raise AnchorvecError(f"{folder}: not an embedder, no {path.name}; name a folder that anchorvec wrote")

@@ -25,10 +25,10 @@ def with_end(
 ) -> PreTrainedTokenizerFast:
     """A copy of `tokenizer` that closes every text with exactly one end, kept under truncation.
 
-    Its post-processor is one template: what the base's tokenizer puts before a text (BOS, read from a
-    probe, or asked for by `add_bos_token`: T22), then either `text, end token`, or `before, text, after` of the end
-    prompt. Truncation to `max_tokens` reserves the template's place (T1). Padding is on the right; a tokenizer without
-    a pad token pads with its end token, which is harmless because padding is found by mask, never by id (T2).
+    Its post-processor is one template: what the base's tokenizer puts before a text (BOS, read from a probe, or asked
+    for by `add_bos_token`: T22), then either `text, end token`, or `before, text, after` of `end_prompt`. Truncation to
+    `max_tokens` reserves the template's place (T1). Padding is on the right; a tokenizer without a pad token pads with
+    its end token, which is harmless because padding is found by mask, never by id (T2).
 
     If a text contains the literal of the end token, that literal becomes the same id inside the text, as in
     any tokenizer; the pooled position is still the one that the template added, the last. Raises AnchorvecError for a

@@ -166,7 +166,10 @@ def _pooling(config: dict[str, Any]) -> str:
 
 
 def read_json(name: str, file: str, revision: str | None) -> Any:
-    """The JSON of `file` in a folder or on the hub; None: there is no such file."""
+    """The JSON of `file` in the folder `name`, or on the hub in `revision`; None: there is no such file.
+
+    Raises AnchorvecError for a local file that cannot be read.
+    """
     try:
         path = cached_file(
             name,

@@ -114,6 +114,6 @@ def compiling_pays(pairs: int, seconds: float | None) -> bool:
 
 
 def packs_texts(attention: str, precision: Literal["auto", "bf16", "fp32"]) -> bool:
-    """Whether a stage packs its texts: where that pays, and a recipe does not name an attention."""
+    """Whether a stage packs its texts: where that pays in its `precision`, and a recipe names no `attention`."""
     dtype = torch.bfloat16 if resolve_precision(precision) == "bf16" else torch.float32
     return attention == "auto" and packing_pays(default_device(), dtype)

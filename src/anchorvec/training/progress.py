@@ -18,10 +18,11 @@ OnLog = Callable[[Mapping[str, Any]], None]
 
 
 class StageProgress(TrainerCallback):
-    """Shows loss, tokens per second and time left; appends every record to a JSON Lines file.
+    """Shows loss, tokens per second and time left of `stage`; appends every record to `log_file`, as JSON Lines.
 
-    `deadline` is a `time.monotonic()` before which the stage stops: where another step, as long as those so far, would
-    end after it, but not before the first. As a context manager it gives the terminal back, however the stage ends.
+    `on_log` is called with each record. `deadline` is a `time.monotonic()` before which the stage stops: where another
+    step, as long as those so far, would end after it, but not before the first. As a context manager it gives the
+    terminal back, however the stage ends.
     """
 
     def __init__(

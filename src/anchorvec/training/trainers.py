@@ -64,9 +64,10 @@ class TimedTrainer(Trainer):
 class ReconstructionTrainer(TimedTrainer):
     """A trainer whose batch is the pairs of one optimizer step, cut into micro-batches inside the step.
 
-    Target tokens are counted over all devices before the first micro-batch, so the gradient is that of the whole
-    step however it is cut (T10). Gradients are synchronised with the last micro-batch only. Where the device runs out
-    of memory, `micro_batch_tokens` is halved and the step done again.
+    Target tokens are counted over all devices before the first micro-batch, so the gradient is that of the whole step
+    however it is cut (T10). Gradients are synchronised with the last micro-batch only. Where the device runs out of
+    memory, `micro_batch_tokens` is halved and the step done again. In the first of `exchange_every` steps embeddings
+    are exchanged between pairs, too.
     """
 
     def __init__(self, *args: Any, micro_batch_tokens: int, exchange_every: int = 10, **kwargs: Any) -> None:
