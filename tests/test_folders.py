@@ -106,8 +106,8 @@ def test_each_kind_is_told_from_the_others(folders):
 def test_what_is_no_embedder_is_neither_scored_nor_searched_with(folders, tmp_path, name, message, command):
     """sentence-transformers would make one up, with mean pooling."""
     (tmp_path / "set" / "qrels").mkdir(parents=True)
-    for file in ("corpus", "queries"):
-        write_rows(tmp_path / "set" / f"{file}.jsonl", [{"_id": "1", "text": "a"}])
+    for file, text in (("corpus", "a"), ("queries", "b")):
+        write_rows(tmp_path / "set" / f"{file}.jsonl", [{"_id": "1", "text": text}])
     (tmp_path / "set" / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n1\t1\t1\n")
     with pytest.raises(AnchorvecError, match=message):
         command(folders[name], tmp_path / "set")
@@ -269,3 +269,21 @@ def test_a_bos_that_the_configuration_asks_for_is_put_before_a_text(save_base):
         ids = AutoTokenizer.from_pretrained(folder)("a")["input_ids"]
         assert (ids[0] == tokenizer.bos_token_id) == asked
         assert ids[-1] == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("change", ["weights", "another base"])
+def test_an_adapter_beside_another_start_is_refused(run, tmp_path, change):
+    """By every command that would load it; beside its own start it is loaded wherever the run was moved to."""
+    moved = shutil.copytree(run, tmp_path / "moved")
+    load_model(moved / "stage_two")
+    if change == "weights":
+        file = moved / "stage_one" / "model.safetensors"
+        weights = load_file(file)
+        weights[max(weights)] += 1e-3
+        save_file(weights, file, metadata={"format": "pt"})
+    else:
+        shutil.rmtree(moved / "stage_one")
+    for use in (load_model, lambda folder: anchorvec.export(folder, tmp_path / "out")):
+        with pytest.raises(AnchorvecError, match=r"was trained over a stage_one with other weights than .* has; put"):
+            use(moved / "stage_two")
+    assert not (tmp_path / "out").exists()

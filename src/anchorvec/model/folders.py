@@ -1,5 +1,6 @@
 """What a model's folder is, decided in one place, by its files alone and before anything is loaded."""
 
+import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,11 @@ Kind = Literal["causal LM", "embedder", "LoRA stage", "adapter", "run", "data se
 
 _MODEL, _ADAPTER, _MODULES = "config.json", "adapter_config.json", "modules.json"
 _DATA_SET = ("dataset_dict.json", "dataset_info.json", "state.json", "corpus.jsonl", "corpus.jsonl.gz")
+START = "start.json"
+"""In the folder of an adapter: the folder and the weights that it was trained over."""
+
+_PARTS, _PART_BYTES = 32, 2**17
+"""Of a file of weights so many parts are hashed; the first one has its header."""
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "consolidated*")
 
 
@@ -144,6 +150,19 @@ def faulty_weights(folder: Path) -> str:
     return ""
 
 
+def weights_fingerprint(folder: Path) -> str:
+    """A hash of the weights in `folder`: names, shapes and sizes, and a sample of the numbers."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with file.open("rb") as opened:
+            for part in range(_PARTS):
+                opened.seek(part * max(0, size - _PART_BYTES) // (_PARTS - 1))
+                digest.update(opened.read(_PART_BYTES))
+    return digest.hexdigest()[:32]
+
+
 def origin(folder: Path) -> str:
     """Which stage of which run `folder` is, as a part of a sentence; empty if it is none."""
     run = Run(folder.absolute().parent)
@@ -165,7 +184,7 @@ def _pooling(config: dict[str, Any]) -> str:
     return "+".join(key.removeprefix("pooling_mode_").removesuffix("_tokens") for key in on) or "mean"
 
 
-def read_json(name: str, file: str, revision: str | None) -> Any:
+def read_json(name: str, file: str, revision: str | None = None) -> Any:
     """The JSON of `file` in the folder `name`, or on the hub in `revision`; None: there is no such file.
 
     Raises AnchorvecError for a local file that cannot be read.

@@ -11,7 +11,7 @@ from sentence_transformers import SentenceTransformer
 
 from anchorvec.errors import AnchorvecError
 from anchorvec.files import user_path
-from anchorvec.model.folders import faulty_weights, identify, instead, is_local
+from anchorvec.model.folders import START, faulty_weights, identify, instead, is_local, read_json, weights_fingerprint
 from anchorvec.model.packing import packing_pays, use_packed_texts
 from anchorvec.run import Run
 
@@ -87,4 +87,10 @@ def _start_of(stage: Path) -> Path:
     start = Run(stage.parent).start_of("stage_two")
     if start is None:
         raise AnchorvecError(f"{stage}: a LoRA adapter whose start, stage_one or base, is not beside it any more")
+    trained_over = read_json(str(stage), START)
+    if trained_over is not None and trained_over["weights"] != weights_fingerprint(start):
+        raise AnchorvecError(
+            f"{stage}: this LoRA adapter was trained over a {trained_over['folder']} with other weights than {start} "
+            "has; put that back beside it"
+        )
     return start

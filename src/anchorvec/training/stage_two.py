@@ -21,9 +21,10 @@ from anchorvec.data.samplers import DifferentTexts, SimilarPairs
 from anchorvec.data.stage_inputs import large_step, without_prompt_and_end
 from anchorvec.data.tokens import PairTokenizer
 from anchorvec.device import default_device, keep_frozen_in_bf16
-from anchorvec.files import new_folder
+from anchorvec.files import new_folder, write_json
 from anchorvec.model.compiling import compile_decoder_layers
 from anchorvec.model.embedder import attention_options, save_tokenizer
+from anchorvec.model.folders import START, weights_fingerprint
 from anchorvec.model.packing import packed_features, use_packed_texts
 from anchorvec.model.portable import make_portable
 from anchorvec.objectives.bag_of_words import SAMPLE_PAIRS, BagOfWordsLoss
@@ -87,6 +88,9 @@ def train_stage_two(stage: Stage) -> Path:
         model.save_pretrained(str(scratch), create_model_card=False)
         save_tokenizer(model.tokenizer, scratch)
         make_portable(scratch)
+        if settings.lora is not None:
+            start = {"folder": stage.start.name, "weights": weights_fingerprint(stage.start)}
+            write_json(scratch / START, start)
     return folder
 
 
