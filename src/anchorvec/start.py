@@ -10,7 +10,7 @@ from anchorvec.errors import AnchorvecError
 from anchorvec.files import user_path
 from anchorvec.model.embedder import build_embedder
 from anchorvec.model.end import stored_end
-from anchorvec.model.folders import ModelFolder, identify
+from anchorvec.model.folders import ModelFolder, identify, reading
 from anchorvec.recipe import EndPrompt, ModelSettings, Recipe, TrainData
 from anchorvec.terminal import say
 
@@ -72,8 +72,8 @@ def _kept_model(found: ModelFolder, asked: ModelSettings, kept: list[str], repla
         kept.append(f"its limit of {found.max_tokens} tokens")
     elif found.max_tokens not in (None, asked.max_tokens):
         replaced.append(f"its limit of {found.max_tokens} tokens, by model.max_tokens = {asked.max_tokens}")
-    tokenizer = AutoTokenizer.from_pretrained(str(user_path(asked.base)), revision=asked.revision)
-    end = stored_end(tokenizer)
+    with reading(asked.base):
+        end = stored_end(AutoTokenizer.from_pretrained(str(user_path(asked.base)), revision=asked.revision))
     ours = "token" if asked.end == "token" else (asked.end.before, asked.end.after)
     if end is not None and "end" not in asked.model_fields_set:
         update["end"] = end if end == "token" else EndPrompt(before=end[0], after=end[1])

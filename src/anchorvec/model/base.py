@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -78,7 +77,9 @@ def load_base(
         model, report = loaded
     except AnchorvecError as error:
         raise AnchorvecError(f"model.base: {str(error).removeprefix('model.base: ')}") from error
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # libraries raise whatever they stumble over
         if Path(base).is_dir() and (fault := faulty_weights(Path(base))):
             raise AnchorvecError(f"model.base: {fault}") from error
         raise AnchorvecError(

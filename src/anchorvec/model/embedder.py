@@ -17,7 +17,9 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Transformer
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 
@@ -25,6 +27,7 @@ from anchorvec.errors import AnchorvecError
 from anchorvec.files import new_folder, write_json
 from anchorvec.model.base import check_causal, check_fit, load_base, without_rowless_tokens
 from anchorvec.model.end import EndPrompt
+from anchorvec.model.folders import reading
 from anchorvec.model.portable import make_portable
 from anchorvec.model.readout import Readout
 from anchorvec.run import is_embedder
@@ -108,7 +111,20 @@ def load_causal_lm(folder: str | Path, *, attention: str = "auto") -> PreTrained
             "name the run's stage_one folder"
         )
     options = attention_options(attention)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **options)
+    with reading(folder):
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **options)
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of the embedder in `folder`; AnchorvecError if it has lost what closes and limits a text."""
+    with reading(folder):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    if tokenizer.eos_token_id is None or tokenizer.pad_token_id is None or tokenizer.model_max_length > 10**9:
+        raise AnchorvecError(
+            f"{folder}: its tokenizer has no end token, pad token or length limit; the folder has lost a part of its "
+            "tokenizer_config.json, copy it again"
+        )
+    return tokenizer
 
 
 def attention_options(attention: str) -> dict[str, Any]:
@@ -121,7 +137,8 @@ def can_write(folder: str | Path) -> bool:
     path = Path(folder) / "config.json"
     if not path.is_file():  # a LoRA adapter
         return False
-    architectures = json.loads(path.read_text(encoding="utf-8")).get("architectures") or []
+    with reading(folder):
+        architectures = json.loads(path.read_text(encoding="utf-8")).get("architectures") or []
     return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures)
 
 
@@ -133,8 +150,8 @@ def stored_prompt(folder: str | Path, name: str) -> str:
     path = Path(folder) / "config_sentence_transformers.json"
     if not path.is_file():
         raise AnchorvecError(f"{folder}: not an embedder, no {path.name}; name a folder that anchorvec wrote")
-    settings = json.loads(path.read_text(encoding="utf-8"))
-    return str(settings["prompts"].get(name) or "")
+    with reading(folder):
+        return str(json.loads(path.read_text(encoding="utf-8"))["prompts"].get(name) or "")
 
 
 def _add_sentence_transformers_files(folder: Path, readout: Readout, prompts: Mapping[str, str]) -> None:

@@ -2,10 +2,13 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from safetensors import SafetensorError, safe_open
 from transformers.utils.hub import cached_file
 
@@ -129,6 +132,24 @@ def instead(found: ModelFolder, *, wanted: str) -> str:
         "nothing": "name a model's folder",
     }[found.kind]
     return f"{found.name}: this is {found}, and {wanted} is needed; {way}"
+
+
+@contextmanager
+def reading(name: str | Path) -> Iterator[None]:
+    """A context in which libraries read the model `name`, a folder or a hub id, and may stumble over anything in it.
+
+    What they raise becomes an AnchorvecError with the reason; that a machine is too small stays what it is.
+    """
+    try:
+        yield
+    except (AnchorvecError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        folder = user_path(name)
+        fault = faulty_weights(folder) if folder.is_dir() else ""
+        lines = str(error).strip().split("\n")[:2]  # where access is restricted, the second one says what to do
+        reason = fault or f"{name} cannot be loaded ({type(error).__name__}: {' '.join(map(str.strip, lines))})"
+        raise AnchorvecError(reason) from error
 
 
 def faulty_weights(folder: Path) -> str:

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
 
 from anchorvec.errors import AnchorvecError
 from anchorvec.files import user_path
-from anchorvec.model.folders import START, faulty_weights, identify, instead, is_local, read_json, weights_fingerprint
+from anchorvec.model.folders import START, identify, instead, is_local, read_json, reading, weights_fingerprint
 from anchorvec.model.packing import packing_pays, use_packed_texts
 from anchorvec.run import Run
 
@@ -35,24 +34,26 @@ def load_model(
     found = identify(model, revision=revision)
     if found.kind not in ("embedder", "LoRA stage"):
         raise AnchorvecError(instead(found, wanted="an embedder"))
-    try:
+    with reading(model):
         if found.kind == "LoRA stage":
             loaded = load_model(_start_of(folder)).float()  # small updates would be lost in half precision (T9)
             adapted = PeftModel.from_pretrained(loaded[0].model, str(folder))
             loaded[0].model = adapted.merge_and_unload() if merge else adapted
-            return loaded.eval()
-        return SentenceTransformer(
-            str(folder) if is_here else name,
-            trust_remote_code=False,
-            local_files_only=is_here,
-            revision=revision,
-            model_kwargs={"use_safetensors": True},
+            loaded = loaded.eval()
+        else:
+            loaded = SentenceTransformer(
+                str(folder) if is_here else name,
+                trust_remote_code=False,
+                local_files_only=is_here,
+                revision=revision,
+                model_kwargs={"use_safetensors": True},
+            )
+    if getattr(loaded.tokenizer, "pad_token", "") is None:
+        raise AnchorvecError(
+            f"{name}: its tokenizer has no pad token; the folder has lost a part of its tokenizer_config.json, copy it "
+            "again"
         )
-    except (OSError, ValueError, SafetensorError) as error:
-        if is_here and (fault := faulty_weights(folder)):
-            raise AnchorvecError(fault) from error
-        reason = str(error).strip().split("\n")[0]
-        raise AnchorvecError(f"{name}: this cannot be loaded as a sentence-transformers model ({reason})") from error
+    return loaded
 
 
 def load_encoder(model: SentenceTransformer | str | Path, dtype: torch.dtype | None = None) -> SentenceTransformer:
