@@ -16,6 +16,7 @@ from anchorvec.data.stage_inputs import sample_rows, without_prompt_and_end
 from anchorvec.errors import AnchorvecError
 from anchorvec.model.embedder import build_embedder
 from anchorvec.model.packing import token_ids
+from anchorvec.objectives.reconstruction import TextReconstruction
 from anchorvec.pipeline import load_training_data, train
 from anchorvec.recipe import load_recipe
 from anchorvec.run import Run
@@ -255,3 +256,33 @@ def test_lengths_are_those_of_rows_from_everywhere():
     assert samples[0] == samples[1] != samples[2]
     assert len(set(samples[0])) == 100
     assert max(samples[0]) > 900
+
+
+@pytest.mark.parametrize("target", ["text", "bag_of_words"])
+def test_a_plan_makes_a_micro_step_of_each_stage(tmp_path, target):
+    """Of the longest texts that a micro-batch holds, on the model itself; without `step` none."""
+    rows = [{"query": f"q{i}", "positive": f"{i} " * (1 + i % 9), "negatives": [f"n{i}"] * (i % 2)} for i in range(32)]
+    path = write_rows(tmp_path / "pairs.jsonl", rows)
+    options = [f"stage_one.target={target}", "stage_one.micro_batch_tokens=80", "stage_two.micro_batch_tokens=90"]
+    recipe = load_recipe("debug", [f"data.train=[{{path: {path}}}]", *options, "stage_two.negatives=1"])
+    steps = plan(recipe).trial_steps
+    assert list(steps) == ["stage_one", "stage_two"]
+    assert all(0 < step.seconds < 60 for step in steps.values())
+    assert 40 < steps["stage_one"].tokens <= 80
+    assert 40 < steps["stage_two"].tokens <= 90
+    left_out = plan(recipe, step=False).trial_steps["stage_one"]
+    assert (left_out.seconds, str(left_out)) == (None, "left out: not asked for")
+
+
+def test_a_model_that_cannot_make_a_step_is_refused_by_plan(tmp_path, monkeypatch):
+    """With the reason, in one line; a step that would take too long is left out, and that is said."""
+    recipe = load_recipe("debug", ["stage_two=null"])
+    monkeypatch.setattr("anchorvec.training.trial.LONGEST_SECONDS", 0)
+    assert "it would take about" in str(plan(recipe).trial_steps["stage_one"])
+
+    def forward(self, pairs):
+        raise AttributeError("no router_logits")
+
+    monkeypatch.setattr(TextReconstruction, "forward", forward)
+    with pytest.raises(AnchorvecError, match=r"a first step of stage_one fails on this model.*no router_logits"):
+        plan(recipe)

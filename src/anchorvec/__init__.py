@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     )
     from anchorvec.run import Run
     from anchorvec.training.engine import Engine
+    from anchorvec.training.trial import TrialStep
 
     __version__: str
 
@@ -83,6 +84,7 @@ __all__ = [
     "TokenPair",
     "TrainData",
     "TrainResult",
+    "TrialStep",
     "__version__",
     "bm25_scores",
     "build_embedder",
@@ -141,6 +143,7 @@ _HOMES = {
     "load_recipe": "recipe",
     "Run": "run",
     "Engine": "training.engine",
+    "TrialStep": "training.trial",
 }
 
 

@@ -124,13 +124,20 @@ def train(
 
 
 @app.command(epilog="Example: anchorvec plan paper/llama-3.2-1b 'data.train=[{path: pairs.jsonl}]'")
-def plan(recipe: RecipeName, overrides: Overrides = None, json_file: JsonFile = None) -> None:
-    """Show what a recipe would do: recipe, parameters, tokens, disk, a decoded batch. Trains nothing."""
+def plan(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    step: Annotated[
+        bool, typer.Option("--step/--no-step", help="Make one real micro-step of each stage, where it fits.")
+    ] = True,
+    json_file: JsonFile = None,
+) -> None:
+    """Show what a recipe would do: recipe, parameters, tokens, disk, a decoded batch, a micro-step. Keeps nothing."""
     from anchorvec.commands.plan import plan as run
     from anchorvec.recipe import load_recipe
 
     _quiet()
-    _finish(run(load_recipe(recipe, overrides or [])), json_file)
+    _finish(run(load_recipe(recipe, overrides or []), step=step), json_file)
 
 
 @app.command(epilog="Example: anchorvec evaluate first-embedder/model --data beir/scifact --data beir/nfcorpus")

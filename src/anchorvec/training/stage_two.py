@@ -28,7 +28,7 @@ from anchorvec.model.folders import START, weights_fingerprint
 from anchorvec.model.packing import packed_features, use_packed_texts
 from anchorvec.model.portable import make_portable
 from anchorvec.objectives.bag_of_words import SAMPLE_PAIRS, BagOfWordsLoss
-from anchorvec.objectives.contrastive import contrastive_loss
+from anchorvec.objectives.contrastive import Loss, contrastive_loss
 from anchorvec.training.bag_of_words import bag_of_words_loss
 from anchorvec.training.engine import Engine, choose_engine, packs_texts
 from anchorvec.training.memory import release_freed_memory
@@ -56,9 +56,9 @@ def train_stage_two(stage: Stage) -> Path:
     """
     settings, inputs = stage.two, stage.inputs
     prepared = stage_two_model(stage)
-    model, engine = prepared.model, prepared.engine
+    model = prepared.model
     content = without_prompt_and_end(model.tokenizer, stage.recipe)
-    stage.note(engine)
+    stage.note(prepared.engine)
     progress = stage.progress()
     trainer = ContrastiveTrainer(
         model=model,
@@ -70,15 +70,7 @@ def train_stage_two(stage: Stage) -> Path:
         ),
         # copies: the trainer adds its name to each data set in place
         train_dataset={name: copy.copy(rows) for name, rows in inputs.contrastive.items()},
-        loss=contrastive_loss(
-            model,
-            temperature=settings.temperature,
-            micro_batch_tokens=engine.micro_batch_tokens if engine.cached_gradients else None,
-            bag_of_words=prepared.bag_of_words if settings.bag_of_words_weight else None,
-            bag_of_words_weight=settings.bag_of_words_weight,
-            content=content,
-            one_pass=default_device().type == "cuda",  # on a CPU, which computes text by text, it brings nothing
-        ),
+        loss=stage_two_loss(stage, prepared),
         callbacks=[progress],
     )
     run_trainer(trainer, progress)
@@ -92,6 +84,20 @@ def train_stage_two(stage: Stage) -> Path:
             start = {"folder": stage.start.name, "weights": weights_fingerprint(stage.start)}
             write_json(scratch / START, start)
     return folder
+
+
+def stage_two_loss(stage: Stage, prepared: StageTwoModel) -> Loss:
+    """The loss of `stage` on the model that is `prepared` for it."""
+    settings, engine = stage.two, prepared.engine
+    return contrastive_loss(
+        prepared.model,
+        temperature=settings.temperature,
+        micro_batch_tokens=engine.micro_batch_tokens if engine.cached_gradients else None,
+        bag_of_words=prepared.bag_of_words if settings.bag_of_words_weight else None,
+        bag_of_words_weight=settings.bag_of_words_weight,
+        content=without_prompt_and_end(prepared.model.tokenizer, stage.recipe),
+        one_pass=default_device().type == "cuda",  # on a CPU, which computes text by text, it brings nothing
+    )
 
 
 def stage_two_model(stage: Stage) -> StageTwoModel:
