@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,9 +84,12 @@ def identify(model: str | Path, *, revision: str | None = None) -> ModelFolder:
             return ModelFolder(name, "data set" if is_data else "nothing")
         name = str(folder)
 
-    def read(file: str) -> Any:
-        return read_json(name, file, revision)
+    with reading(model):  # whatever the files hold
+        return _of_files(str(model), lambda file: read_json(name, file, revision))
 
+
+def _of_files(model: str, read: Callable[[str], Any]) -> ModelFolder:
+    """What `model` is by its JSON files; `read` gives None for one that is not there."""
     modules, adapter, config = read(_MODULES), read(_ADAPTER), read(_MODEL) or {}
     architectures = tuple(config.get("architectures") or ())
     positions = config.get("max_position_embeddings", config.get("n_positions"))
@@ -97,7 +100,7 @@ def identify(model: str | Path, *, revision: str | None = None) -> ModelFolder:
         pooling = next((module["path"] for module in modules if module["type"].endswith("Pooling")), None)
         settings = read("config_sentence_transformers.json") or {}
         return ModelFolder(
-            str(model),
+            model,
             kind,
             architectures,
             positions=positions,
@@ -107,10 +110,10 @@ def identify(model: str | Path, *, revision: str | None = None) -> ModelFolder:
             max_tokens=_limit(read("sentence_bert_config.json") or {}, read("tokenizer_config.json") or {}),
         )
     if adapter is not None:
-        return ModelFolder(str(model), "adapter", architectures)
+        return ModelFolder(model, "adapter", architectures)
     is_causal = ModelFolder("", "causal LM", architectures).has_head
     kind = "causal LM" if is_causal or not architectures else "other model"
-    return ModelFolder(str(model), kind, architectures, positions=positions)
+    return ModelFolder(model, kind, architectures, positions=positions)
 
 
 def is_local(model: str | Path) -> bool:
