@@ -1,6 +1,8 @@
 """Tries to break the package: each of `changes.py` in a copy of it, against the tests of its module.
 
-    python tests/mutations/run.py [--json FILE] [NUMBER ...]
+    python tests/mutations/run.py [--json FILE] [--rows FILE] [NUMBER ...]
+
+`--rows` tries other changes: a JSON list of [file, text, what it becomes].
 
 A worker for each core imports the libraries once and forks for each change, which has 20 s of processor time. The
 tests run on the unchanged package first. Exit code 1 where they fail there, where a change raises an exception, or
@@ -202,10 +204,10 @@ def report(found: dict[int, dict[str, Any]]) -> tuple[list[str], bool]:
     return lines, enough and all(result["found"] != "raised" for result in found.values())
 
 
-def results(names: list[str]) -> dict[str, dict[str, Any]]:
+def results(names: list[str], rows: Path | None) -> dict[str, dict[str, Any]]:
     """What the workers found, by name."""
     workers = min(os.cpu_count() or 1, len(names))
-    command = [sys.executable, __file__, *names, "--worker"]
+    command = [sys.executable, __file__, *names, *(["--rows", str(rows)] if rows else []), "--worker"]
     running = [subprocess.Popen([*command, str(w)], stdout=subprocess.PIPE, text=True) for w in range(workers)]
     found = {}
     for process in running:
@@ -221,17 +223,24 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("names", nargs="*", metavar="NUMBER")
     options.add_argument("--json", type=Path)
+    options.add_argument("--rows", type=Path)
     options.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     chosen = options.parse_args()
+    if chosen.rows:
+        CHANGES[:] = [("other", *row) for row in json.loads(chosen.rows.read_text(encoding="utf-8"))]
     if chosen.worker is not None:
         work(chosen.worker, os.cpu_count() or 1, chosen.names)
         return
     start = time.monotonic()
-    failing = [result for result in results([UNCHANGED] * 2).values() if result["found"] not in {"survives", "time"}]
+    failing = [
+        result
+        for result in results([UNCHANGED] * 2, chosen.rows).values()
+        if result["found"] not in {"survives", "time"}
+    ]
     if failing:
         raise SystemExit(f"These tests fail on the unchanged package: {failing}")
     names = chosen.names or [str(number) for number in range(len(CHANGES))]
-    found = {int(name): result for name, result in results(names).items()}
+    found = {int(name): result for name, result in results(names, chosen.rows).items()}
     lines, enough = report(found)
     lines.append(f"{len(found)} changes, {(time.monotonic() - start) / 60:.0f} minutes")
     sys.stdout.write("\n".join(lines) + "\n")
