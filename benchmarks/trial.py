@@ -33,10 +33,11 @@ from anchorvec.evaluation.beir import docstring_collection, write_beir
 from anchorvec.evaluation.statistics import paired_difference, paired_difference_over_seeds, student_interval
 from anchorvec.files import write_json
 from anchorvec.model.loading import load_encoder
-from anchorvec.pipeline import EXPORT_SECONDS, STAGE_ONE_SHARE, Budget, load_training_data, run_stages
+from anchorvec.pipeline import load_training_data, run_stages
 from anchorvec.recipe import load_recipe
 from anchorvec.recipe.settings import EvaluationSettings
 from anchorvec.run import Run
+from anchorvec.training.budget import EXPORT_SECONDS, STAGE_ONE_SHARE, Budget
 from common import check_scored_elsewhere, describe_machine, score_more
 
 SCORED = ("scipy", "sklearn")

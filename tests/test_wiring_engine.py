@@ -15,7 +15,7 @@ from sentence_transformers import SentenceTransformer
 import anchorvec
 from anchorvec.evaluation import bm25_scores
 from anchorvec.model import packing
-from anchorvec.pipeline import Budget
+from anchorvec.training.budget import Budget, Measured
 from support import decoder_calls, make_model, make_tokenizer, recipe, train, write_rows
 from wiring import HARD, PLAIN, TEXTS, WORDS, sources
 
@@ -288,5 +288,6 @@ def test_a_plan_counts_what_the_run_did(name, request):
 def test_a_stage_that_is_alone_has_all_the_time():
     """Of two Stage I has its share, and the last one what is left."""
     budget = Budget(minutes=10, stage_one_share=0.25)
-    both, one = (budget.deadline(stages, 0.0) - time.monotonic() for stages in (2, 1))
+    nothing = Measured(0.0)
+    both, one = (budget.deadline(stages, nothing, nothing)() - time.monotonic() for stages in (2, 1))
     assert both / one == pytest.approx(0.25, abs=0.01)

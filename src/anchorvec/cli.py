@@ -75,10 +75,10 @@ def options(
     """Turn an open decoder LLM into a text embedder."""
 
 
-@app.command(epilog="Example: anchorvec quickstart --output first-embedder --minutes 20")
+@app.command(epilog="Example: anchorvec quickstart --output first-embedder --minutes 10")
 def quickstart(
     output: Annotated[Path, typer.Option(help="Folder of the run; must be new.")],
-    minutes: Annotated[float, typer.Option(help="Wall time for everything, scoring included.")] = 20,
+    minutes: Annotated[float, typer.Option(help="Wall time for everything, scoring included.")] = 10,
     seed: Annotated[int, typer.Option(help="Decides everything that is random.")] = 0,
     stage_one: Annotated[
         bool,
@@ -100,6 +100,11 @@ def quickstart(
     result = run(output, minutes=minutes, seed=seed, stage_one=stage_one, started=started)
     _finish(result, json_file)
     console.print(f"The model is in {result.model}, the whole run took {result.minutes:.1f} minutes.")
+    console.print(
+        "With pairs of your own (query and positive in each row):\n"
+        "  anchorvec train quickstart 'data.train=[{path: pairs.jsonl}]' output=runs/mine --minutes 30",
+        soft_wrap=True,
+    )
     if sys.stdin.isatty() and sys.stdout.isatty():
         ask(result.model, result.corpus)
 
@@ -114,9 +119,9 @@ def train(
     json_file: JsonFile = None,
 ) -> None:
     """Stage I, then Stage II, then the export, as the recipe says; KEY=null switches a stage off."""
-    from anchorvec.pipeline import Budget
     from anchorvec.pipeline import train as run
     from anchorvec.recipe import load_recipe
+    from anchorvec.training.budget import Budget
 
     _quiet()
     result = run(load_recipe(recipe, overrides or []), budget=Budget(minutes))

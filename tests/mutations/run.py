@@ -52,6 +52,7 @@ TESTS = {
     "model/": ["embedder", "loading", "export"],
     "exporting/": ["export", "loading"],
     "training/engine": ["memory", "wiring_engine"],
+    "training/budget": ["quickstarting", "wiring_engine"],
     "training/stage.py": ["wiring_engine", "wiring_steps"],
     "training/stage_one": ["wiring_engine", "wiring_data", "memory"],
     "training/stage_two": ["wiring_engine", "memory", "wiring_steps", "wiring_data"],

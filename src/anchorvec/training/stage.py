@@ -3,6 +3,7 @@
 import os
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,9 @@ _NO_LIMIT = 10_000_000
 class Stage:
     """One stage of a run: its `recipe`, the embedder folder `start`, and what it reads.
 
-    With a `deadline`, a `time.monotonic()`, it lasts until then, however many steps that are: the recipe's `steps` say
-    only which share of the time its warm-up has. `on_log` is called with every record of its log.
+    With a `deadline`, which gives a `time.monotonic()` and may move, it lasts until then, however many steps that are:
+    the recipe's `steps` say only which share of the time its warm-up has. `on_log` is called with every record of its
+    log.
     """
 
     name: StageName
@@ -39,7 +41,7 @@ class Stage:
     run: Run
     start: Path
     inputs: StageInputs
-    deadline: float | None = None
+    deadline: Callable[[], float] | None = None
     on_log: OnLog | None = None
 
     @property
@@ -72,7 +74,7 @@ class Stage:
     @property
     def long_enough(self) -> bool:
         """Whether compiling the decoder layers pays."""
-        seconds = None if self.deadline is None else self.deadline - time.monotonic()
+        seconds = None if self.deadline is None else self.deadline() - time.monotonic()
         return compiling_pays(self.settings.steps * self.settings.pairs_per_step, seconds)
 
     def progress(self) -> StageProgress:
