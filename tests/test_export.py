@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from anchorvec.commands.decode import decode
 from anchorvec.errors import AnchorvecError
-from anchorvec.exporting.folder import PROGRAMS, export
+from anchorvec.exporting.folder import PROBES, PROGRAMS, encode_with_transformers, export
 from anchorvec.model.loading import load_model
 from anchorvec.pipeline import train
 from anchorvec.recipe import load_recipe
@@ -176,3 +176,20 @@ def test_what_is_compared_is_the_run_itself(run, tmp_path, monkeypatch):
     assert loaded == [{"merge": False}, {}, {}]
     export(tmp_path / "half", tmp_path / "from_half")
     assert load_model(tmp_path / "from_half").dtype == torch.float32
+
+
+def test_each_text_counts_in_the_comparison(run, tmp_path, monkeypatch):
+    """The probes and the texts that are given; one that differs a little is enough, however close the others are."""
+    seen = []
+
+    def almost(folder, texts):
+        seen.append(list(texts))
+        vectors = encode_with_transformers(folder, texts)
+        length, noise = vectors[-1].norm(), torch.randn(vectors.shape[1], generator=torch.Generator().manual_seed(0))
+        vectors[-1] += 0.025 * length * noise / noise.norm()  # a cosine of 0.9997
+        return vectors
+
+    monkeypatch.setitem(PROGRAMS, "transformers", almost)
+    with pytest.raises(AnchorvecError, match=r"in transformers \S+ the vectors of some text have cosine 0.999[5-8]"):
+        export(run, tmp_path / "model", texts=["a further text"])
+    assert seen == [[*PROBES, "a further text"]]

@@ -169,6 +169,19 @@ def test_an_embedder_as_base_keeps_what_is_its_own(folders, tmp_path, capsys):
     assert with_settings_of_base(recipe({"model.base": str(folders["causal LM"])})).model.max_tokens == 512
 
 
+def test_a_data_set_keeps_the_prompt_of_its_name(save_base, tmp_path):
+    """Before that of all queries or documents; and an instruction of its own before both."""
+    base = save_base(make_model(), make_tokenizer())
+    prompts = {"query": "any: ", "mine-query": "mine: ", "mine-document": "note: "}
+    folder = str(build_embedder(base, tmp_path / "embedder", max_tokens=48, prompts=prompts))
+    sources = [{"path": "a.jsonl", "name": name} for name in ("mine", "other")]
+    kept = with_settings_of_base(recipe({"model.base": folder, "data.train": sources})).data.train
+    assert [(source.instruction, source.document_instruction) for source in kept] == [
+        ("mine: ", "note: "),
+        ("any: ", ""),
+    ]
+
+
 def test_the_default_limit_is_within_the_positions_of_the_base(save_base, capsys):
     """One line says so; a limit that the recipe names is left for the checks to refuse."""
     model = make_model()
