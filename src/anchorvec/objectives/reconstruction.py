@@ -13,8 +13,9 @@ may be cut into micro-batches in any way without changing its gradient.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -178,6 +179,10 @@ class TextReconstruction(Reconstruction):
         if compile_decoder_layers(self.model):
             self._token_losses = compiled(token_losses)
 
+    @cached_property
+    def _head(self) -> Callable[[Tensor], Tensor]:
+        return output_head(self.model)
+
     def decode(self, embeddings: Tensor, targets: Sequence[Sequence[int]]) -> Tensor:
         """-log P(targets | embedding) of each text, summed over its tokens: (texts,).
 
@@ -204,10 +209,9 @@ class TextReconstruction(Reconstruction):
 
         Logits exist for one chunk at a time and are computed again in the backward pass (T11).
         """
-        head = output_head(self.model)
 
         def chunk_loss(chunk_states: Tensor, chunk_targets: Tensor) -> Tensor:
-            return self._token_losses(head(chunk_states), chunk_targets)
+            return self._token_losses(self._head(chunk_states), chunk_targets)
 
         vocabulary = self.model.config.get_text_config().vocab_size
         size = max(1, head_chunk_bytes(states.device) // (4 * vocabulary))

@@ -1,0 +1,262 @@
+"""Tiny models of all families of causal LMs that transformers knows: their configs with small sizes, random weights.
+
+One rule makes a config small, by the names of its sizes and without any name of a family. Where it does not do, what is
+to be changed besides stands in `BY_HAND`.
+"""
+
+import json
+import multiprocessing
+import os
+import re
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+import anchorvec
+from anchorvec.model.base import byte_tokenizer
+from anchorvec.model.embedder import load_causal_lm
+from anchorvec.objectives.reconstruction import TextReconstruction
+
+VOCABULARY, HIDDEN, HEADS, HEAD, LAYERS, EXPERTS, POSITIONS = 257, 64, 4, 16, 2, 4, 256
+
+SIZES: list[tuple[str, int]] = [
+    # the first that matches the whole name of a key, of those with a whole number above the given one
+    (r"(vocab_size_per_layer_input|(decoder_|unpadded_)?vocab_size)", VOCABULARY),
+    (r"(mamba_|linear_)?(n|num)_?(key_|value_)?heads_?|mamba_(n|num)_heads|linear_num_(key_|value_)?heads", HEADS),
+    (r"(num_key_value_heads|num_kv_heads|num_query_groups|swa_num_key_value_heads|multi_query_groups)", 2),
+    (r".*(heads|n_head)", HEADS),
+    (r"(qk_nope_head_dim|qk_rope_head_dim|rotary_dim|index_rope_head_dim)", 8),
+    (r".*(head_dim|d_head|headdim|head_size|dim_head|d_kv|kv_channels)", HEAD),
+    (r".*lora_rank|laurel_rank|.*_rank|hc_lowrank", 16),
+    (r"(decoder_|encoder_|num_|n_)*(hidden_)?(layers?|blocks)|num_(encoder|decoder)_layers|num_layers_per_stack", LAYERS),
+    (r"max_window_layers|full_attn_idxs", LAYERS),
+    (r"first_k_dense_replace|moe_layer_end_index|moe_layer_start_index|num_dense_layers|n_group|num_group|num_expert_group|topk_group", 1),
+    (r"num_kv_shared_layers|num_nextn_predict_layers|num_mtp_layers|mtp_num_hidden_layers|zero_expert_num", 0),
+    (r"(num_|n_|moe_)*(local_|routed_|num_)?experts", EXPERTS),
+    (r".*(experts?_per_tok(en)?|moe_topk|moe_top_k|moe_k|experts_top_k)", 2),
+    (r".*(ffn|intermediate|dff|dim_ff|d_ff|n_inner|feed_forward|mlp|d_inner).*", 2 * HIDDEN),
+    (r"mamba_d_ssm|attention_hidden_size|lru_width", 2 * HIDDEN),
+    (r"(d_model|n_embd|dim|emb_dim|.*embedding_(size|dim)|.*hidden_size(_per_layer_input)?|.*proj_dim|ple_embed_dim)", HIDDEN),
+    (r"(n_positions|n_ctx|(original_)?max_position_embeddings|max_seq_len|model_max_length|context_length|"
+     r"max_target_positions|rel_extent|prompt_length)", POSITIONS),
+    (r".*(state_size|d_state)", 8),
+    (r".*(chunk_size|block_size|window_size|sliding_window.*|attention_window.*|local_attention|chunk_length|index_topk|"
+     r"index_topk_blocks|chunksize|mem_len)", 32),
+    (r"query_pre_attn_scalar", HEAD),
+]  # fmt: skip
+"""Names of sizes, and what they become."""
+
+BY_HAND: dict[str, dict[str, Any]] = {}
+"""What to set for a family, beside the rule."""
+
+
+def tiny_config(config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
+    """The default config of a family with small sizes, for the byte tokenizer's ids."""
+    settings = _shrunk(config_class().to_dict()) | BY_HAND.get(config_class.model_type, {})
+    settings.pop("model_type", None)
+    return config_class.from_dict(settings)
+
+
+def tiny_model(config_class: type[PreTrainedConfig], folder: Path) -> PreTrainedModel:
+    """A random model of the family, saved in `folder` with a tokenizer of bytes."""
+    config = tiny_config(config_class)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return model
+
+
+def config_classes() -> dict[str, type[PreTrainedConfig]]:
+    """The families that transformers maps to a causal LM, by the name of their config."""
+    return {config.model_type: config for config in MODEL_FOR_CAUSAL_LM_MAPPING}
+
+
+def _shrunk(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with small sizes; of lists with an entry for each layer, one of each kind, two at least."""
+    depth = next((settings[key] for key in DEPTHS if isinstance(settings.get(key), int)), None)
+    per_layer = {
+        key: value for key, value in settings.items() if isinstance(value, list) and depth and len(value) == depth
+    }
+    kinds = [tuple(str(v) for v in row) for row in zip(*per_layer.values(), strict=True)]
+    kept = sorted({kind: i for i, kind in reversed(list(enumerate(kinds)))}.values())[:4]
+    kept += [i for i in range(len(kinds)) if i not in kept][: max(0, LAYERS - len(kept))] if kinds else []
+    kept.sort()
+    shrunk: dict[str, Any] = {}
+    for key, value in settings.items():
+        if key in per_layer:
+            shrunk[key] = [_small(key, value[i], settings) for i in kept]
+        elif key in DEPTHS and kept:
+            shrunk[key] = len(kept)
+        elif key == "per_layer_config" and value:
+            shrunk[key] = {i: _shrunk(value.get(i) or value.get(str(i))) for i in range(LAYERS) if i in value}
+        elif isinstance(value, Mapping) and key not in ("id2label", "label2id"):
+            shrunk[key] = _shrunk(value)
+        else:
+            shrunk[key] = _small(key, value, settings)
+    return shrunk
+
+
+NOT_SAID = {
+    "head_dim": HEAD,
+    "num_key_value_heads": 2,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 2 * HIDDEN,
+    "n_routed_experts": EXPERTS,
+}
+"""Sizes that a default config leaves open, although its model wants them."""
+
+DEPTHS = ["num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks", "decoder_layers"]
+"""Names of the number of layers."""
+
+
+def _small(key: str, value: Any, settings: Mapping[str, Any]) -> Any:
+    """`value` of `key`, small if it is a size."""
+    if value is None:
+        return NOT_SAID.get(key)
+    if key.endswith("token_id") and isinstance(value, list):
+        return 0
+    if not isinstance(value, int) or isinstance(value, bool):
+        return value
+    if key.endswith(("token_id", "token_index")):
+        return 0
+    if key == "head_dim" and value == settings.get("qk_rope_head_dim"):
+        return _small("qk_rope_head_dim", value, settings)
+    if key == "num_key_value_heads" and value == settings.get("num_attention_heads"):
+        return HEADS
+    mamba = any("state" in k or "d_state" in k for k in settings)
+    if re.fullmatch(r"(mamba_)?(n|num)_heads|mamba_num_heads", key) and mamba:
+        return 8
+    size = next((size for pattern, size in SIZES if re.fullmatch(pattern, key)), value)
+    return min(value, size) if value >= 0 else value
+
+
+TRAINS, REFUSED, BREAKS = "trains", "refused", "breaks"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What came of a family: it trains, is refused before the work with a `reason`, or breaks.
+
+    `losses`: of each stage, the mean of the first and of the last steps.
+    """
+
+    family: str
+    outcome: str
+    reason: str = ""
+    losses: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+def trial(config_class: type[PreTrainedConfig], folder: Path, *, steps: int = 20) -> Trial:
+    """Plan, both stages with `steps` steps each, and the export, of a tiny model of the family, in `folder`."""
+    name = config_class.model_type
+    try:
+        tiny_model(config_class, folder / "base")
+    except Exception as error:
+        return Trial(name, BREAKS, "no tiny config: " + last_line(error))
+    values = [
+        f"model.base={folder / 'base'}",
+        f"output={folder / 'run'}",
+        "model.precision=fp32",
+        *(f"stage_{n}.{key}={value}" for n in ("one", "two") for key, value in
+          {"steps": steps, "learning_rate": 3e-3, "pairs_per_step": 8}.items()),
+    ]  # fmt: skip
+    recipe = anchorvec.load_recipe("debug", values)
+    try:
+        anchorvec.plan(recipe)
+    except anchorvec.AnchorvecError as error:
+        return Trial(name, REFUSED, str(error).replace(str(folder / "base"), "BASE"))
+    except Exception as error:
+        return Trial(name, BREAKS, "plan: " + last_line(error))
+    try:
+        anchorvec.train(recipe)
+        check_gradient(folder / "run" / "base")
+    except Exception as error:
+        return Trial(name, BREAKS, last_line(error))
+    records = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    losses = {}
+    for stage in ("stage_one", "stage_two"):
+        found = [record["loss"] for record in records if record["stage"] == stage]
+        losses[stage] = (statistics.mean(found[:3]), statistics.mean(found[-3:]))
+    if not all(after < before for before, after in losses.values()):
+        return Trial(name, BREAKS, f"a loss does not fall: {losses}", losses)
+    return Trial(name, TRAINS, "", losses)
+
+
+def check_gradient(folder: Path) -> None:
+    """Raise AssertionError unless the loss of a first token reaches what was read, in the embedder of `folder`."""
+    model = load_causal_lm(folder).train()
+    objective = TextReconstruction(model, packed=True)
+    embedding = objective.encode([[7, 8, 9, 0]])
+    embedding.retain_grad()  # type: ignore[no-untyped-call]
+    objective.decode(embedding, [[11]]).sum().backward()
+    assert embedding.grad is not None
+    assert embedding.grad.norm() > 0, "no gradient at the embedding"
+    weight = model.get_input_embeddings().weight
+    assert weight.grad is not None
+    assert (weight.grad[[7, 8, 9]].norm(dim=1) > 0).all(), "no gradient at what was read"
+
+
+def last_line(error: Exception) -> str:
+    """What a traceback ends in, and where it was raised."""
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first[:200]} ({Path(where.filename).name}:{where.lineno})"
+
+
+def sweep(names: Sequence[str], report: Path, *, seconds: float = 120.0) -> list[Trial]:
+    """A trial of each family, in a process of its own for at most so many `seconds`; written to `report` as they end."""
+    trials = []
+    for name in names:
+        began = time.monotonic()
+        with tempfile.TemporaryDirectory() as scratch:
+            found = _in_a_process(name, Path(scratch), seconds)
+        trials.append(replace(found, seconds=round(time.monotonic() - began, 1)))
+        report.write_text(json.dumps([asdict(t) for t in trials], indent=1), encoding="utf-8")
+        print(trials[-1].family, trials[-1].outcome, trials[-1].reason, trials[-1].seconds, flush=True)  # noqa: T201
+    return trials
+
+
+def _in_a_process(name: str, folder: Path, seconds: float) -> Trial:
+    """The trial of a family in a forked process, which has all imports already."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+
+    def work() -> None:
+        with (folder / "output").open("w") as output:
+            os.dup2(output.fileno(), 1)
+            os.dup2(output.fileno(), 2)
+            theirs.send(trial(config_classes()[name], folder))
+
+    process = context.Process(target=work)
+    process.start()
+    theirs.close()
+    try:
+        if ours.poll(seconds):
+            return cast("Trial", ours.recv())
+        return Trial(name, BREAKS, f"not done in {seconds:.0f} s")
+    except EOFError:
+        return Trial(name, BREAKS, "its process ended")
+    finally:
+        process.kill()
+        process.join()
+
+
+if __name__ == "__main__":
+    sweep(sys.argv[2:] or list(config_classes()), Path(sys.argv[1]))
