@@ -305,3 +305,18 @@ def test_a_large_step_is_the_mean_and_three_standard_deviations(tmp_path):
     expected = 4 * statistics.mean(tokens) + 3 * 2 * statistics.pstdev(tokens)
     found = large_step(model, inputs.contrastive["pairs"], inputs.prompts["pairs"], recipe)
     assert found == pytest.approx(expected)
+
+
+def test_each_slower_way_is_said_with_its_reason(setup, monkeypatch, capsys):
+    """In the engine, so in `plan` and the run's record, and in a line when a stage starts."""
+    for engine in setup():
+        assert engine.slower == ()
+    for engine in setup("model.attention=eager"):
+        assert engine.slower[0] == "texts are padded: model.attention is eager"
+    monkeypatch.setattr(anchorvec.training.memory, "free_memory", lambda device: 1000)
+    one, two = setup()
+    assert any(line.startswith("gradient checkpointing: the longest texts do not fit") for line in one.slower)
+    assert any(line.startswith("cached gradients, every text is encoded twice: a step of") for line in two.slower)
+    monkeypatch.undo()
+    monkeypatch.setattr("anchorvec.training.stage_two.use_packed_texts", lambda model: False)
+    assert setup()[1].slower == ("texts are padded: the model's layers do not keep packed texts apart",)

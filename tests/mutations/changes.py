@@ -162,7 +162,7 @@ CHANGES: list[tuple[str, str, str, str]] = [
     ("wiring", "training/engine.py", "held = micro_batch_tokens or max", "held = max"),
     ("wiring", "training/engine.py", "checkpointing = gradient_checkpointing is True", "checkpointing = False"),
     ("wiring", "training/engine.py", "step_tokens > (micro_batch_tokens or fit)", "step_tokens > fit"),
-    ("wiring", "training/engine.py", "return attention == \"auto\" and", "return"),
+    ("wiring", "training/engine.py", "if attention != \"auto\":", "if False:"),
     ("key model.attention", "model/embedder.py", "{} if attention == \"auto\" else {\"attn_implementation\": attention}", "{}"),
     ("wiring", "model/base.py", "return tiny_causal_lm(seed=seed)", "return tiny_causal_lm(seed=0)"),
     ("key model.revision", "model/base.py", "where: dict[str, Any] = {\"revision\": revision,", "where: dict[str, Any] = {\"revision\": None,"),

@@ -106,6 +106,8 @@ class Plan:
             table.add_row("pairs of a step", "similar ones in stage_two")
         for stage, engine in self.engine.items():
             table.add_row(f"{stage} runs", _show_engine(engine, stage))
+            for line in engine.slower:
+                table.add_row("", line)
         for stage, trial in self.trial_steps.items():
             table.add_row(f"a micro-step of {stage}", str(trial))
         table.add_row(

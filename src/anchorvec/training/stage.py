@@ -14,7 +14,8 @@ from anchorvec.data.stage_inputs import StageInputs
 from anchorvec.device import check_one_device, default_device, resolve_precision
 from anchorvec.errors import AnchorvecError
 from anchorvec.recipe import Recipe, StageOne, StageTwo
-from anchorvec.run import Run, StageName
+from anchorvec.run import STAGE_TITLES, Run, StageName
+from anchorvec.terminal import say
 from anchorvec.training.engine import Engine, compiling_pays
 from anchorvec.training.memory import free_memory, keep_freed_memory
 from anchorvec.training.progress import OnLog, StageProgress
@@ -82,8 +83,10 @@ class Stage:
         return StageProgress(self.name, self.run.log, deadline=self.deadline, on_log=self.on_log)
 
     def note(self, engine: Engine) -> None:
-        """Write the engine into the run's record; warn where the memory may not do."""
+        """Write `engine` into the run's record; say which slower ways it takes, warn where the memory may not do."""
         self.run.note("engine", {self.name: asdict(engine)})
+        for line in engine.slower:
+            say(f"{STAGE_TITLES[self.name]}: {line}")
         if not engine.fits:
             warnings.warn(
                 f"{self.name} may run out of memory, {free_memory(default_device()) / 1e9:.1f} GB are free: lower "

@@ -30,7 +30,7 @@ from anchorvec.model.portable import make_portable
 from anchorvec.objectives.bag_of_words import SAMPLE_PAIRS, BagOfWordsLoss
 from anchorvec.objectives.contrastive import Loss, contrastive_loss
 from anchorvec.training.bag_of_words import bag_of_words_loss
-from anchorvec.training.engine import Engine, choose_engine, packs_texts
+from anchorvec.training.engine import UNPACKABLE, Engine, choose_engine, why_padded
 from anchorvec.training.memory import release_freed_memory
 from anchorvec.training.stage import Stage, run_trainer
 from anchorvec.training.trainers import ContrastiveTrainer
@@ -104,7 +104,8 @@ def stage_two_model(stage: Stage) -> StageTwoModel:
     """The embedder that `stage` starts from, with what it trains, set up as the engine says."""
     recipe, settings, inputs = stage.recipe, stage.two, stage.inputs
     model = _trained_model(stage)
-    packed = packs_texts(recipe.model.attention, recipe.model.precision) and use_packed_texts(model)
+    padded_because = why_padded(recipe.model.attention, recipe.model.precision)
+    packed = not padded_because and use_packed_texts(model)
     _add_lora(stage, model)
 
     def embed(ids: Tensor, mask: Tensor) -> Tensor:
@@ -134,6 +135,7 @@ def stage_two_model(stage: Stage) -> StageTwoModel:
         ),
         logits_bytes=4 * 4 * 2 * SAMPLE_PAIRS * settings.pairs_per_step if settings.bag_of_words_weight else 0,
         long_enough=stage.long_enough,
+        padded_because=padded_because or UNPACKABLE,
     )
     if engine.compiled:
         compile_decoder_layers(body)
