@@ -18,7 +18,7 @@ from anchorvec.errors import AnchorvecError
 from anchorvec.evaluation.retrieval import RETRIEVAL
 from anchorvec.evaluation.scores import Scores
 from anchorvec.evaluation.task_kind import LocalData
-from anchorvec.evaluation.tasks import kind_of_data, kind_of_mteb_type, load_folder
+from anchorvec.evaluation.tasks import kind_of_data, kind_of_mteb_type, load_folder, sets_in
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -95,7 +95,9 @@ def check_test_data(*, data: Sequence[str | Path | LocalData] = (), tasks: Seque
     if not data and not tasks:
         return []
     require_extra()
-    local = [load_folder(part) if isinstance(part, str | Path) else part for part in data]
+    local: list[LocalData] = []
+    for part in data:
+        local += [load_folder(path) for path in sets_in(part) or [part]] if isinstance(part, str | Path) else [part]
     names = [part.name for part in local] + list(tasks)
     for name in names:
         if names.count(name) > 1:

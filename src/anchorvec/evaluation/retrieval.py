@@ -35,7 +35,12 @@ def fill(task: Any, data: BeirData) -> None:
 
 
 def record(task: Any) -> list[SubsetScores]:
-    """nDCG@10, recall@10 and MRR@10 of each query, in a list that is filled while mteb runs `task`.
+    """nDCG@10, recall@10 and MRR@10 of each query, in a list that is filled while mteb runs `task`."""
+    return record_of_queries(task, {"ndcg_at_10": "ndcg_cut_10", "recall_at_10": "recall_10"})
+
+
+def record_of_queries(task: Any, measures: Mapping[str, str]) -> list[SubsetScores]:
+    """`measures` (metric -> pytrec_eval's name) and MRR@10 of each query, in a list that is filled while `task` runs.
 
     mteb hands what pytrec_eval says of each query, and the ranking, to a hook for scores of a task's own,
     `task_specific_scores`; in this one object the hook is replaced by one that also takes them down. The documented
@@ -58,8 +63,7 @@ def record(task: Any) -> list[SubsetScores]:
         reciprocal = pytrec_eval.RelevanceEvaluator(qrels, {"recip_rank"}).evaluate(results)
         ranks = {query: score["recip_rank"] for query, score in reciprocal.items()}
         per_item = {
-            "ndcg_at_10": {query: score["ndcg_cut_10"] for query, score in scores.items()},
-            "recall_at_10": {query: score["recall_10"] for query, score in scores.items()},
+            **{metric: {query: of[measure] for query, of in scores.items()} for metric, measure in measures.items()},
             "mrr_at_10": {query: rank if rank >= 0.1 else 0.0 for query, rank in ranks.items()},
         }
         counts = {"queries": len(scores), "documents": len(task.dataset[hf_subset][hf_split]["corpus"])}
@@ -72,7 +76,7 @@ def record(task: Any) -> list[SubsetScores]:
 
 RETRIEVAL = TaskKind(
     name="Retrieval",
-    mteb_types=("Retrieval", "InstructionRetrieval", "Any2AnyRetrieval", "Reranking", "InstructionReranking"),
+    mteb_types=("Retrieval", "InstructionRetrieval", "Any2AnyRetrieval"),
     mteb_class="AbsTaskRetrieval",
     main_score="ndcg_at_10",
     metrics={"ndcg_at_10": "nDCG@10", "recall_at_10": "Recall@10", "mrr_at_10": "MRR@10"},

@@ -9,9 +9,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from anchorvec.errors import AnchorvecError
-from anchorvec.evaluation.statistics import Difference, Interval, paired_difference
+from anchorvec.evaluation.statistics import Difference, Interval
 from anchorvec.evaluation.task_kind import PerItem
-from anchorvec.evaluation.tasks import headings
+from anchorvec.evaluation.tasks import headings, kind_of_mteb_type
 
 
 @dataclass(frozen=True)
@@ -58,21 +58,23 @@ class Scores:
 
 
 def difference(first: Scores, second: Scores, *, metric: str | None = None, seed: int = 0) -> Difference:
-    """By how much `second` is above `first`, item by item: `paired_difference`.
+    """By how much `second` is above `first`, item by item, as its kind of task says.
 
-    - `metric`: one of `per_item`; by default the first one, nDCG@10 for retrieval.
+    - `metric`: one of `metrics`; by default the first one, nDCG@10 for retrieval.
     - `seed`: of interval and p-value.
 
     Raises AnchorvecError if the two were scored on different data, or have no per-item scores of the metric.
     """
     if first.fingerprint != second.fingerprint:
         raise AnchorvecError("the two systems were scored on different data; score both on the same")
-    metric = metric or next(iter(first.per_item), "per-item metric")
+    metric = metric or next(iter(first.metrics), "per-item metric")
+    kind = kind_of_mteb_type(first.kind)
     for scores in (first, second):
-        if metric not in scores.per_item:
-            known = ", ".join(scores.per_item) or "none"
+        if metric not in scores.metrics or kind is None:
+            known = ", ".join(scores.metrics) or "none"
             raise AnchorvecError(f"there is no {metric} of single items in scores of {scores.kind}; there is {known}")
-    return paired_difference(first.per_item[metric], second.per_item[metric], seed=seed)
+    assert kind is not None
+    return kind.difference(first.per_item, second.per_item, metric, seed)
 
 
 def scores_table(results: Mapping[str, Scores], *, title: str | None = None) -> Table:

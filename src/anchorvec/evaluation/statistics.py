@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.stats import rankdata
 
 from anchorvec.errors import AnchorvecError
 
@@ -129,6 +130,69 @@ def paired_difference_over_seeds(
     differences = _scores([np.mean(of_item) for of_item in by_item.values()])  # (items,)
     interval = bootstrap_interval(differences, resamples=resamples, seed=seed)
     return Difference(interval.mean, interval.low, interval.high, _chance(differences, resamples, seed))
+
+
+def spearman_interval(
+    similarities: ItemScores, scores: ItemScores, *, resamples: int = 2_000, seed: int = 0
+) -> Interval:
+    """Spearman's correlation of `similarities` with `scores`, item id -> value, with its interval.
+
+    The interval is a percentile bootstrap: of `resamples` times as many pairs as there are, drawn with replacement and
+    `seed`, the correlation is computed again. Without spread on one side it is 0. Raises AnchorvecError if there is no
+    item.
+    """
+    pairs = np.stack([_scores(list(similarities.values())), _scores([scores[item] for item in similarities])])
+    drawn = _spearman_of_draws(pairs, resamples, seed)
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return Interval(_spearman(pairs[None])[0], float(low), float(high))
+
+
+def spearman_difference(
+    first: ItemScores, second: ItemScores, scores: ItemScores, *, resamples: int = 2_000, seed: int = 0
+) -> Difference:
+    """By how much the correlation of `second` with `scores` is above that of `first`, over the same items.
+
+    The interval draws pairs again, the same ones for both. The p-value is that of a permutation test: the ranks of the
+    two systems' similarities are exchanged pair by pair by chance, in `resamples` ways drawn with `seed`; twice the
+    share of these, with 1 added to both counts, whose difference is as far from 0 on the same side. Raises
+    AnchorvecError if the systems do not have the same items.
+    """
+    if first.keys() != second.keys():
+        raise AnchorvecError("the two systems were scored on other pairs; score both on the same")
+    gold = _scores([scores[item] for item in first])
+    ranks = [rankdata([of_system[item] for item in first]) for of_system in (first, second)]
+    both = [np.stack([of_system, gold]) for of_system in ranks]
+    observed = _spearman(both[1][None])[0] - _spearman(both[0][None])[0]
+    drawn = _spearman_of_draws(both[1], resamples, seed) - _spearman_of_draws(both[0], resamples, seed)
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    rng = np.random.default_rng(seed)
+    as_far = 0
+    for _ in range(resamples):
+        exchanged = rng.random(gold.size) < 0.5
+        new = [np.where(exchanged, ranks[1 - i], ranks[i]) for i in (0, 1)]
+        found = _spearman(np.stack([new[1], gold])[None])[0] - _spearman(np.stack([new[0], gold])[None])[0]
+        as_far += found >= observed if observed >= 0 else found <= observed
+    p_value = min(1.0, 2 * (as_far + 1) / (resamples + 1))
+    return Difference(observed, float(low), float(high), p_value)
+
+
+def _spearman_of_draws(pairs: NDArray[np.float64], resamples: int, seed: int) -> NDArray[np.float64]:
+    """Of so many draws of `pairs` (2, items) with replacement: (resamples,)."""
+    rng, items = np.random.default_rng(seed), pairs.shape[1]
+    size = max(1, _DRAWS_AT_ONCE // items)
+    parts = []
+    for begin in range(0, resamples, size):
+        index = rng.integers(items, size=(min(size, resamples - begin), items))
+        parts.append(_spearman(np.moveaxis(pairs[:, index], 0, 1)))
+    return np.concatenate(parts)
+
+
+def _spearman(pairs: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The correlation of the ranks in each of `pairs` (draws, 2, items): (draws,); 0 without spread."""
+    ranks = rankdata(pairs, axis=2)
+    ranks = ranks - ranks.mean(axis=2, keepdims=True)
+    norms = np.sqrt((ranks**2).sum(axis=2)).prod(axis=1)
+    return np.divide((ranks[:, 0] * ranks[:, 1]).sum(axis=1), norms, out=np.zeros(len(ranks)), where=norms > 0)
 
 
 def _chance(differences: NDArray[np.float64], resamples: int, seed: int) -> float:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from anchorvec.evaluation.statistics import Interval, bootstrap_interval
+from anchorvec.evaluation.statistics import Difference, Interval, bootstrap_interval, paired_difference
 
 PerItem = Mapping[str, Mapping[str, float]]
 """Metric -> item id -> score of this item. What an item is depends on the kind: for retrieval it is a query."""
@@ -37,6 +37,11 @@ class SubsetScores:
 def mean_intervals(per_item: PerItem, seed: int) -> dict[str, Interval]:
     """For each metric of `per_item` the mean over items with its bootstrap interval, drawn with `seed`."""
     return {metric: bootstrap_interval(list(of_item.values()), seed=seed) for metric, of_item in per_item.items()}
+
+
+def mean_difference(first: PerItem, second: PerItem, metric: str, seed: int) -> Difference:
+    """The mean difference of `metric` over the items that `first` and `second` both have; `seed` of the draws."""
+    return paired_difference(first[metric], second[metric], seed=seed)
 
 
 def nothing_of(data: LocalData) -> frozenset[str]:
@@ -75,5 +80,7 @@ class TaskKind:
     """Called with a task before mteb runs it: the list that has the scores of each subset and split after the run."""
     intervals: Callable[[PerItem, int], dict[str, Interval]] = mean_intervals
     """From the per-item scores and a seed, each metric over all items with its interval."""
+    difference: Callable[[PerItem, PerItem, str, int], Difference] = mean_difference
+    """From two systems' per-item scores, a metric and a seed, by how much the second is above the first."""
     own_documents: Callable[[Any], Collection[str]] = nothing_of
     """From the LocalData the ids of queries that are documents as well, and are left out of their own ranking."""

@@ -3,30 +3,59 @@
 from pathlib import Path
 
 from anchorvec.errors import AnchorvecError
+from anchorvec.evaluation.classification import CLASSIFICATION
+from anchorvec.evaluation.clustering import CLUSTERING
+from anchorvec.evaluation.reranking import RERANKING
 from anchorvec.evaluation.retrieval import RETRIEVAL
+from anchorvec.evaluation.sts import STS
 from anchorvec.evaluation.task_kind import LocalData, TaskKind
 from anchorvec.files import user_path
+from anchorvec.terminal import say
 
 KINDS: list[TaskKind] = [
     RETRIEVAL,
+    RERANKING,
+    STS,
+    CLASSIFICATION,
+    CLUSTERING,
 ]
 """Where a folder, or a task of mteb, fits several, the first counts."""
 
 
 def load_folder(folder: str | Path) -> LocalData:
-    """The test data in `folder`, whichever kind it is of, named after it; a leading `~` is the home folder.
+    """The test set in `folder`, or in a file, whichever kind it is of, named after it; `~` is the home folder.
 
-    Raises AnchorvecError for a folder that is not there or of no known kind, and for data that cannot be used.
+    Raises AnchorvecError for one that is not there or of no known kind, and for data that cannot be used.
     """
     folder = user_path(folder)
-    if not folder.is_dir():
-        raise AnchorvecError(f"{folder}: there is no such folder; name one in BEIR layout")
-    for kind in KINDS:
-        if kind.recognises(folder):
-            data: LocalData = kind.load(folder)
-            return data
+    if not folder.exists():
+        raise AnchorvecError(f"{folder}: there is no such folder, nor file; name a test set")
+    kind = _kind_of(folder)
+    if kind is not None:
+        data: LocalData = kind.load(folder)
+        return data
     layouts = "; ".join(f"{kind.name}: {kind.layout}" for kind in KINDS)
     raise AnchorvecError(f"{folder}: there is no test data in it, which is one of: {layouts}")
+
+
+def sets_in(folder: str | Path) -> list[Path]:
+    """`folder` itself if it is a test set, else the sets in it, by their names; a line says what in it is none.
+
+    Empty where it holds none.
+    """
+    folder = user_path(folder)
+    if not folder.is_dir() or _kind_of(folder) is not None:
+        return [folder]
+    inside = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    sets = [path for path in inside if _kind_of(path) is not None]
+    others = [path.name for path in inside if path not in sets]
+    if sets and others:
+        say(f"{folder}: {len(sets)} test sets; no test set: {', '.join(others)}")
+    return sets
+
+
+def _kind_of(path: Path) -> TaskKind | None:
+    return next((kind for kind in KINDS if kind.recognises(path)), None)
 
 
 def kind_of_data(data: LocalData) -> TaskKind:
