@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 from anchorvec.data.stage_inputs import StageInputs, reconstructs, sample_rows
 from anchorvec.data.tokens import PairTokenizer
 from anchorvec.device import check_one_device, default_device, resolve_precision
+from anchorvec.model.decoder import decoder_of
 from anchorvec.model.embedder import load_causal_lm
 from anchorvec.objectives.pairs import TokenPair
 from anchorvec.pipeline import build_base, load_training_data
@@ -180,7 +181,7 @@ def _prepared(recipe: Recipe, run: Run, inputs: StageInputs, tokenize: PairToken
         stages["stage_one"] = _PreparedStage(engine, _trained(model))
     else:
         model = load_causal_lm(run.base)
-    counts = (sum(p.numel() for p in part.parameters()) for part in (model, model.base_model))
+    counts = (sum(p.numel() for p in part.parameters()) for part in (model, decoder_of(model)))
     return _Prepared(dict(sorted(stages.items())), *counts)
 
 
