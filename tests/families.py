@@ -224,7 +224,7 @@ def trial(config_class: type[PreTrainedConfig], folder: Path, *, steps: int = 20
         return Trial(name, BREAKS, "plan: " + last_line(error))
     try:
         anchorvec.train(recipe)
-        check_gradient(folder / "run" / "base")
+        check_gradient(folder / "run" / "stage_one")
     except Exception as error:
         return Trial(name, BREAKS, last_line(error))
     records = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text(encoding="utf-8").splitlines()]

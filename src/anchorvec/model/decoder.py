@@ -51,7 +51,7 @@ def check_decoder(model: PreTrainedModel, base: str | Path) -> None:
     try:
         _check_states(model.eval(), name)
     except (AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if isinstance(error, AnchorvecError | torch.OutOfMemoryError):
             raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise AnchorvecError(f"{name} cannot read a text that is given as embeddings ({reason}); {_ADVICE}") from error
