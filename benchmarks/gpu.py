@@ -32,9 +32,10 @@ from anchorvec.model.loading import load_encoder
 from anchorvec.model.packing import reads_packed, use_packed_attention
 from anchorvec.model.working_weights import WorkingWeights
 from anchorvec.objectives.reconstruction import TextReconstruction
-from anchorvec.pipeline import build_base, load_training_data
+from anchorvec.pipeline import load_training_data
 from anchorvec.recipe import Recipe, load_recipe
 from anchorvec.run import STAGES, Run, StageName
+from anchorvec.start import build_base
 from anchorvec.training import engine
 from anchorvec.training.stage import Stage
 from anchorvec.training.stage_one import train_stage_one

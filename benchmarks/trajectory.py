@@ -144,10 +144,13 @@ def losses(run: Path) -> dict[str, list[float]]:
 
 def differences(before: Path, now: Path) -> Iterator[str]:
     """What differs between two runs."""
+    from anchorvec.model.portable import make_portable
+
     for stage, values in losses(before).items():
         for step, (a, b) in enumerate(zip(values, losses(now)[stage], strict=True), start=1):
             if not abs(a - b) <= 1e-6 * abs(a):
                 yield f"{stage}, step {step}: loss {a} was, {b} is"
+    make_portable(before / "model")  # the form of a folder that older versions read too
     files = {p.relative_to(before / "model") for p in (before / "model").rglob("*") if p.is_file()}
     files |= {p.relative_to(now / "model") for p in (now / "model").rglob("*") if p.is_file()}
     for name in sorted(files - {Path("README.md")}):

@@ -33,10 +33,11 @@ from anchorvec.evaluation.beir import docstring_collection, write_beir
 from anchorvec.evaluation.statistics import paired_difference, paired_difference_over_seeds, student_interval
 from anchorvec.files import write_json
 from anchorvec.model.loading import load_encoder
-from anchorvec.pipeline import EXPORT_SECONDS, STAGE_ONE_SHARE, Budget, load_training_data, run_stages
+from anchorvec.pipeline import load_training_data, run_stages
 from anchorvec.recipe import load_recipe
 from anchorvec.recipe.settings import EvaluationSettings
 from anchorvec.run import Run
+from anchorvec.training.budget import EXPORT_SECONDS, STAGE_ONE_SHARE, Budget
 from common import check_scored_elsewhere, describe_machine, score_more
 
 SCORED = ("scipy", "sklearn")
@@ -57,7 +58,7 @@ def run(
     recipe = with_pairs(recipe, data, run.pairs)
     unscored = recipe.model_copy(update={"evaluation": EvaluationSettings()})
     budget = Budget(minutes + EXPORT_SECONDS / 60, stage_one_share=stage_one_share)
-    trained = run_stages(unscored, run, load_training_data(recipe), budget=budget)
+    trained = run_stages(unscored, run, load_training_data(recipe), [], budget=budget)
     bf16 = resolve_precision(recipe.model.precision) == "bf16"
     model = load_encoder(run.newest(), torch.bfloat16 if bf16 else torch.float32)
     [scores] = evaluate(model, data=[run.score_set]).values()

@@ -231,7 +231,8 @@ def test_another_kind_of_task_is_one_entry_of_the_table(
     scores = evaluate(model, data=[write_beir(tmp_path / "animals"), tmp_path / "sentences"])
     assert list(scores["animals"].per_item) == ["ndcg_at_10", "recall_at_10", "mrr_at_10"]
     of_pairs = scores["sentences"]
-    sides = (model.encode([str(row[side]) for row in rows], prompt="") for side in ("sentence1", "sentence2"))
+    prompt = PROMPTS["query"]  # nothing else is stored for such texts
+    sides = (model.encode([str(row[side]) for row in rows], prompt=prompt) for side in ("sentence1", "sentence2"))
     cosine = model.similarity_pairwise(*sides).tolist()
     assert list(of_pairs.per_item["cosine"].values()) == pytest.approx(cosine, abs=1e-5)
     assert of_pairs.main_score == pytest.approx(spearmanr(cosine, [row["score"] for row in rows])[0], abs=1e-5)
@@ -352,3 +353,10 @@ def test_bm25_gives_zero_to_a_query_without_a_shared_word(collection: BeirData) 
     queries = QUERIES | {"q1": "whale", "q2": "of the"}
     per_query = bm25_scores(BeirData(CORPUS, queries, QRELS)).per_item["ndcg_at_10"]
     assert per_query == {query: float(query not in {"q1", "q2"}) for query in QUERIES}
+
+
+def test_bm25_finds_nothing_where_no_document_has_a_word() -> None:
+    """Single characters and stop words alone are no words of BM25; the scores are 0."""
+    corpus = {"d0": {"title": "", "text": "\u65e5"}, "d1": {"title": "of", "text": "the"}}
+    data = BeirData(corpus, {"q0": "\u65e5", "q1": "a word"}, {"q0": {"d0": 1}, "q1": {"d1": 1}})
+    assert bm25_scores(data).per_item["ndcg_at_10"] == {"q0": 0.0, "q1": 0.0}

@@ -2,18 +2,21 @@
 
 import json
 import shutil
+from importlib.metadata import version
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
+from transformers import AutoModelForCausalLM
 
 from anchorvec.commands.decode import decode
 from anchorvec.errors import AnchorvecError
-from anchorvec.exporting.folder import PROGRAMS, export
+from anchorvec.exporting.folder import PROBES, PROGRAMS, encode_with_transformers, export
 from anchorvec.model.loading import load_model
-from anchorvec.pipeline import stored_prompts, train
+from anchorvec.pipeline import train
 from anchorvec.recipe import load_recipe
+from anchorvec.start import stored_prompts
 from support import QUICK
 
 
@@ -44,7 +47,8 @@ def test_instructions_reach_the_model_as_prompts(tmp_path):
 def test_export_merges_lora_and_is_compared(run, tmp_path):
     """The export holds no adapter, and gives the vectors of the run's adapter over Stage I."""
     result = export(run, tmp_path / "model", texts=["a further probe"])
-    assert list(result.cosines) == ["sentence-transformers", "transformers"]
+    assert list(result.cosines) == [f"{name} {version(name)}" for name in ("sentence-transformers", "transformers")]
+    assert "transformers 4.57" in result.not_compared
     assert min(result.cosines.values()) >= 0.9999
     assert not list((tmp_path / "model").glob("adapter*"))
     texts = ["one", "another text"]
@@ -58,7 +62,7 @@ def test_export_merges_lora_and_is_compared(run, tmp_path):
 def test_export_fails_where_vectors_differ_and_deletes_nothing(run, tmp_path, monkeypatch):
     """If a program gives other vectors the export is refused, no folder appears, and the run stays."""
     monkeypatch.setitem(PROGRAMS, "transformers", lambda folder, texts: torch.randn(len(texts), 64))
-    with pytest.raises(AnchorvecError, match="in transformers the vectors"):
+    with pytest.raises(AnchorvecError, match=r"in transformers \S+ the vectors"):
         export(run, tmp_path / "model")
     assert not (tmp_path / "model").exists()
     assert (run / "stage_two" / "adapter_model.safetensors").exists()
@@ -132,7 +136,7 @@ def test_an_export_is_compared_to_four_nines(run, tmp_path, monkeypatch):
         return vectors + 0.05 * vectors.norm(dim=1, keepdim=True) * torch.eye(vectors.shape[1])[0]
 
     monkeypatch.setitem(PROGRAMS, "transformers", off)
-    with pytest.raises(AnchorvecError, match="in transformers the vectors"):
+    with pytest.raises(AnchorvecError, match=r"in transformers \S+ the vectors"):
         export(run, tmp_path / "model")
 
 
@@ -154,3 +158,38 @@ def test_an_adapter_is_put_over_the_stage_that_it_started_from(run, tmp_path):
     of_stages = [next(w for key, w in stage.items() if key.endswith("embed_tokens.weight")) for stage in stages]
     assert torch.equal(exported[name], of_stages[0])
     assert not torch.equal(exported[name], of_stages[1])
+
+
+def test_what_is_compared_is_the_run_itself(run, tmp_path, monkeypatch):
+    """The adapter as it was trained, not what was merged; and the export holds fp32 weights whatever a stage holds."""
+    loaded = []
+
+    def load(folder, **options):
+        loaded.append(options)
+        return load_model(folder, **options)
+
+    monkeypatch.setattr("anchorvec.exporting.folder.load_model", load)
+    shutil.copytree(run / "base", tmp_path / "half")
+    AutoModelForCausalLM.from_pretrained(run / "base", dtype=torch.bfloat16).save_pretrained(tmp_path / "half")
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
+    export(run, tmp_path / "model")
+    assert loaded == [{"merge": False}, {}, {}]
+    export(tmp_path / "half", tmp_path / "from_half")
+    assert load_model(tmp_path / "from_half").dtype == torch.float32
+
+
+def test_each_text_counts_in_the_comparison(run, tmp_path, monkeypatch):
+    """The probes and the texts that are given; one that differs a little is enough, however close the others are."""
+    seen = []
+
+    def almost(folder, texts):
+        seen.append(list(texts))
+        vectors = encode_with_transformers(folder, texts)
+        length, noise = vectors[-1].norm(), torch.randn(vectors.shape[1], generator=torch.Generator().manual_seed(0))
+        vectors[-1] += 0.025 * length * noise / noise.norm()  # a cosine of 0.9997
+        return vectors
+
+    monkeypatch.setitem(PROGRAMS, "transformers", almost)
+    with pytest.raises(AnchorvecError, match=r"in transformers \S+ the vectors of some text have cosine 0.999[5-8]"):
+        export(run, tmp_path / "model", texts=["a further text"])
+    assert seen == [[*PROBES, "a further text"]]

@@ -5,7 +5,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModelForCausalLM
 
@@ -18,14 +18,14 @@ from support import make_model, make_tokenizer
 def test_what_cannot_be_loaded_is_one_error(tmp_path):
     """A weights file that breaks off, whole or of an adapter, and the folder of a run, which holds several models."""
     folder = build_embedder("tiny", tmp_path / "run" / "base", max_tokens=32)
-    with pytest.raises(AnchorvecError, match=r"this is a run; name .*/model"):
+    with pytest.raises(AnchorvecError, match=r"this is a run, and an embedder is needed; name .*/model"):
         load_model(tmp_path / "run")
     model = SentenceTransformer(str(folder), device="cpu")
     model.add_adapter(LoraConfig(r=2, target_modules="all-linear", task_type="FEATURE_EXTRACTION"))
     model.save_pretrained(str(tmp_path / "run" / "stage_two"), create_model_card=False)
     for weights in (tmp_path / "run" / "stage_two" / "adapter_model.safetensors", folder / "model.safetensors"):
         weights.write_bytes(weights.read_bytes()[:1000])
-        with pytest.raises(AnchorvecError, match="this cannot be loaded"):
+        with pytest.raises(AnchorvecError, match=rf"{weights.name} is damaged or cut short: copy it again"):
             load_model(weights.parent)
 
 
@@ -60,3 +60,12 @@ def test_small_updates_survive_the_merge(save_base, tmp_path):
     model.save_pretrained(str(tmp_path / "run" / "stage_two"), create_model_card=False)
     assert np.abs(trained - before).max() > 1e-4
     np.testing.assert_allclose(load_model(tmp_path / "run" / "stage_two").encode("a text"), trained, atol=1e-6)
+
+
+def test_an_adapter_is_merged_or_left_as_it_is(run):
+    """Both give the same vectors; unmerged, the adapter is a part of its own."""
+    merged, unmerged = (load_model(run / "stage_two", merge=merge) for merge in (True, False))
+    assert isinstance(unmerged[0].model, PeftModel)
+    assert not isinstance(merged[0].model, PeftModel)
+    vectors = [model.encode(["a text", "another"], convert_to_tensor=True) for model in (merged, unmerged)]
+    torch.testing.assert_close(*vectors, atol=1e-5, rtol=1e-5)

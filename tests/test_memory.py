@@ -21,9 +21,10 @@ from anchorvec.device import default_device
 from anchorvec.errors import AnchorvecError
 from anchorvec.model.packing import use_packed_texts
 from anchorvec.objectives.reconstruction import TextReconstruction
-from anchorvec.pipeline import build_base, load_training_data
+from anchorvec.pipeline import load_training_data
 from anchorvec.recipe import load_recipe
 from anchorvec.run import Run
+from anchorvec.start import build_base
 from anchorvec.training.engine import ENOUGH_TOKENS
 from anchorvec.training.memory import ADAM_BYTES, free_memory, kept_bytes, tokens_that_fit
 from anchorvec.training.stage import Stage
@@ -121,7 +122,7 @@ def setup(tmp_path):
     """A function that sets up both stages of the recipe `debug` and gives their engines."""
 
     def engines(*options):
-        own = ["stage_one.micro_batch_tokens=null", "stage_two.micro_batch_tokens=null"]
+        own = ["model.max_tokens=64", "stage_one.micro_batch_tokens=null", "stage_two.micro_batch_tokens=null"]
         recipe = load_recipe("debug", [f"output={tmp_path / 'run'}", *own, *options])
         inputs = load_training_data(recipe)
         run = Run(tmp_path)
@@ -304,3 +305,18 @@ def test_a_large_step_is_the_mean_and_three_standard_deviations(tmp_path):
     expected = 4 * statistics.mean(tokens) + 3 * 2 * statistics.pstdev(tokens)
     found = large_step(model, inputs.contrastive["pairs"], inputs.prompts["pairs"], recipe)
     assert found == pytest.approx(expected)
+
+
+def test_each_slower_way_is_said_with_its_reason(setup, monkeypatch, capsys):
+    """In the engine, so in `plan` and the run's record, and in a line when a stage starts."""
+    for engine in setup():
+        assert engine.slower == ()
+    for engine in setup("model.attention=eager"):
+        assert engine.slower[0] == "texts are padded: model.attention is eager"
+    monkeypatch.setattr(anchorvec.training.memory, "free_memory", lambda device: 1000)
+    one, two = setup()
+    assert any(line.startswith("gradient checkpointing: the longest texts do not fit") for line in one.slower)
+    assert any(line.startswith("cached gradients, every text is encoded twice: a step of") for line in two.slower)
+    monkeypatch.undo()
+    monkeypatch.setattr("anchorvec.training.stage_two.use_packed_texts", lambda model: False)
+    assert setup()[1].slower == ("texts are padded: the model's layers do not keep packed texts apart",)

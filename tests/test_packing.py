@@ -19,15 +19,18 @@ from transformers import (
     Qwen2MoeConfig,
     StableLmConfig,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from anchorvec.model import attention, packing
 from anchorvec.model.attention import PACKED_ATTENTION
-from anchorvec.model.embedder import build_embedder, save_causal_lm
+from anchorvec.model.embedder import build_embedder, load_causal_lm, save_causal_lm
 from anchorvec.model.loading import load_encoder
 from anchorvec.model.packing import packed_states, padded_states, reads_packed, use_packed_attention, use_packed_texts
 from anchorvec.objectives.contrastive import contrastive_loss
 from anchorvec.objectives.pairs import exchange_partners
 from anchorvec.objectives.reconstruction import TextReconstruction
+from anchorvec.pipeline import train
+from anchorvec.recipe import load_recipe
 from support import FAMILIES, assert_same_gradients, gradients, make_model, make_pairs, make_tokenizer
 
 
@@ -61,6 +64,49 @@ def test_loss_and_gradient_do_not_depend_on_packing(family, tied):
         packed.exchanged_document_to_query, plain.exchanged_document_to_query, rtol=tolerance, atol=0
     )
     assert_same_gradients(gradients(model, packed.loss), expected, tolerance)
+
+
+def see_the_neighbour(starts):
+    """The first two texts as one."""
+    return torch.cat([starts[:1], starts[2:]])
+
+
+def end_too_late(starts):
+    """The first text takes the first token of the second one."""
+    return starts + torch.tensor([0, 1, *[0] * (len(starts) - 2)], dtype=starts.dtype)
+
+
+def end_too_early(starts):
+    """The last text but one lacks its last token, which the last one has."""
+    return starts - torch.tensor([*[0] * (len(starts) - 2), 1, 0], dtype=starts.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fault", [see_the_neighbour, end_too_late, end_too_early, None])
+def test_a_kernel_that_mixes_texts_is_refused(fault, dtype):
+    """By the check of states and gradients, in either format; the kernel as it is passes."""
+    model = make_model().to(dtype)
+
+    def broken(*args, cu_seq_lens_q=None, **kwargs):
+        starts = cu_seq_lens_q if cu_seq_lens_q is None or fault is None else fault(cu_seq_lens_q)
+        return attention.packed_attention(*args, cu_seq_lens_q=starts, **kwargs)
+
+    ALL_ATTENTION_FUNCTIONS[PACKED_ATTENTION] = broken
+    try:
+        assert use_packed_attention(model) == (fault is None)
+    finally:
+        del ALL_ATTENTION_FUNCTIONS[PACKED_ATTENTION]
+    assert (model.config._attn_implementation == PACKED_ATTENTION) == (fault is None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["text", "bag_of_words"])
+def test_a_trained_model_passes_the_check(tmp_path, target):
+    """After 200 steps of Stage I, in fp32 and in bf16, whose rounding grows with training (T35)."""
+    overrides = [f"output={tmp_path / 'run'}", "stage_one.steps=200", "stage_two=null", f"stage_one.target={target}"]
+    train(load_recipe("debug", overrides))
+    for dtype in (torch.float32, torch.bfloat16):
+        assert use_packed_attention(load_causal_lm(tmp_path / "run" / "stage_one").to(dtype))
 
 
 def test_a_window_shorter_than_a_text_is_kept():

@@ -1,5 +1,6 @@
 """Reading training pairs: what is kept, what is left out, and what the user is told."""
 
+import csv
 import gzip
 import json
 from pathlib import Path
@@ -9,6 +10,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset, DatasetDict
 
 from anchorvec.data import drawn_rows, read_pairs
 from anchorvec.errors import AnchorvecError
@@ -122,14 +124,16 @@ def test_bad_rows_are_left_out_and_counted_by_kind(tmp_path: Path) -> None:
     ]
     path = json_lines(tmp_path / "bad.jsonl", rows)
     pairs = read_pairs(path)
-    assert pairs.dataset["query"][:] == ["a", "c"]
+    assert pairs.dataset["query"][:] == ["a", "a", "c"]
+    assert pairs.report.mended == {"with half of a surrogate pair, now U+FFFD": 1}
+    assert pairs.report.read == len(rows) == pairs.report.rows + sum(pairs.report.rejected.values())
     assert pairs.report.rejected == {
         "duplicate": 1,
         "empty": 2,
         "not a string": 3,
         "missing column": 1,
         "unparsable": 2,
-        "not UTF-8": 2,
+        "not UTF-8": 1,
     }
     lines = [int(example.removeprefix(f"{path}:").split(":")[0]) for example in pairs.report.examples]
     assert lines == list(range(2, 13))
@@ -160,7 +164,8 @@ def test_a_table_names_the_line_where_a_row_begins(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_bytes(b'query,positive\na,"one\ntwo"\n"",b\nc,d,e\ncaf\xe9,b\nz,"open\n')
     report = read_pairs(path).report
-    assert report.rejected == {"empty": 1, "unparsable": 2, "not UTF-8": 1}
+    assert report.rejected == {"empty": 1, "unparsable": 1, "not UTF-8": 1}
+    assert report.mended == {"with a stray quote": 1}
     places = {int(e.removeprefix(f"{path}:").split(":")[0]): e for e in report.examples}
     assert sorted(places) == [4, 5, 6, 7]
     assert "3 fields where the header has 2" in places[5]
@@ -328,3 +333,130 @@ def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("HOME", str(tmp_path))
     json_lines(tmp_path / "a.jsonl", ROWS)
     assert read_pairs("~/a.jsonl").dataset.to_list() == EXPECTED
+
+
+ROW = {"query": "a", "positive": "b"}
+
+
+@pytest.mark.parametrize(
+    ("line", "kept"),
+    [
+        ('q5,"p5', ("q5", '"p5')),  # never closed
+        ('"q5,p5', ('"q5', "p5")),
+        ('q5,"p5" and more', ("q5", '"p5" and more')),  # closed too early
+        ('q5,"p, 5', None),  # no two fields, however its quotes are taken
+    ],
+)
+@pytest.mark.parametrize("later", ["q{0},p{0}", 'q{0},"p{0}"', '"q{0}","p{0}"'])
+def test_a_stray_quote_costs_its_row_at_most(
+    tmp_path: Path, line: str, kept: tuple[str, str] | None, later: str
+) -> None:
+    """Every line of the file is kept, mended or counted; none of them vanishes in the row with the quote."""
+    lines = [later.format(i) for i in range(40)]
+    (tmp_path / "a.csv").write_text("\n".join(["query,positive", *lines[:5], line, *lines[6:]]) + "\n")
+    pairs = read_pairs(tmp_path / "a.csv")
+    report = pairs.report
+    assert report.read == 40 == report.rows + sum(report.rejected.values())
+    expected = [(f"q{i}", f"p{i}") for i in range(40) if i != 5]
+    if kept is not None:
+        expected.insert(5, kept)
+        assert report.mended == {"with a stray quote": 1}
+    assert list(zip(pairs.dataset["query"][:], pairs.dataset["positive"][:], strict=True)) == expected
+    assert f"{tmp_path / 'a.csv'}:7: " in report.examples[0]
+
+
+def test_a_text_in_quotes_may_run_over_lines(tmp_path: Path) -> None:
+    """With quotes, commas and blank lines in it."""
+    text = 'one, "two"\n\nthree'
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["query", "positive"], *([f"q{i}", f"{text} {i}"] for i in range(9))])
+    pairs = read_pairs(tmp_path / "a.csv")
+    assert pairs.dataset["positive"][:] == [f"{text} {i}" for i in range(9)]
+    assert (pairs.report.read, pairs.report.mended) == (9, {})
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("name", ["a.json", "a.json.gz"])
+def test_a_json_array_is_read_member_by_member(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, indent: int | None
+) -> None:
+    """In parts of any size, with the line of each member."""
+    rows = [*({"query": f"q {i}", "positive": f"p \u00fc {i}"} for i in range(50)), ["no object"], {"query": ""}]
+    text = json.dumps(rows, indent=indent, ensure_ascii=False)
+    (tmp_path / name).write_bytes(gzip.compress(text.encode()) if name.endswith("gz") else text.encode())
+    for part in (7, 2**20):
+        monkeypatch.setattr("anchorvec.data.rows._CHUNK", part)
+        pairs = read_pairs(tmp_path / name)
+        assert pairs.dataset["positive"][:] == [f"p \u00fc {i}" for i in range(50)]
+        assert (pairs.report.read, pairs.report.rejected) == (52, {"unparsable": 1, "empty": 1})
+        line = text[: text.index("[", 1)].count("\n") + 1
+        assert f"{name}:{line}: a JSON list" in pairs.report.examples[0]
+
+
+@pytest.mark.parametrize("end", ["", '{"query": "a"', "[1, "])
+def test_a_json_array_that_breaks_off_is_an_error(tmp_path: Path, end: str) -> None:
+    """It names the line; rows after it would be lost."""
+    (tmp_path / "a.json").write_text('[\n{"query": "a", "positive": "b"},\n' + end)
+    with pytest.raises(AnchorvecError, match=r"a\.json:3: this is no JSON array of objects"):
+        read_pairs(tmp_path / "a.json")
+
+
+def test_two_columns_of_one_name_are_an_error(tmp_path: Path) -> None:
+    """In a table; in JSON the row is left out."""
+    (tmp_path / "a.csv").write_text("query,positive,positive\na,b,c\n")
+    (tmp_path / "a.tsv").write_text("id\tquery\tpositive\tid\n1\ta\tb\t2\n")
+    twice = pa.table([["a"], ["b"], ["c"]], names=["query", "positive", "query"])
+    pq.write_table(twice, tmp_path / "a.parquet")
+    for name, column in (("a.csv", "positive"), ("a.tsv", "id"), ("a.parquet", "query")):
+        with pytest.raises(AnchorvecError, match=f'{name} has two columns "{column}"; rename one'):
+            read_pairs(tmp_path / name)
+    (tmp_path / "a.jsonl").write_text('{"query": "a", "positive": "b", "query": "c"}\n' + json.dumps(ROW))
+    report = read_pairs(tmp_path / "a.jsonl").report
+    assert (report.rows, report.rejected) == (1, {"unparsable": 1})
+    assert 'a.jsonl:1: the name "query" is there twice' in report.examples[0]
+
+
+@pytest.mark.parametrize("negatives", [["c", None, "d"], ["c", 3, "d"], ["c", "", "d"], ["c", "d", ["e"]]])
+def test_a_negative_that_is_no_text_costs_itself_alone(tmp_path: Path, negatives: list[object]) -> None:
+    """Its row keeps the others; it is counted."""
+    path = json_lines(tmp_path / "a.jsonl", [{**ROW, "negatives": negatives}])
+    pairs = read_pairs(path)
+    assert pairs.dataset["negatives"][:] == [["c", "d"]]
+    assert (pairs.report.dropped_negatives, pairs.report.rejected) == (1, {})
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_folder_of_save_to_disk_is_read(tmp_path: Path, split: str) -> None:
+    """One split, or several by their names."""
+    one = Dataset.from_list([{**ROW, "negatives": ["n"]}, {"query": "c", "positive": None, "negatives": []}])
+    one.save_to_disk(tmp_path / "one")
+    DatasetDict({split: one}).save_to_disk(tmp_path / "several")
+    for report in (read_pairs(tmp_path / "one").report, read_pairs(tmp_path / "several", split=split).report):
+        assert (report.read, report.rows, report.rejected) == (2, 1, {"not a string": 1})
+    with pytest.raises(AnchorvecError, match=f"has no split validation; it has {split}"):
+        read_pairs(tmp_path / "several", split="validation")
+    with pytest.raises(AnchorvecError, match="as one split; leave validation out"):
+        read_pairs(tmp_path / "one", split="validation")
+
+
+def test_each_file_of_a_folder_has_its_own_columns(tmp_path: Path) -> None:
+    """What has no pairs is counted, with file and line."""
+    folder = tmp_path / "unlike"
+    folder.mkdir()
+    json_lines(folder / "a.jsonl", [{**ROW, "query": f"q {i}"} for i in range(4)])
+    json_lines(folder / "b.jsonl", [{"question": "q", "answer": "a"}] * 2)
+    json_lines(folder / "c.jsonl", [{**ROW, "negative": "n"}])
+    report = read_pairs(folder).report
+    assert (report.read, report.rows, report.rejected) == (7, 5, {"missing column": 2})
+    assert f"{folder / 'b.jsonl'}:1: " in report.examples[0]
+    (folder / "d.csv").write_text("query,positive\na,b\n")
+    with pytest.raises(AnchorvecError, match=r"d\.csv would not be read beside a\.jsonl"):
+        read_pairs(folder)
+
+
+def test_a_cache_that_cannot_be_written_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It names the folder and what chooses another."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "file")
+    with pytest.raises(AnchorvecError, match="HF_DATASETS_CACHE names another folder"):
+        read_pairs(json_lines(tmp_path / "a.jsonl", [ROW]))

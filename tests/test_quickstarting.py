@@ -10,15 +10,19 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import TrainingArguments
 
-from anchorvec.commands.quickstart import contrastive_alone, quickstart
+from anchorvec.commands.quickstart import contrastive_alone, part_of, quickstart
 from anchorvec.errors import AnchorvecError
-from anchorvec.pipeline import Budget, build_base, load_training_data, train, with_steps
+from anchorvec.evaluation import BeirData
+from anchorvec.pipeline import WholeSet, load_training_data, run_stages, train, with_steps
 from anchorvec.recipe import load_recipe
 from anchorvec.run import Run
+from anchorvec.start import build_base
+from anchorvec.training.budget import Budget, Measured
 from anchorvec.training.stage import Stage
 from anchorvec.training.stage_one import train_stage_one
 from anchorvec.training.stage_two import train_stage_two
 from anchorvec.training.trainers import ReconstructionTrainer
+from support import QUICK
 
 
 class Clock:
@@ -43,7 +47,7 @@ def test_a_stage_lasts_until_its_deadline(monkeypatch, tmp_path, stage):
     inputs = load_training_data(recipe)
     records = []
     train_stage = train_stage_one if stage == "stage_one" else train_stage_two
-    train_stage(Stage(stage, recipe, run, start, inputs, 60.0, records.append))
+    train_stage(Stage(stage, recipe, run, start, inputs, lambda: 60.0, records.append))
     assert records[-1]["step"] > 10  # more than the recipe's
     assert 50 < clock.now < 63  # as long as another step would have fitted
     assert run.steps() == {stage: records[-1]["step"]}
@@ -68,7 +72,7 @@ def test_the_learning_rate_follows_the_clock(monkeypatch, tmp_path, schedule, at
     for deadline in (180.0, None):
         clock.now = 100.0
         trainer = ReconstructionTrainer(nn.Linear(1, 1), arguments, micro_batch_tokens=1)
-        trainer.deadline = deadline
+        trainer.deadline = None if deadline is None else lambda: 180.0
         trainer.create_optimizer()
         scheduler = trainer.create_scheduler(1000)
         trainer.optimizer.step()
@@ -87,7 +91,7 @@ def test_a_stage_whose_time_is_over_makes_one_step(tmp_path):
     recipe = load_recipe("debug", [f"output={tmp_path / 'run'}", "stage_one.warmup_steps=0"])
     run = Run(tmp_path / "run")
     start = build_base(recipe, run.base)
-    folder = train_stage_one(Stage("stage_one", recipe, run, start, load_training_data(recipe), deadline=0.0))
+    folder = train_stage_one(Stage("stage_one", recipe, run, start, load_training_data(recipe), deadline=lambda: 0.0))
     before, after = (load_file(stage / "model.safetensors") for stage in (start, folder))
     assert all(torch.equal(after[name], weights) for name, weights in before.items())
     assert run.steps() == {"stage_one": 1}
@@ -125,7 +129,7 @@ def test_no_time_is_refused_at_once(tmp_path, minutes):
 def test_any_recipe_runs_for_a_time(tmp_path, monkeypatch):
     """Instead of its steps, which are saved as they were made; a tenth of the time is Stage I's."""
     clock = Clock()
-    for module in ("training.progress", "training.stage", "training.trainers", "pipeline"):
+    for module in ("training.progress", "training.stage", "training.trainers", "training.budget", "pipeline"):
         monkeypatch.setattr(f"anchorvec.{module}.time", clock)
     overrides = [f"output={tmp_path / 'run'}", "stage_one.warmup_steps=0", "stage_two.warmup_steps=0"]
     result = train(load_recipe("debug", overrides), budget=Budget(3.0, began=0.0))
@@ -138,16 +142,67 @@ def test_any_recipe_runs_for_a_time(tmp_path, monkeypatch):
         Budget(-1)
 
 
-def test_a_budget_leaves_time_for_scoring_and_the_export():
-    """What is left of ten minutes is divided: a tenth for Stage I, the rest for Stage II."""
+def test_a_budget_leaves_time_for_scoring_and_the_export(monkeypatch):
+    """What is left of ten minutes is divided: a tenth for Stage I; the last scoring takes longer."""
+    monkeypatch.setattr("anchorvec.training.budget.pace", lambda: 1.0)
     budget = Budget(10.0, began=time.monotonic())
-    first, second = (budget.deadline(stages, scoring=45.0) - budget.began for stages in (2, 1))
-    assert first == pytest.approx(0.1 * (600 - 30 - 90), abs=1)
-    assert second == pytest.approx(600 - 30 - 45, abs=1)
-    budget.check(2, scoring=45.0)
+    scoring, last = Measured(45.0, 1.0), Measured(65.0, 1.0)
+    first, second = (budget.deadline(stages, scoring, last)() - budget.began for stages in (2, 1))
+    assert first == pytest.approx(0.1 * (600 - 30 - 45 - 65), abs=1)
+    assert second == pytest.approx(600 - 30 - 65, abs=1)
+    assert budget.left() == pytest.approx(600 - 30, abs=1)
+    budget.check(2, scoring, last)
     with pytest.raises(AnchorvecError, match=r"the time is too short: 50 s are left .*; give 11 minutes or more"):
-        budget.check(2, scoring=260.0)
-    assert Budget().deadline(2, scoring=45.0) is None
+        budget.check(2, Measured(260.0, 1.0), Measured(260.0, 1.0))
+    assert Budget().deadline(2, scoring, last) is None
+
+
+def test_a_deadline_moves_when_the_machine_slows_down(monkeypatch):
+    """Scoring and export will take as many times as long; it is looked at again every 20 seconds, noise left aside."""
+    machine = SimpleNamespace(pace=1.0, now=1000.0)
+    monkeypatch.setattr("anchorvec.training.budget.pace", lambda: machine.pace)
+    monkeypatch.setattr("anchorvec.training.budget.time", SimpleNamespace(monotonic=lambda: machine.now))
+    deadline = Budget(10.0, began=1000.0).deadline(1, Measured(50.0, 1.0), Measured(90.0, 1.0))
+    machine.pace = 2.0
+    assert deadline() == pytest.approx(1000 + 600 - 30 - 90)
+    for machine.pace, times in ((2.0, 2.0), (1.1, 1.0), (3.0, 3.0), (0.5, 1.0)):
+        machine.now += 21.0
+        assert deadline() == pytest.approx(1000 + 600 - times * (30 + 90))
+
+
+@pytest.mark.parametrize(("minutes", "at_the_end"), [(None, {"part", "whole"}), (1.6, {"part"})])
+def test_the_whole_set_is_scored_at_the_end_if_its_time_is_there(tmp_path, monkeypatch, capsys, minutes, at_the_end):
+    """By BM25 and the last stage; where no time is left for that, a line says so."""
+    documents = {"d": {"title": "", "text": "a"}, "e": {"title": "", "text": "b"}}
+    part, whole = (BeirData(documents, {"q": "a"}, {"q": {"d": 1}}, name) for name in ("part", "whole"))
+    monkeypatch.setattr("anchorvec.training.budget._LEAST_SECONDS", -1e9)
+    overrides = ["evaluation.bm25=true", "evaluation.data=[part]", f"output={tmp_path / 'run'}", *QUICK]
+    recipe = load_recipe("debug", overrides)
+    budget = Budget(minutes, began=time.monotonic() - 60 * (minutes or 0))
+    run = Run.create(tmp_path / "run")
+    found = run_stages(
+        recipe, run, load_training_data(recipe), [part], budget=budget, whole=WholeSet(whole, times=5.0)
+    ).scores
+    assert {name: set(scores) for name, scores in found.items()} == {
+        "bm25": {"part", "whole"},
+        "untrained": {"part"},
+        "stage_one": {"part"},
+        "stage_two": at_the_end,
+    }
+    assert ("whole: no time is left to score" in capsys.readouterr().err) == (at_the_end == {"part"})
+
+
+def test_the_part_of_the_score_set_is_a_part():
+    """Its queries and documents are those of the whole, and the same ones at every call."""
+    documents = {f"d{i}": {"title": "", "text": f"text {i}"} for i in range(60)}
+    whole = BeirData(documents, {f"q{i}": f"query {i}" for i in range(25)}, {f"q{i}": {f"d{i}": 1} for i in range(25)})
+    part = part_of(whole, queries=10, documents=24)
+    assert (len(part.queries), len(part.corpus)) == (10, 24)
+    assert part.queries.items() <= whole.queries.items()
+    assert part.corpus.items() <= whole.corpus.items()
+    assert part.qrels == {query: whole.qrels[query] for query in part.queries}
+    assert {document for of_query in part.qrels.values() for document in of_query} <= set(part.corpus)
+    assert part_of(whole, queries=10, documents=24) == part
 
 
 @pytest.mark.slow
@@ -169,10 +224,13 @@ def test_steps_that_ran_are_read_from_the_log(tmp_path):
 
 @pytest.mark.slow
 def test_the_whole_quickstart_on_the_tiny_model(tmp_path):
-    """With a model of random weights: four scores with intervals, an export, and the wall time that was given."""
-    result = quickstart(tmp_path / "run", minutes=3, overrides=["model.base=tiny"])
+    """With a model of random weights: scores with intervals, an export, and the wall time that was given."""
+    result = quickstart(tmp_path / "run", minutes=3, seed=7, overrides=["model.base=tiny"])
     assert list(result.scores) == ["bm25", "untrained", "stage_one", "stage_two"]
-    assert result.score_set["score_queries"] == 100
+    assert list(result.whole_scores) == ["bm25", "stage_two"]
+    assert (result.score_set["score_queries"], result.score_set["seed"]) == (500, 0)
+    assert {scores.counts["queries"] for scores in result.scores.values()} == {100}
+    assert {scores.counts["queries"] for scores in result.whole_scores.values()} == {500}
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
     assert result.minutes <= 3.3
     recipe = load_recipe(str(tmp_path / "run" / "recipe.yaml"))

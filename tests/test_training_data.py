@@ -1,25 +1,31 @@
 """What training reads of its data, and which data it refuses before any work."""
 
+import io
 import json
 
 import datasets
 import pyarrow
 import pytest
+from rich.console import Console
 from sentence_transformers import SentenceTransformer
 from transformers import AutoTokenizer
 
 from anchorvec.commands.plan import plan
 from anchorvec.data.negatives import text_hashes
+from anchorvec.data.stage_inputs import sample_rows, without_prompt_and_end
 from anchorvec.errors import AnchorvecError
+from anchorvec.model.embedder import build_embedder
 from anchorvec.model.packing import token_ids
-from anchorvec.pipeline import build_base, load_training_data, train
+from anchorvec.objectives.reconstruction import TextReconstruction
+from anchorvec.pipeline import load_training_data, train
 from anchorvec.recipe import load_recipe
 from anchorvec.run import Run
+from anchorvec.start import build_base
 from anchorvec.training.stage import Stage
 from anchorvec.training.stage_one import train_stage_one
 from anchorvec.training.stage_two import train_stage_two
 from anchorvec.training.trainers import ContrastiveTrainer, ReconstructionTrainer
-from support import QUICK, write_rows
+from support import QUICK, make_model, make_tokenizer, write_rows
 
 
 def test_several_datasets_with_weights_instructions_and_negatives(tmp_path):
@@ -147,12 +153,30 @@ def test_texts_stay_on_disk_and_are_hashed_once(tmp_path, monkeypatch):
 
 
 def test_repeated_texts_do_not_end_a_stage_unnoticed(tmp_path):
-    """Where batches without duplicates run out before the planned steps, the run fails instead of stopping early."""
+    """Where no batch without duplicates can be filled, that is said before anything is trained."""
     rows = [{"query": f"q{i * (i % 2)}", "positive": f"p{i * (1 - i % 2)}"} for i in range(64)]  # q0 or p0 in each
     path = write_rows(tmp_path / "same.jsonl", rows)
     few = ["stage_one=null", "stage_two.pairs_per_step=16", "stage_two.steps=2", "stage_two.warmup_steps=0"]
-    with pytest.raises(AnchorvecError, match="repeat texts"):
-        train(load_recipe("debug", [f"output={tmp_path / 'run'}", f"data.train=[{{path: {path}}}]", *few]))
+    for command in (train, plan):
+        with pytest.raises(AnchorvecError, match="no 16 rows of same were found in which no text is there twice"):
+            command(load_recipe("debug", [f"output={tmp_path / 'run'}", f"data.train=[{{path: {path}}}]", *few]))
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_a_plan_says_how_many_steps_repeated_texts_fill(tmp_path):
+    """Before the same rows come again; the stage makes all of its steps all the same."""
+    rows = [{"query": f"q{i}", "positive": f"p{i % 20 if i < 40 else 0}"} for i in range(400)]
+    path = write_rows(tmp_path / "skewed.jsonl", rows)
+    steps = ["stage_one=null", "stage_two.pairs_per_step=18", "stage_two.steps=6", "stage_two.warmup_steps=0"]
+    recipe = load_recipe("debug", [f"output={tmp_path / 'run'}", f"data.train=[{{path: {path}}}]", *steps])
+    found = plan(recipe)
+    assert (found.steps_of_a_pass, found.full_steps) == ({"skewed": 2}, {"skewed": 22})
+    console = Console(width=500, file=io.StringIO(), record=True)
+    console.print(found)
+    assert "a pass over them fills 2 steps of Stage II, not 22" in console.export_text()
+    assert train(recipe).steps == {"stage_two": 6}
+    every = write_rows(tmp_path / "plain.jsonl", [{"query": f"q{i}", "positive": f"p{i}"} for i in range(100)])
+    assert plan(load_recipe("debug", [f"data.train=[{{path: {every}}}]", *steps])).steps_of_a_pass == {"plain": 5}
 
 
 def test_too_few_different_texts_are_refused_before_training(tmp_path):
@@ -172,7 +196,16 @@ def test_an_instruction_without_room_for_a_text_is_refused(tmp_path):
     for refused in (train, plan):
         with pytest.raises(AnchorvecError, match=r"data.train.0.instruction: it leaves no room"):
             refused(
-                load_recipe("debug", [f"output={tmp_path / refused.__name__}", long, "stage_one=null", *QUICK[1::2]])
+                load_recipe(
+                    "debug",
+                    [
+                        f"output={tmp_path / refused.__name__}",
+                        long,
+                        "model.max_tokens=64",
+                        "stage_one=null",
+                        *QUICK[1::2],
+                    ],
+                )
             )
     assert not list((tmp_path / "train").iterdir())  # the mended recipe may use it
 
@@ -202,3 +235,54 @@ def test_a_length_limit_without_room_for_a_text_is_refused(tmp_path):
     end = "model.end={before: 'a text with many words: ', after: ' means in one word: '}"
     with pytest.raises(AnchorvecError, match=r"data.max_tokens: 8 leaves no room for a text; the \d+ tokens around it"):
         train(load_recipe("debug", [f"output={tmp_path / 'run'}", end, "data.max_tokens=8", *QUICK]))
+
+
+def test_content_is_the_text_without_what_stands_around_it(save_base):
+    """Without BOS and end, and without the instruction of either side; of a text without any, too."""
+    base = save_base(make_model(), make_tokenizer("bos"))
+    folder = build_embedder(base, base.parent / "embedder", max_tokens=64)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for instructions in ({"instruction": "find: "}, {"document_instruction": "note: "}, {}):
+        source = {"path": "pairs.jsonl", **instructions}
+        content = without_prompt_and_end(tokenizer, load_recipe("debug", [f"data.train=[{json.dumps(source)}]"]))
+        for text in ("words", *(f"{prompt}words" for prompt in instructions.values())):
+            assert tokenizer.decode(content(tokenizer(text)["input_ids"])) == "words"
+
+
+def test_lengths_are_those_of_rows_from_everywhere():
+    """A sample is drawn, not the first rows, and the seed decides which."""
+    rows = datasets.Dataset.from_dict({"row": range(1000)})
+    samples = [[row["row"] for row in sample_rows(rows, 100, seed)] for seed in (0, 0, 1)]
+    assert samples[0] == samples[1] != samples[2]
+    assert len(set(samples[0])) == 100
+    assert max(samples[0]) > 900
+
+
+@pytest.mark.parametrize("target", ["text", "bag_of_words"])
+def test_a_plan_makes_a_micro_step_of_each_stage(tmp_path, target):
+    """Of the longest texts that a micro-batch holds, on the model itself; without `step` none."""
+    rows = [{"query": f"q{i}", "positive": f"{i} " * (1 + i % 9), "negatives": [f"n{i}"] * (i % 2)} for i in range(32)]
+    path = write_rows(tmp_path / "pairs.jsonl", rows)
+    options = [f"stage_one.target={target}", "stage_one.micro_batch_tokens=80", "stage_two.micro_batch_tokens=90"]
+    recipe = load_recipe("debug", [f"data.train=[{{path: {path}}}]", *options, "stage_two.negatives=1"])
+    steps = plan(recipe).trial_steps
+    assert list(steps) == ["stage_one", "stage_two"]
+    assert all(0 < step.seconds < 60 for step in steps.values())
+    assert 40 < steps["stage_one"].tokens <= 80
+    assert 40 < steps["stage_two"].tokens <= 90
+    left_out = plan(recipe, step=False).trial_steps["stage_one"]
+    assert (left_out.seconds, str(left_out)) == (None, "left out: not asked for")
+
+
+def test_a_model_that_cannot_make_a_step_is_refused_by_plan(tmp_path, monkeypatch):
+    """With the reason, in one line; a step that would take too long is left out, and that is said."""
+    recipe = load_recipe("debug", ["stage_two=null"])
+    monkeypatch.setattr("anchorvec.training.trial.LONGEST_SECONDS", 0)
+    assert "it would take about" in str(plan(recipe).trial_steps["stage_one"])
+
+    def forward(self, pairs):
+        raise AttributeError("no router_logits")
+
+    monkeypatch.setattr(TextReconstruction, "forward", forward)
+    with pytest.raises(AnchorvecError, match=r"a first step of stage_one fails on this model.*no router_logits"):
+        plan(recipe)

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 import anchorvec
 import formulas
 from anchorvec import AnchorvecError
+from anchorvec.pipeline import load_training_data
 from support import make_model, make_tokenizer, recipe, train, write_rows
 from wiring import HARD, PLAIN, expected, sources
 
@@ -207,6 +208,18 @@ def test_a_split_of_a_subset_is_read(hub_folder, split, subset):
         assert f"{subset} {split or 'train'}" in "".join(pair.document_read)
 
 
+@pytest.mark.wires("split", "subset", of=("data.train.0",))
+def test_each_data_set_has_a_split_and_a_subset_of_its_own(hub_folder):
+    """Two of one folder."""
+    sources = [
+        {"path": str(hub_folder), "subset": subset, "split": split, "name": f"{subset}-{split}"}
+        for subset, split in (("big", "train"), ("small", "extra"))
+    ]
+    values = {"data.train": sources, "stage_two": None, "stage_one.pairs_per_step": 2}
+    rows = load_training_data(recipe(values)).reconstruction
+    assert [row["query"][:9] for row in rows] == ["big train"] * 4 + ["small ext"] * 4
+
+
 @pytest.mark.wires("data.strict")
 @pytest.mark.parametrize("run", [anchorvec.plan, anchorvec.train])
 def test_a_bad_row_is_left_out_or_refused(tmp_path, run):
@@ -218,7 +231,7 @@ def test_a_bad_row_is_left_out_or_refused(tmp_path, run):
         run(recipe({"output": str(tmp_path / "strict"), "data.strict": True, **values}))
     found = run(recipe({"output": str(tmp_path / "run"), **values}))
     if run is anchorvec.plan:
-        assert (found.rows, found.rejected_rows) == ({"pairs": 8}, {"pairs": 1})
+        assert (found.rows, found.rejected_rows, found.mended_rows) == ({"pairs": 8}, {"pairs": 1}, {"pairs": 0})
     else:
         assert json.loads((tmp_path / "run" / "run.json").read_text())["data"]["pairs"]["rows"] == 8
 

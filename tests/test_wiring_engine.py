@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -14,6 +15,7 @@ from sentence_transformers import SentenceTransformer
 import anchorvec
 from anchorvec.evaluation import bm25_scores
 from anchorvec.model import packing
+from anchorvec.training.budget import Budget, Measured
 from support import decoder_calls, make_model, make_tokenizer, recipe, train, write_rows
 from wiring import HARD, PLAIN, TEXTS, WORDS, sources
 
@@ -280,3 +282,12 @@ def test_a_plan_counts_what_the_run_did(name, request):
     for stage, tokens in [("stage_one", mean["query"] + mean["positive"] + written), ("stage_two", read)]:
         total = tokens * values[f"{stage}.pairs_per_step"] * values[f"{stage}.steps"]
         assert plan.tokens[stage] == pytest.approx(total, abs=1)
+
+
+@pytest.mark.wires("stage_one", "stage_two")
+def test_a_stage_that_is_alone_has_all_the_time():
+    """Of two Stage I has its share, and the last one what is left."""
+    budget = Budget(minutes=10, stage_one_share=0.25)
+    nothing = Measured(0.0)
+    both, one = (budget.deadline(stages, nothing, nothing)() - time.monotonic() for stages in (2, 1))
+    assert both / one == pytest.approx(0.25, abs=0.01)

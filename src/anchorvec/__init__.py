@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from anchorvec.objectives.bag_of_words import BagOfWordsLoss, BagOfWordsReconstruction
     from anchorvec.objectives.pairs import TokenPair
     from anchorvec.objectives.reconstruction import Reconstruction, ReconstructionOutput, TextReconstruction
-    from anchorvec.pipeline import Budget, TrainResult, train
+    from anchorvec.pipeline import TrainResult, train
     from anchorvec.recipe import (
         DataSettings,
         EndPrompt,
@@ -45,7 +45,9 @@ if TYPE_CHECKING:
         load_recipe,
     )
     from anchorvec.run import Run
+    from anchorvec.training.budget import Budget
     from anchorvec.training.engine import Engine
+    from anchorvec.training.trial import TrialStep
 
     __version__: str
 
@@ -83,6 +85,7 @@ __all__ = [
     "TokenPair",
     "TrainData",
     "TrainResult",
+    "TrialStep",
     "__version__",
     "bm25_scores",
     "build_embedder",
@@ -126,7 +129,6 @@ _HOMES = {
     "Reconstruction": "objectives.reconstruction",
     "ReconstructionOutput": "objectives.reconstruction",
     "TextReconstruction": "objectives.reconstruction",
-    "Budget": "pipeline",
     "TrainResult": "pipeline",
     "train": "pipeline",
     "DataSettings": "recipe",
@@ -140,7 +142,9 @@ _HOMES = {
     "TrainData": "recipe",
     "load_recipe": "recipe",
     "Run": "run",
+    "Budget": "training.budget",
     "Engine": "training.engine",
+    "TrialStep": "training.trial",
 }
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 from rich.text import Text
 
 import anchorvec
 from anchorvec.errors import AnchorvecError
+from anchorvec.terminal import replace_unshown, terminal
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -18,7 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-console = Console()
+console = terminal()
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped recipe.")]
 Overrides = Annotated[
@@ -41,7 +41,10 @@ JsonFile = Annotated[
     typer.Option("--json", metavar="FILE", help="Write the result to FILE as JSON.", callback=_writable),
 ]
 Instruction = Annotated[
-    str | None, typer.Option(help="Put before each query, in place of the prompt that is stored with the model.")
+    str | None,
+    typer.Option(
+        help="Put before each query, or text of a task without queries, in place of the prompt stored with the model."
+    ),
 ]
 ModelFolder = Annotated[str, typer.Argument(metavar="MODEL", help="A folder with an embedder, or a hub id.")]
 
@@ -49,10 +52,11 @@ ModelFolder = Annotated[str, typer.Argument(metavar="MODEL", help="A folder with
 def main() -> None:
     """Run the command line; bad input ends with one line on stderr and exit code 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    replace_unshown()
     try:
         app()
     except AnchorvecError as error:
-        Console(stderr=True).print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
+        terminal(stderr=True).print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
         sys.exit(2)
 
 
@@ -71,10 +75,10 @@ def options(
     """Turn an open decoder LLM into a text embedder."""
 
 
-@app.command(epilog="Example: anchorvec quickstart --output first-embedder --minutes 20")
+@app.command(epilog="Example: anchorvec quickstart --output first-embedder --minutes 10")
 def quickstart(
     output: Annotated[Path, typer.Option(help="Folder of the run; must be new.")],
-    minutes: Annotated[float, typer.Option(help="Wall time for everything, scoring included.")] = 20,
+    minutes: Annotated[float, typer.Option(help="Wall time for everything, scoring included.")] = 10,
     seed: Annotated[int, typer.Option(help="Decides everything that is random.")] = 0,
     stage_one: Annotated[
         bool,
@@ -96,6 +100,11 @@ def quickstart(
     result = run(output, minutes=minutes, seed=seed, stage_one=stage_one, started=started)
     _finish(result, json_file)
     console.print(f"The model is in {result.model}, the whole run took {result.minutes:.1f} minutes.")
+    console.print(
+        "With pairs of your own (query and positive in each row):\n"
+        "  anchorvec train quickstart 'data.train=[{path: pairs.jsonl}]' output=runs/mine --minutes 30",
+        soft_wrap=True,
+    )
     if sys.stdin.isatty() and sys.stdout.isatty():
         ask(result.model, result.corpus)
 
@@ -110,9 +119,9 @@ def train(
     json_file: JsonFile = None,
 ) -> None:
     """Stage I, then Stage II, then the export, as the recipe says; KEY=null switches a stage off."""
-    from anchorvec.pipeline import Budget
     from anchorvec.pipeline import train as run
     from anchorvec.recipe import load_recipe
+    from anchorvec.training.budget import Budget
 
     _quiet()
     result = run(load_recipe(recipe, overrides or []), budget=Budget(minutes))
@@ -120,13 +129,20 @@ def train(
 
 
 @app.command(epilog="Example: anchorvec plan paper/llama-3.2-1b 'data.train=[{path: pairs.jsonl}]'")
-def plan(recipe: RecipeName, overrides: Overrides = None, json_file: JsonFile = None) -> None:
-    """Show what a recipe would do: recipe, parameters, tokens, disk, a decoded batch. Trains nothing."""
+def plan(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    step: Annotated[
+        bool, typer.Option("--step/--no-step", help="Make one real micro-step of each stage, where it fits.")
+    ] = True,
+    json_file: JsonFile = None,
+) -> None:
+    """Show what a recipe would do: recipe, parameters, tokens, disk, a decoded batch, a micro-step. Keeps nothing."""
     from anchorvec.commands.plan import plan as run
     from anchorvec.recipe import load_recipe
 
     _quiet()
-    _finish(run(load_recipe(recipe, overrides or [])), json_file)
+    _finish(run(load_recipe(recipe, overrides or []), step=step), json_file)
 
 
 @app.command(epilog="Example: anchorvec evaluate first-embedder/model --data beir/scifact --data beir/nfcorpus")
@@ -140,22 +156,23 @@ def evaluate(
     json_file: JsonFile = None,
 ) -> None:
     """Score a model on BEIR folders and MTEB tasks."""
-    from anchorvec.evaluation import bm25_scores, scores_table
+    from anchorvec.evaluation import bm25_scores, check_test_data, scores_table
     from anchorvec.evaluation import evaluate as run
 
     _quiet()
     if bm25 and not data:
         raise AnchorvecError("--bm25: it is scored on folders; name one with --data")
+    folders = check_test_data(data=data or [], tasks=task or [])
     scores = run(
         model,
-        data=data or [],
+        data=folders,
         tasks=task or [],
         batch_size=batch_size,
         instruction=instruction,
         show_progress_bar=True,
     )
     if bm25:
-        scores |= {f"{folder.name} (BM25)": bm25_scores(folder) for folder in data or []}
+        scores |= {f"{folder.name} (BM25)": bm25_scores(folder) for folder in folders}
     console.print(scores_table(scores, title=model))
     _write(json_file, {name: value.to_dict() for name, value in scores.items()})
 
@@ -227,13 +244,14 @@ def _quiet() -> None:
     transformers_logging.disable_progress_bar()
     disable_datasets_bar()
     logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
+    logging.getLogger("mteb").setLevel(logging.ERROR)  # it says that prompts are ignored, which are not
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     warnings.showwarning = show_warning
 
 
 def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    """One line on stderr, without the line of code that it comes from."""
-    Console(stderr=True).print(Text.assemble(("warning: ", "bold yellow"), str(message)), soft_wrap=True)
+    """`message` as one line on stderr, without the line of code that it comes from."""
+    terminal(stderr=True).print(Text.assemble(("warning: ", "bold yellow"), str(message)), soft_wrap=True)
 
 
 def _finish(result: Any, json_file: Path | None) -> None:

@@ -13,6 +13,8 @@ from torch import nn
 
 from anchorvec.errors import AnchorvecError
 
+_PACE_SECONDS = 0.25
+
 Precision = Literal["bf16", "fp32"]
 
 
@@ -57,6 +59,21 @@ def device_name() -> str:
         cpu = ""
     found = re.search(r"^model name\s*:\s*(.+)$", cpu, re.MULTILINE)
     return found[1] if found else platform.processor() or platform.machine()
+
+
+def pace() -> float:
+    """Seconds that a fixed piece of arithmetic takes on the CPU now, over a quarter of a second.
+
+    It grows where other programs take a part of the processor. On another device, which they do not slow down, 1.
+    """
+    if default_device().type != "cpu":
+        return 1.0
+    a, b = torch.ones(256, 576), torch.ones(1536, 576)
+    start, times = time.perf_counter(), 0
+    while time.perf_counter() - start < _PACE_SECONDS:
+        torch.nn.functional.linear(a, b)
+        times += 1
+    return (time.perf_counter() - start) / times
 
 
 @cache

@@ -24,6 +24,15 @@ def user_path(path: str | Path) -> Path:
         return Path(path)
 
 
+def without_surrogates(text: str) -> str:
+    """`text` with U+FFFD in place of each lone surrogate, which no tokenizer and no UTF-8 file takes.
+
+    JSON can escape half of a pair, and a text may have been cut between the two. Halves that stand together become
+    their character; a text without any is given back as it is.
+    """
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
 def plain_or_gzipped(path: Path) -> Path:
     """`path`, or `path` with `.gz` behind it, whichever exists. Raises AnchorvecError if neither does."""
     for candidate in (path, path.with_name(f"{path.name}.gz")):
@@ -40,8 +49,8 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for place, line in read_lines(path):
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise AnchorvecError(f"{place}: this is no JSON ({error.msg})") from error
+        except (ValueError, RecursionError) as error:  # a number of too many digits, lists too deep in lists
+            raise AnchorvecError(f"{place}: this is no JSON ({error})") from error
         if not isinstance(row, dict):
             raise AnchorvecError(f"{place}: found {line[:60]!r}; each line must be one JSON object")
         yield place, row
@@ -91,6 +100,14 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
+def _follow_umask(folder: Path) -> None:
+    """Give all that is in `folder` the modes that new files have here; some libraries keep theirs to one user."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in folder.rglob("*"):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+
+
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """A scratch folder that becomes `folder` when the block ends, and vanishes if it fails.
@@ -107,6 +124,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
         raise AnchorvecError(f"{folder} cannot be made: {error.strerror}") from error
     try:
         yield scratch
+        _follow_umask(scratch)
         if folder.exists():
             folder.rmdir()
         scratch.rename(folder)

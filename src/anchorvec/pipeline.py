@@ -4,32 +4,30 @@
 first step. Both stages go through transformers' Trainer.
 """
 
-import math
 import platform
-import shutil
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console, Group
-from transformers import AutoTokenizer
+from rich.console import Group
 
 from anchorvec.data import read_pairs
-from anchorvec.data.stage_inputs import StageInputs, check_instructions, stage_inputs
+from anchorvec.data.stage_inputs import StageInputs, stage_inputs
 from anchorvec.device import check_one_device, device_name, resolve_precision
-from anchorvec.errors import AnchorvecError
-from anchorvec.evaluation import Scores, bm25_scores, check_test_data, evaluate, scores_table
+from anchorvec.evaluation import LocalData, Scores, bm25_scores, check_test_data, evaluate, scores_table
 from anchorvec.exporting.folder import Exported, export
 from anchorvec.files import write_json
-from anchorvec.model.embedder import build_embedder
 from anchorvec.model.loading import load_encoder
 from anchorvec.recipe import Recipe, StageOne, StageTwo, load_recipe, save_recipe
 from anchorvec.run import STAGE_TITLES, Run, StageName
+from anchorvec.start import build_base, with_settings_of_base
+from anchorvec.terminal import say
+from anchorvec.training.budget import Budget, Measured
 from anchorvec.training.memory import release_freed_memory
 from anchorvec.training.progress import OnLog
 from anchorvec.training.stage import Stage
@@ -42,15 +40,6 @@ TITLES: dict[str, str] = {
     **{str(name): f"after {title}" for name, title in STAGE_TITLES.items()},
 }
 """What tables call a system: the keys of a run's scores."""
-
-STAGE_ONE_SHARE = 0.1
-"""Of the time for training, where a budget is a time; the rest is Stage II's."""
-
-EXPORT_SECONDS = 30.0
-"""Of a time that are kept for the export."""
-
-_LEAST_SECONDS = 60.0
-"""For training, set-up of the stages included."""
 
 Scored = dict[str, dict[str, Scores]]
 """Scores by system, an untrained or a trained model or BM25, and task."""
@@ -78,50 +67,6 @@ class TrainResult:
         return Group(*tables, self.export)
 
 
-@dataclass(frozen=True)
-class Budget:
-    """How long a run lasts: the steps of its recipe, or `minutes` of wall time from `began`, a `time.monotonic()`.
-
-    What scoring and the export leave of the time is for training, `stage_one_share` of it for Stage I. A stage then
-    makes as many steps as fit, and its learning rate follows the clock.
-    """
-
-    minutes: float | None = None
-    began: float = field(default_factory=time.monotonic)
-    stage_one_share: float = STAGE_ONE_SHARE
-
-    def __post_init__(self) -> None:
-        """Raise AnchorvecError for a time in which nothing can be trained."""
-        if self.minutes is not None and not 0 < self.minutes < math.inf:
-            raise AnchorvecError(f"minutes: {self.minutes} is no time to train in; give, for example, 20")
-
-    def check(self, stages: int, scoring: float) -> None:
-        """Raise AnchorvecError where less than a minute is left to train so many `stages`.
-
-        After each of them a scoring takes `scoring` seconds.
-        """
-        left = self._left(stages, scoring)
-        if self.minutes is not None and left < _LEAST_SECONDS:
-            raise AnchorvecError(
-                f"the time is too short: {max(0.0, left):.0f} s are left for training, since a scoring takes "
-                f"{scoring:.0f} s here; give {math.ceil(self.minutes + (_LEAST_SECONDS - left) / 60)} minutes or more"
-            )
-
-    def deadline(self, stages: int, scoring: float) -> float | None:
-        """When the first of so many `stages` that are left must end, a `time.monotonic()`; None: with its steps.
-
-        After each of them a scoring takes `scoring` seconds.
-        """
-        if self.minutes is None:
-            return None
-        return time.monotonic() + self._left(stages, scoring) * (self.stage_one_share if stages > 1 else 1.0)
-
-    def _left(self, stages: int, scoring: float) -> float:
-        """Seconds for training, from now on."""
-        minutes = math.inf if self.minutes is None else self.minutes
-        return self.began + 60 * minutes - EXPORT_SECONDS - stages * scoring - time.monotonic()
-
-
 def train(recipe: Recipe | str | Path, *, budget: Budget | None = None, on_log: OnLog | None = None) -> TrainResult:
     """Run the stages that `recipe` switches on, score them, and export the last one to `model` in the run folder.
 
@@ -129,74 +74,104 @@ def train(recipe: Recipe | str | Path, *, budget: Budget | None = None, on_log: 
     with every record that is also appended to `log.jsonl`. Raises AnchorvecError if the folder already holds a run, if
     the recipe or its data cannot be used, or if the time is too short.
     """
-    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    recipe = with_settings_of_base(recipe if isinstance(recipe, Recipe) else load_recipe(recipe))
     budget = budget or Budget()
     check_one_device()
     run = Run.create(recipe.output)
-    check_test_data(data=recipe.evaluation.data, tasks=recipe.evaluation.tasks)
-    return run_stages(recipe, run, load_training_data(recipe), budget=budget, on_log=on_log)
+    tests = check_test_data(data=recipe.evaluation.data, tasks=recipe.evaluation.tasks)
+    return run_stages(recipe, run, load_training_data(recipe), tests, budget=budget, on_log=on_log)
+
+
+@dataclass(frozen=True)
+class WholeSet:
+    """Data that only BM25 and the last stage are scored on, as they take `times` as long as those on the way."""
+
+    data: LocalData
+    times: float
 
 
 def run_stages(
     recipe: Recipe,
     run: Run,
     inputs: StageInputs,
+    tests: Sequence[LocalData],
     *,
     budget: Budget,
+    whole: WholeSet | None = None,
     record: Mapping[str, Any] | None = None,
     on_log: OnLog | None = None,
 ) -> TrainResult:
-    """`train` in the new folder of `run`, on data that are read already; `record` is added to the run's record."""
+    """`train` in the new folder of `run`, on `inputs` and `tests` that are read already.
+
+    `recipe`, `budget` and `on_log` are as there. BM25 and the last stage are scored on the `whole` too; the last stage
+    only if the time is still there. `record` is added to the run's record.
+    """
     stage = build_base(recipe, run.base)
     save_recipe(recipe, run.recipe)
     write_json(run.record, describe_run(recipe, inputs) | dict(record or {}))
     scores: Scored = {}
     if recipe.evaluation.bm25 and not recipe.evaluation.data:
-        _say("evaluation.bm25: there is no folder in evaluation.data to score it on")
+        say("evaluation.bm25: there is no folder in evaluation.data to score it on")
     elif recipe.evaluation.bm25:
-        _score(recipe, run, scores, "bm25", None)
+        _score(recipe, run, [*tests, *([whole.data] if whole else [])], scores, "bm25", None)
     # before training, so that a task that cannot be fetched costs nothing
-    scoring = _score(recipe, run, scores, "untrained", stage)
-    budget.check(len(recipe.stages), scoring)
+    scoring = Measured(_score(recipe, run, tests, scores, "untrained", stage))
+    last = replace(scoring, seconds=scoring.seconds * (1 + (whole.times if whole else 0)))
+    budget.check(len(recipe.stages), scoring, last)
     for i, name in enumerate(recipe.stages):
-        deadline = budget.deadline(len(recipe.stages) - i, scoring)
+        deadline = budget.deadline(len(recipe.stages) - i, scoring, last)
         if deadline is not None:
-            _say(f"{STAGE_TITLES[name]}: {(deadline - time.monotonic()) / 60:.1f} minutes")
+            say(f"{STAGE_TITLES[name]}: {(deadline() - time.monotonic()) / 60:.1f} minutes")
         train_stage = train_stage_one if name == "stage_one" else train_stage_two
         stage = train_stage(Stage(name, recipe, run, stage, inputs, deadline, on_log))
         if deadline is not None:
             recipe = with_steps(recipe, name, run.steps()[name])
             save_recipe(recipe, run.recipe)
-        _score(recipe, run, scores, name, stage)
-    _say("exporting, and comparing the export with the run")
+        _score(recipe, run, tests, scores, name, stage)
+    if whole is not None and budget.left() < whole.times * scoring.now():
+        say(f"{whole.data.name}: no time is left to score on the whole of it")
+    elif whole is not None:
+        _score(recipe, run, [whole.data], scores, recipe.stages[-1], stage, tasks=False)
+    say("exporting, and comparing the export with the run")
     exported = export(run.folder, run.model)
     return TrainResult(
         str(run.folder), exported, scores, steps=run.steps(), minutes=(time.monotonic() - budget.began) / 60
     )
 
 
-def _score(recipe: Recipe, run: Run, scores: Scored, system: str, model: Path | None) -> float:
+def _score(
+    recipe: Recipe,
+    run: Run,
+    tests: Sequence[LocalData],
+    scores: Scored,
+    system: str,
+    model: Path | None,
+    *,
+    tasks: bool = True,
+) -> float:
     """Add the scores of `model`, or of BM25, and write all; the seconds it took, 0 where nothing is scored."""
     settings = recipe.evaluation
-    if not settings.data and not settings.tasks:
+    names = settings.tasks if tasks else []
+    if not tests and not names:
         return 0.0
     start = time.monotonic()
-    _say(f"scoring: {TITLES[system]}")
+    say(f"scoring: {TITLES[system]}")
     release_freed_memory()  # of a finished stage
     if model is None:
-        scores[system] = {Path(folder).resolve().name: bm25_scores(folder) for folder in settings.data}
+        found = {test.name: bm25_scores(test) for test in tests}
     else:
         bf16 = resolve_precision(settings.precision) == "bf16"
-        scores[system] = evaluate(
+        found = evaluate(
             load_encoder(model, torch.bfloat16 if bf16 else torch.float32),
-            data=settings.data,
-            tasks=settings.tasks,
+            data=tests,
+            tasks=names,
             batch_size=settings.batch_size,
             show_progress_bar=sys.stderr.isatty(),
         )
+    scores[system] = {**scores.get(system, {}), **found}
     write_json(run.scores, _plain(scores))
-    for task, found in scores[system].items():
-        _say(f"  {task}: {found.main_score:.3f}")
+    for task, of_task in found.items():
+        say(f"  {task}: {of_task.main_score:.3f}")
     return time.monotonic() - start
 
 
@@ -205,10 +180,6 @@ def with_steps(recipe: Recipe, name: StageName, steps: int) -> Recipe:
     stage: StageOne | StageTwo = getattr(recipe, name)
     changed = {"steps": steps, "warmup_steps": round(steps * stage.warmup_steps / stage.steps)}
     return recipe.model_copy(update={name: stage.model_copy(update=changed)})
-
-
-def _say(line: str) -> None:
-    Console(stderr=True).print(line, highlight=False, markup=False)
 
 
 def load_training_data(recipe: Recipe) -> StageInputs:
@@ -222,53 +193,13 @@ def load_training_data(recipe: Recipe) -> StageInputs:
             source.path, strict=recipe.data.strict, split=source.split, subset=source.subset
         )
         report = loaded[source.name].report
-        if report.rejected or report.dropped_negatives or report.ignored_columns:
-            Console(stderr=True).print(report.summary(), highlight=False, markup=False)
+        if report.rejected or report.mended or report.dropped_negatives or report.ignored_columns:
+            say(report.summary())
     return stage_inputs(recipe, loaded)
 
 
-def stored_prompts(recipe: Recipe) -> dict[str, str]:
-    """The prompts that are stored with the model (T15).
-
-    `query` and `document` are the instructions that all data sets share. Where data sets differ there is none by
-    default, and each one's are stored as `NAME-query` and `NAME-document`, the keys that mteb looks up too.
-    """
-    sources = recipe.data.train
-    instructions = {"query": [s.instruction for s in sources], "document": [s.document_instruction for s in sources]}
-    prompts = {}
-    for side, values in instructions.items():
-        same = len(set(values)) == 1
-        prompts[side] = values[0] if same else ""
-        if not same:
-            prompts |= {f"{s.name}-{side}": value for s, value in zip(sources, values, strict=True)}
-    return prompts
-
-
-def build_base(recipe: Recipe, folder: Path) -> Path:
-    """The untrained embedder of the recipe's base model, written into `folder`.
-
-    Raises AnchorvecError for a base that cannot be used, and for an instruction that leaves no room for a text.
-    """
-    settings = recipe.model
-    build_embedder(
-        settings.base,
-        folder,
-        max_tokens=settings.max_tokens,
-        end_prompt=None if settings.end == "token" else (settings.end.before, settings.end.after),
-        prompts=stored_prompts(recipe),
-        revision=settings.revision,
-        seed=recipe.seed,
-    )
-    try:
-        check_instructions(recipe, AutoTokenizer.from_pretrained(folder))
-    except AnchorvecError:
-        shutil.rmtree(folder)  # so that the mended recipe may use the run's folder
-        raise
-    return folder
-
-
 def describe_run(recipe: Recipe, inputs: StageInputs) -> dict[str, Any]:
-    """What a reader needs to repeat the run, beside the recipe: versions, machine, seed, data."""
+    """What a reader needs to repeat the run beside `recipe`: versions, machine, seed, and what `inputs` were read."""
     packages = [
         "anchorvec",
         "torch",

@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 import torch
 from rich.text import Text
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import GenerationConfig
 
 from anchorvec.device import default_device
-from anchorvec.model.embedder import load_causal_lm, stored_prompt
+from anchorvec.model.embedder import load_causal_lm, load_tokenizer, stored_prompt
 from anchorvec.objectives.reconstruction import TextReconstruction
 from anchorvec.recipe import stored_recipe
 from anchorvec.run import Run
@@ -56,7 +56,7 @@ def decode(
             stacklevel=2,
         )
     model = model.to(default_device())
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    tokenizer: Any = load_tokenizer(folder)
     ids = tokenizer(stored_prompt(folder, side) + text, truncation=True, max_length=tokenizer.model_max_length)
     with torch.no_grad():
         prefix = TextReconstruction(model).encode([ids["input_ids"]])[:, None]  # (1, 1, dim)

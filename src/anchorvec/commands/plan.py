@@ -13,19 +13,21 @@ from rich.text import Text
 from torch import nn
 from transformers import AutoTokenizer
 
-from anchorvec.data.stage_inputs import StageInputs, reconstructs, sample_rows
+from anchorvec.data.stage_inputs import LENGTH_SAMPLE, StageInputs, reconstructs, sample_rows
 from anchorvec.data.tokens import PairTokenizer
 from anchorvec.device import check_one_device, default_device, resolve_precision
 from anchorvec.model.decoder import decoder_of
-from anchorvec.model.embedder import load_causal_lm
+from anchorvec.model.embedder import can_write, load_causal_lm
 from anchorvec.objectives.pairs import TokenPair
-from anchorvec.pipeline import build_base, load_training_data
+from anchorvec.pipeline import load_training_data
 from anchorvec.recipe import Recipe, dump_recipe, load_recipe
 from anchorvec.run import Run
+from anchorvec.start import build_base, with_settings_of_base
 from anchorvec.training.engine import Engine
 from anchorvec.training.stage import Stage
 from anchorvec.training.stage_one import pair_tokenizer, stage_one_objective
-from anchorvec.training.stage_two import stage_two_model
+from anchorvec.training.stage_two import StageTwoModel, stage_two_loss, stage_two_model
+from anchorvec.training.trial import TrialStep, try_stage_one, try_stage_two
 
 SHOWN_PAIRS = 3
 
@@ -52,14 +54,18 @@ class Plan:
     precision: str
     rows: dict[str, int]
     rejected_rows: dict[str, int]
+    mended_rows: dict[str, int]
     ignored_columns: dict[str, list[str]]
     rows_with_negatives: dict[str, int]
+    steps_of_a_pass: dict[str, int]
+    full_steps: dict[str, int]
     parameters: int
     trained_parameters: dict[str, int]
     disk: dict[str, int]
     tokens_per_pair: float
     tokens: dict[str, int]
     engine: dict[str, Engine]
+    trial_steps: dict[str, TrialStep]
     target: Literal["text", "bag_of_words"] | None
     bag_of_words_weight: float
     in_batch_negatives: Literal["random", "similar"] | None
@@ -74,10 +80,17 @@ class Plan:
         table.add_row("device", f"{self.device}, {self.precision}")
         for name, rows in self.rows.items():
             shown = f"{rows:,}"
-            if left_out := self.rejected_rows[name]:
-                shown += f" ({left_out:,} left out)"
+            changes = {"left out": self.rejected_rows[name], "mended": self.mended_rows[name]}
+            if any(changes.values()):
+                shown += f" ({', '.join(f'{count:,} {what}' for what, count in changes.items() if count)})"
             if name in self.rows_with_negatives:
                 shown += f", {self.rows_with_negatives[name]:,} with hard negatives"
+            if name in self.steps_of_a_pass and self.steps_of_a_pass[name] < self.full_steps[name]:
+                shown += (
+                    f"; texts repeat: a pass over them fills {self.steps_of_a_pass[name]:,} steps of Stage II, not "
+                    f"{self.full_steps[name]:,}, and the same rows come again after that; for more lower "
+                    "stage_two.pairs_per_step"
+                )
             if columns := self.ignored_columns[name]:
                 shown += f"; not used: {', '.join(columns)}"
             table.add_row(f"pairs of {name}", shown)
@@ -94,6 +107,10 @@ class Plan:
             table.add_row("pairs of a step", "similar ones in stage_two")
         for stage, engine in self.engine.items():
             table.add_row(f"{stage} runs", _show_engine(engine, stage))
+            for line in engine.slower:
+                table.add_row("", line)
+        for stage, trial in self.trial_steps.items():
+            table.add_row(f"a micro-step of {stage}", str(trial))
         table.add_row(
             "disk",
             f"{sum(self.disk.values()) / 1e9:.2f} GB: " + ", ".join(f"{k} {v / 1e9:.2f}" for k, v in self.disk.items()),
@@ -101,14 +118,17 @@ class Plan:
         return Group(Syntax(self.recipe, "yaml"), table, *(_show_pair(pair, self.target) for pair in self.pairs))
 
 
-def plan(recipe: Recipe | str | Path) -> Plan:
+def plan(recipe: Recipe | str | Path, *, step: bool = True) -> Plan:
     """Resolve `recipe`, load its data and base model, decode one batch, and count; nothing is trained or kept.
+
+    With `step` one real micro-step of each stage is made, of the longest of some texts, where it fits into the free
+    memory and two minutes.
 
     The base model is loaded, so a plan needs the memory of one copy, and disk for one in the system's temporary
     folder (TMPDIR) while it works. `rows_with_negatives` is empty where Stage II wants none. Raises AnchorvecError for
     a recipe or data that cannot be used.
     """
-    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    recipe = with_settings_of_base(recipe if isinstance(recipe, Recipe) else load_recipe(recipe))
     check_one_device()
     inputs = load_training_data(recipe)
     target = reconstructs(recipe)
@@ -117,7 +137,7 @@ def plan(recipe: Recipe | str | Path) -> Plan:
         base = build_base(recipe, run.base)
         tokenizer = AutoTokenizer.from_pretrained(base)
         tokenize = pair_tokenizer(recipe, tokenizer)
-        prepared = _prepared(recipe, run, inputs, tokenize)
+        prepared = _prepared(recipe, run, inputs, tokenize, step)
         base_bytes = sum(path.stat().st_size for path in base.rglob("*") if path.is_file())
     batch = tokenize(sample_rows(inputs.reconstruction, _SAMPLED_PAIRS, recipe.seed))["pairs"]
     alpha, writes = (recipe.stage_one.alpha, target == "text") if recipe.stage_one else (0.5, False)
@@ -136,14 +156,18 @@ def plan(recipe: Recipe | str | Path) -> Plan:
         precision=resolve_precision(recipe.model.precision),
         rows={name: report.rows for name, report in inputs.reports.items()},
         rows_with_negatives=inputs.rows_with_negatives,
+        steps_of_a_pass=inputs.steps_of_a_pass,
+        full_steps=_full_steps(recipe, inputs),
         ignored_columns={name: report.ignored_columns for name, report in inputs.reports.items()},
         rejected_rows={name: sum(report.rejected.values()) for name, report in inputs.reports.items()},
+        mended_rows={name: sum(report.mended.values()) for name, report in inputs.reports.items()},
         parameters=prepared.parameters,
         trained_parameters=trained,
         disk=disk,
         tokens_per_pair=per_pair,
         tokens=_tokens(recipe, inputs, batch, per_pair),
         engine={name: stage.engine for name, stage in prepared.stages.items()},
+        trial_steps={name: stage.trial for name, stage in prepared.stages.items()},
         target=target,
         bag_of_words_weight=stage_two.bag_of_words_weight if stage_two else 0.0,
         in_batch_negatives=stage_two.in_batch_negatives if stage_two else None,
@@ -153,10 +177,11 @@ def plan(recipe: Recipe | str | Path) -> Plan:
 
 @dataclass(frozen=True)
 class _PreparedStage:
-    """The engine of a stage, and the number of parameters that it trains."""
+    """The engine of a stage, the number of parameters that it trains, and a micro-step of it."""
 
     engine: Engine
     trained: int
+    trial: TrialStep
 
 
 @dataclass(frozen=True)
@@ -168,21 +193,60 @@ class _Prepared:
     body_parameters: int
 
 
-def _prepared(recipe: Recipe, run: Run, inputs: StageInputs, tokenize: PairTokenizer) -> _Prepared:
-    """Both stages set up on the base of `run`, one after the other."""
+def _prepared(recipe: Recipe, run: Run, inputs: StageInputs, tokenize: PairTokenizer, step: bool) -> _Prepared:
+    """Both stages set up on the base of `run`, one after the other, each with a micro-step if `step` says so."""
     stages = {}
+    counts = (0, 0)
     if recipe.stage_two:
-        two = stage_two_model(Stage("stage_two", recipe, run, run.base, inputs))
-        stages["stage_two"] = _PreparedStage(two.engine, _trained(two.model))
-        del two
+        stage = Stage("stage_two", recipe, run, run.base, inputs)
+        two = stage_two_model(stage)
+        body: Any = two.model[0].model
+        counts = (_parameters(body), _parameters(body))
+        stages["stage_two"] = _PreparedStage(two.engine, _trained(two.model), _try_two(stage, two, step))
+        del two, body
     if recipe.stage_one:
         objective, engine = stage_one_objective(Stage("stage_one", recipe, run, run.base, inputs), tokenize)
         model: Any = objective.model
-        stages["stage_one"] = _PreparedStage(engine, _trained(model))
-    else:
+        counts = (_parameters(model), _parameters(decoder_of(model)))
+        trial = _NO_STEP
+        if step:
+            pairs = tokenize(sample_rows(inputs.reconstruction, LENGTH_SAMPLE, recipe.seed))["pairs"]
+            trial = try_stage_one(objective, engine, pairs, bf16=_bf16(recipe))
+        stages["stage_one"] = _PreparedStage(engine, _trained(model), trial)
+    elif can_write(run.base):
         model = load_causal_lm(run.base)
-    counts = (sum(p.numel() for p in part.parameters()) for part in (model, decoder_of(model)))
+        counts = (_parameters(model), _parameters(decoder_of(model)))
     return _Prepared(dict(sorted(stages.items())), *counts)
+
+
+_NO_STEP = TrialStep(0, None, "not asked for")
+
+
+def _try_two(stage: Stage, two: StageTwoModel, step: bool) -> TrialStep:
+    """A micro-step of Stage II on the first data set."""
+    if not step:
+        return _NO_STEP
+    name, dataset = next(iter(stage.inputs.contrastive.items()))
+    rows = sample_rows(dataset, stage.two.pairs_per_step, stage.recipe.seed)
+    loss = stage_two_loss(stage, two)
+    return try_stage_two(two.model, loss, two.engine, rows, stage.inputs.prompts[name], bf16=_bf16(stage.recipe))
+
+
+def _bf16(recipe: Recipe) -> bool:
+    return resolve_precision(recipe.model.precision) == "bf16"
+
+
+def _parameters(model: nn.Module) -> int:
+    """Those of the model itself, adapters left out."""
+    return sum(p.numel() for name, p in model.named_parameters() if "lora_" not in name)
+
+
+def _full_steps(recipe: Recipe, inputs: StageInputs) -> dict[str, int]:
+    """The steps of Stage II that a pass over each data set would fill if no text were there twice; 1,000 at most."""
+    if recipe.stage_two is None:
+        return {}
+    size = recipe.stage_two.pairs_per_step
+    return {name: min(1_000, len(rows) // size) for name, rows in inputs.contrastive.items()}
 
 
 def _trained(model: nn.Module) -> int:

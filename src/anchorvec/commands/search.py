@@ -12,6 +12,7 @@ from rich.text import Text
 from anchorvec.errors import AnchorvecError
 from anchorvec.evaluation.beir import document_text
 from anchorvec.files import plain_or_gzipped, read_json_lines, read_lines, user_path
+from anchorvec.terminal import terminal
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -33,8 +34,8 @@ class Index:
     """A corpus, encoded once, that can be asked many times.
 
     `documents` maps ids to texts. Documents are encoded with the model's `document` prompt, queries with its
-    `query` prompt or, in its place, with `instruction`, and compared by the model's own similarity. All vectors stay
-    on the model's device.
+    `query` prompt or, in its place, with `instruction`, and compared by the model's own similarity, `batch_size`
+    texts at a time, with a bar if `show_progress_bar`. All vectors stay on the model's device.
     """
 
     def __init__(
@@ -134,10 +135,11 @@ def read_corpus(path: str | Path) -> dict[str, str]:
 def prompt_loop(index: Index, top_k: int = 5, console: Console | None = None) -> dict[str, list[Hit]]:
     """Answer queries from standard input until an empty line, its end, or Ctrl-C; return what was found.
 
+    `index` is asked for `top_k` documents, which are shown on `console`, by default the terminal.
     Standard input need not be a terminal: `echo "a query" | anchorvec search MODEL CORPUS` works.
     """
-    console = console or Console()
-    prompt = "[bold]query>[/bold] " if sys.stdin.isatty() else ""
+    console = console or terminal()
+    prompt = "query> " if sys.stdin.isatty() else ""
     if prompt:
         console.print(f"{len(index)} documents. An empty line ends the search.", highlight=False)
     answers: dict[str, list[Hit]] = {}
@@ -156,7 +158,7 @@ def prompt_loop(index: Index, top_k: int = 5, console: Console | None = None) ->
 
 
 def print_hits(console: Console, hits: Sequence[Hit]) -> None:
-    """Show score, id and the beginning of the text of each hit."""
+    """Show on `console` score, id and the beginning of the text of each of `hits`."""
     for hit in hits:
         console.print(Text.assemble((f"{hit.score:.3f}", "bold"), "  ", (_shortened(hit.id), "cyan")))
         console.print(Text(_shortened(hit.text), style="dim"))

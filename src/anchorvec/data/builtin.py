@@ -13,7 +13,7 @@ _FOODS = ["fish", "berries", "beetles", "grass", "mice"]
 
 
 def builtin_rows(name: str) -> Iterator[dict[str, str]]:
-    """The rows (query, positive, for some sets negative) of the data set `builtin:NAME`; the same at every call."""
+    """The rows (query, positive, for some sets negative) of the data set `name`, `builtin:...`; always the same."""
     sets: dict[str, Callable[[], Iterator[dict[str, str]]]] = {"debug": _debug, "docstrings": _docstrings}
     if name.removeprefix(PREFIX) not in sets:
         raise AnchorvecError(

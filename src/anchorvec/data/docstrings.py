@@ -317,7 +317,7 @@ def quickstart_data(
     n_queries: int = 500,
     n_documents: int = 1_200,
 ) -> DocstringData:
-    """Training pairs, and a score set: `n_documents` of the held-out packages, `n_queries` of their queries.
+    """Training pairs, and a score set: `n_documents` of the packages `held_out`, `n_queries` of their queries.
 
     Both are drawn with `random.Random(seed)` from the pairs sorted by name, and depend on the held-out
     packages alone, not on what else is installed. No training pair is a near-duplicate of the score set

@@ -68,7 +68,7 @@ def contrastive_rows(pairs: datasets.Dataset, *, negatives: int = 1) -> Contrast
 
 
 def text_hashes(texts: Any) -> Hashes:
-    """The hash of each text of an Arrow array of strings."""
+    """The hash of each of `texts`, an Arrow array of strings: (texts,)."""
     return np.fromiter(map(xxh3_64_intdigest, texts.cast(pa.binary()).to_pylist()), np.uint64, len(texts))
 
 

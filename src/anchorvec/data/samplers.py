@@ -32,15 +32,19 @@ TOO_SIMILAR = 0.7
 """Cosine similarity of the words of two pairs' texts from which on one pair may answer the other's query. Not tuned:
 the one value that was tried for documents (0.8 for queries)."""
 
+_FEW_REPEATED = 0.9
+"""Share of different texts among all from which on a pass fills as many batches as there are pairs for."""
+
 _CONSIDERED = 8
 """Times the batch size: how many of the most similar pairs are considered before any others are taken."""
 
 
 class _WholeEpochs(DefaultBatchSampler):
-    """A batch sampler for sentence-transformers' trainer: full batches, in an epoch as many as its length says.
+    """A batch sampler of `dataset` for sentence-transformers' trainer: in an epoch as many batches as its length says.
 
-    Where pairs are left over because they fit into no batch, the pairs are gone through once more until the epoch has
-    all its batches; without a single batch, the epoch ends. Epoch and seed decide the batches.
+    They are full; `options` are those of the library's own samplers. Where pairs are left over because they fit into no
+    batch, the pairs are gone through once more until the epoch has all its batches; without a single batch, the epoch
+    ends. Epoch and seed decide the batches.
     """
 
     def __init__(self, dataset: Dataset, **options: Any) -> None:
@@ -65,7 +69,7 @@ class _WholeEpochs(DefaultBatchSampler):
 
 
 class DifferentTexts(_WholeEpochs):
-    """Batches of random pairs.
+    """Batches of random pairs of `dataset`.
 
     `hashes`: for each data set by its name, those of all texts of its pairs, (pairs, texts); 0 is no text. A pair that
     has a text of the batch already waits for the next one, `PATIENCE` times at most: the time that an epoch takes grows
@@ -77,31 +81,54 @@ class DifferentTexts(_WholeEpochs):
         self.hashes = hashes[self.name]
 
     def _all_pairs(self, generator: torch.Generator) -> Iterator[list[int]]:
-        fresh = map(int, torch.randperm(len(self.hashes), generator=generator, dtype=torch.int32).numpy())
-        waiting: deque[tuple[int, int]] = deque()  # pairs, and how often each has waited
-        while True:
-            batch: list[int] = []
-            texts: set[int] = set()
-            passed_over = []
-            while len(batch) < self.batch_size:
-                pair, waited = waiting.popleft() if waiting else (next(fresh, -1), 0)
-                if pair < 0:
-                    break
-                own = [text for text in self.hashes[pair].tolist() if text]
-                if texts.isdisjoint(own):
-                    batch.append(pair)
-                    texts.update(own)
-                elif waited < PATIENCE:
-                    passed_over.append((pair, waited + 1))
-            if len(batch) == self.batch_size:
-                yield batch
-            elif not batch:
-                return
-            waiting.extendleft(reversed(passed_over))
+        return different_texts(self.hashes, self.batch_size, generator)
+
+
+def different_texts(hashes: NDArray[np.uint64], size: int, generator: torch.Generator) -> Iterator[list[int]]:
+    """Batches of `size` pairs without a text twice, of all pairs in random order, but for those that are left over.
+
+    `hashes`: (pairs, texts), 0 is no text. `generator` decides the order.
+    """
+    fresh = map(int, torch.randperm(len(hashes), generator=generator, dtype=torch.int32).numpy())
+    waiting: deque[tuple[int, int]] = deque()  # pairs, and how often each has waited
+    while True:
+        batch: list[int] = []
+        texts: set[int] = set()
+        passed_over = []
+        while len(batch) < size:
+            pair, waited = waiting.popleft() if waiting else (next(fresh, -1), 0)
+            if pair < 0:
+                break
+            own = [text for text in hashes[pair].tolist() if text]
+            if texts.isdisjoint(own):
+                batch.append(pair)
+                texts.update(own)
+            elif waited < PATIENCE:
+                passed_over.append((pair, waited + 1))
+        if len(batch) == size:
+            yield batch
+        elif not batch:
+            return
+        waiting.extendleft(reversed(passed_over))
+
+
+def steps_of_a_pass(hashes: NDArray[np.uint64], size: int, *, seed: int, most: int = 1_000) -> int:
+    """How many batches of `size` pairs without a text twice one pass over all pairs gives, counted up to `most`.
+
+    `hashes` as in `different_texts`, in an order that `seed` decides. Where few texts are there twice nothing is
+    counted: as many as the pairs fill.
+    """
+    full = min(most, len(hashes) // size)
+    texts = np.sort(hashes.ravel())
+    texts = texts[texts > 0]
+    if len(np.unique(texts)) > _FEW_REPEATED * len(texts):
+        return full
+    batches = different_texts(hashes, size, torch.Generator().manual_seed(seed))
+    return sum(1 for _ in islice(batches, full))
 
 
 class SimilarPairs(_WholeEpochs):
-    """Batches of similar pairs; the columns are query, document and hard negatives, which are None where there is none.
+    """Batches of similar pairs of `dataset`; its columns are query, document and hard negatives, None where none is.
 
     `word_vectors` gives the vectors (texts, dim) of texts, of length 1 or 0, `prompts` what is put before the texts of
     each data set's columns first. Pairs are left over where they do not fill the last batch of a block of `BLOCK`

@@ -16,6 +16,7 @@ from sentence_transformers import SentenceTransformer
 from torch.utils.data import ConcatDataset
 
 from anchorvec.data import ContrastiveRows, Pairs, ReadReport, contrastive_rows, drawn_rows
+from anchorvec.data.samplers import steps_of_a_pass
 from anchorvec.errors import AnchorvecError
 from anchorvec.model.end import template_ids
 from anchorvec.model.packing import reads_packed
@@ -36,6 +37,7 @@ class StageInputs:
     Stage II, by the name of the data set, and empty without one. `contrastive`: query, positive, and negative_1 ..
     negative_n, which are None in rows without. `hashes` of these texts, 0 for none: (rows, columns). `prompts`: the
     instruction of each column. `rows_with_negatives` counts before weights, and is empty where none are wanted.
+    `steps_of_a_pass`: the steps of Stage II that each data set fills before its rows come again, 1,000 at most.
     """
 
     reports: dict[str, ReadReport]
@@ -44,6 +46,7 @@ class StageInputs:
     hashes: dict[str, NDArray[np.uint64]]
     prompts: dict[str, dict[str, str]]
     rows_with_negatives: dict[str, int]
+    steps_of_a_pass: dict[str, int]
 
 
 def stage_inputs(recipe: Recipe, pairs: Mapping[str, Pairs]) -> StageInputs:
@@ -52,6 +55,7 @@ def stage_inputs(recipe: Recipe, pairs: Mapping[str, Pairs]) -> StageInputs:
     Raises AnchorvecError where a step of a stage needs more pairs than there are; it would be skipped silently. For
     Stage II these must be of different texts.
     """
+    steps_of = {}
     reconstruction = []
     contrastive: dict[str, ContrastiveRows] = {}
     with_negatives, prompts = {}, {}
@@ -77,6 +81,7 @@ def stage_inputs(recipe: Recipe, pairs: Mapping[str, Pairs]) -> StageInputs:
         for name, rows in contrastive.items():
             _check_rows("stage_two", recipe.stage_two.pairs_per_step, len(rows.hashes), name)
             _check_texts(name, rows, recipe.stage_two.pairs_per_step)
+            steps_of[name] = _steps_of_a_pass(name, rows, recipe.stage_two.pairs_per_step, recipe.seed)
     return StageInputs(
         reports={name: part.report for name, part in pairs.items()},
         reconstruction=ConcatDataset(reconstruction),
@@ -84,6 +89,7 @@ def stage_inputs(recipe: Recipe, pairs: Mapping[str, Pairs]) -> StageInputs:
         hashes={name: rows.hashes for name, rows in contrastive.items()},
         prompts=prompts,
         rows_with_negatives=with_negatives,
+        steps_of_a_pass=steps_of,
     )
 
 
@@ -114,15 +120,28 @@ def _check_texts(name: str, rows: ContrastiveRows, pairs_per_step: int) -> None:
             )
 
 
+def _steps_of_a_pass(name: str, rows: ContrastiveRows, pairs_per_step: int, seed: int) -> int:
+    steps = steps_of_a_pass(rows.hashes, pairs_per_step, seed=seed)
+    if not steps:
+        raise AnchorvecError(
+            f"stage_two.pairs_per_step: no {pairs_per_step} rows of {name} were found in which no text is there twice, "
+            "as its texts repeat so often; lower it"
+        )
+    return steps
+
+
 def reconstructs(recipe: Recipe) -> Literal["text", "bag_of_words"] | None:
-    """What is reconstructed from an embedding, in Stage I or else beside Stage II's loss; None: nothing."""
+    """What `recipe` reconstructs from an embedding, in Stage I or else beside Stage II's loss; None: nothing."""
     if recipe.stage_one is not None:
         return recipe.stage_one.target
     return "bag_of_words" if recipe.stage_two is not None and recipe.stage_two.bag_of_words_weight else None
 
 
 def check_instructions(recipe: Recipe, tokenizer: Any) -> None:
-    """Raise AnchorvecError for a length limit in training, or an instruction, that leaves no room for a text."""
+    """Raise AnchorvecError for a length limit in training, or an instruction, that leaves no room for a text.
+
+    `recipe` has them, `tokenizer`, the embedder's, adds what stands around every text.
+    """
     limit = recipe.training_tokens
     key = "model.max_tokens" if recipe.data.max_tokens is None else "data.max_tokens"
     around = len(tokenizer("")["input_ids"])
@@ -139,9 +158,10 @@ def check_instructions(recipe: Recipe, tokenizer: Any) -> None:
 
 
 def large_step(model: SentenceTransformer, dataset: Dataset, prompts: Mapping[str, str], recipe: Recipe) -> float:
-    """Tokens of a large step of Stage II on the data set: their mean and three standard deviations.
+    """Tokens of a large step of the Stage II of `recipe` on `dataset`: their mean and three standard deviations.
 
-    With padding, what the longest text makes of each column; all documents are padded to one length.
+    `model` tokenizes, `prompts` are put before the texts of each column. With padding, what the longest text makes of
+    each column; all documents are padded to one length.
     """
     assert recipe.stage_two is not None
     pairs = recipe.stage_two.pairs_per_step
@@ -176,10 +196,11 @@ def _longest(dataset: Dataset, column: str) -> list[str]:
 
 
 def without_prompt_and_end(tokenizer: Any, recipe: Recipe) -> Callable[[list[int]], list[int]]:
-    """The function that leaves of the ids of a text as it is read those of the text alone.
+    """The function that leaves of the ids of a text those of the text alone.
 
-    A tokenizer may join the first word with the space before it, so these ids may differ from those of the text read
-    without a prompt. A text that has no instruction, but begins with the words of one, loses these.
+    `tokenizer` reads it, with an instruction of `recipe` before it. A tokenizer may join the first word with the space
+    before it, so these ids may differ from those of the text read without a prompt. A text that has no instruction, but
+    begins with the words of one, loses these.
     """
     prompts = {text for source in recipe.data.train for text in (source.instruction, source.document_instruction)}
     before, after = template_ids(tokenizer)

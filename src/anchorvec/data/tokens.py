@@ -16,6 +16,7 @@ class PairTokenizer:
     no prompt, no BOS, and no more of it than was read; with `end_token_target` the end token closes it where all of it
     was read.
 
+    `max_target_tokens` cuts what is written; None: nothing does.
     With `content`, the function from the ids that are read to those of the text in them, the targets are these instead:
     for words, which are told as they were read, without an end token.
     """
@@ -47,7 +48,7 @@ class PairTokenizer:
         return {"pairs": [TokenPair(*column) for column in columns]}
 
     def read_and_write(self, texts: Sequence[str], prompts: Sequence[str]) -> tuple[list[list[int]], list[list[int]]]:
-        """The ids by which each text is encoded, and the ids that are to be written for it."""
+        """The ids by which each of `texts` is encoded after its one of `prompts`, and those to be written for it."""
         prompted = [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
         limit = {"truncation": True, "max_length": self.max_tokens}
         if self.content is not None:

@@ -3,15 +3,17 @@
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import mteb
 from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from mteb.abstasks.aggregated_task import AbsTaskAggregate
 from mteb.abstasks.task_metadata import TaskMetadata
-from mteb.models import ModelMeta, SentenceTransformerEncoderWrapper
+from mteb.models import EncoderProtocol, ModelMeta, SearchEncoderWrapper, SentenceTransformerEncoderWrapper
+from mteb.types import PromptType
 from sentence_transformers import SentenceTransformer
 
 from anchorvec.errors import AnchorvecError
@@ -28,7 +30,7 @@ class Outcome:
     mteb_type: str
     main_score: float
     subsets: list[SubsetScores]
-    """One for each subset and split; none where no kind reads tasks of this type back."""
+    """One for each subset and split; none where no kind reads tasks of this type back, or the task averages others."""
 
 
 def run(model: Any, task: Any, *, batch_size: int = 32, show_progress_bar: bool = False) -> Outcome:
@@ -36,7 +38,8 @@ def run(model: Any, task: Any, *, batch_size: int = 32, show_progress_bar: bool 
 
     `batch_size` texts are encoded at a time; `show_progress_bar` shows bars on stderr.
     """
-    kind = kind_of_mteb_type(task.metadata.type)
+    # A task made of others (CQADupstackRetrieval) only averages their scores.
+    kind = None if isinstance(task, AbsTaskAggregate) else kind_of_mteb_type(task.metadata.type)
     subsets = [] if kind is None else kind.record(task)
     with _quiet_datasets():
         result = mteb.evaluate(
@@ -88,26 +91,100 @@ def fingerprint(task: Any, *part: str) -> str:
     return hashlib.sha256(json.dumps([name, source, part], sort_keys=True, default=str).encode()).hexdigest()
 
 
-def encoder(model: SentenceTransformer, instruction: str | None) -> Any:
-    """`model` as mteb calls it, with the model's own prompts for queries and documents.
+class Encoder(SentenceTransformerEncoderWrapper):  # type: ignore[misc]  # mteb is not typed here
+    """`model` as mteb calls it, with the model's own prompts; `instruction` stands in for those of queries.
 
-    mteb drops each stored prompt whose key is neither a task in its registry nor a task or prompt type. Here
-    all are kept, so that a prompt stored as `NAME-query` reaches the local folder NAME as well.
-    `instruction` stands in for every query prompt.
+    mteb drops each stored prompt whose key is neither a task in its registry nor a task or prompt type. Here all are
+    kept, so that a prompt stored as `NAME-query` reaches the local folder NAME as well. And mteb has a prompt for the
+    texts of STS, classification, clustering and the like, which are neither queries nor documents, only where one is
+    stored for the task or its type. Here they have the instruction, or else the model's default prompt, or else what
+    a query has.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about the prompts that are put back below
-        wrapped = SentenceTransformerEncoderWrapper(model)
-    wrapped.model_prompts = {name: prompt for name, prompt in model.prompts.items() if prompt is not None}
-    if instruction is not None:
-        wrapped.model_prompts = {"document": wrapped.model_prompts.get("document", ""), "query": instruction}
-    return wrapped
+
+    def __init__(self, model: SentenceTransformer, instruction: str | None) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the prompts that are put back below
+            super().__init__(model)
+        self._stored = {name: prompt for name, prompt in model.prompts.items() if prompt is not None}
+        self._instruction = instruction
+        self.read_as_queries: set[str] = set()
+        """Tasks with texts that are neither queries nor documents, and had the query prompt that the model stores."""
+
+    def check(self, task: Any) -> None:
+        """Raise AnchorvecError for a task of images, say, that the model does not read."""
+        unread = sorted(set(task.metadata.modalities) - set(self.mteb_model_meta.modalities))
+        if unread:
+            raise AnchorvecError(
+                f"{task.metadata.name}: a task with {' and '.join(unread)}, which this model cannot read"
+            )
+
+    def encode(
+        self,
+        inputs: Any,
+        *,
+        task_metadata: TaskMetadata,
+        hf_split: str,
+        hf_subset: str,
+        prompt_type: PromptType | None = None,
+        **options: Any,
+    ) -> Any:
+        """The vectors of `inputs`: (texts, dim).
+
+        `task_metadata`, `hf_split`, `hf_subset` and `prompt_type` are what mteb says of them, `options` go on to it.
+        """
+        prompt = self._prompt(task_metadata, prompt_type)
+        self.model_prompts = {} if prompt is None else {task_metadata.name: prompt}  # where mteb looks it up
+        return super().encode(
+            inputs,
+            task_metadata=task_metadata,
+            hf_split=hf_split,
+            hf_subset=hf_subset,
+            prompt_type=prompt_type,
+            **options,
+        )
+
+    def _prompt(self, task: TaskMetadata, prompt_type: PromptType | None) -> str | None:
+        """None: the one that the model has for such texts by default."""
+        if self._instruction is not None and prompt_type != PromptType.document:
+            return self._instruction
+        self.model_prompts = self._stored
+        name = self.get_prompt_name(task, prompt_type)
+        if name is None and prompt_type is None and self.model.default_prompt_name is None:
+            name = self.get_prompt_name(task, PromptType.query)
+            if name is not None and self._stored[name]:
+                self.read_as_queries.add(task.name)
+        return None if name is None else self._stored[name]
 
 
 def searcher(model: Any) -> Any:
     """`model`, which has `index` and `search`, with the description of itself that mteb wants of a searcher."""
     model.mteb_model_meta = ModelMeta.create_empty()
     return model
+
+
+def without_own(model: Any, own: Collection[str]) -> Any:
+    """`model`, an encoder or a searcher, that ranks no document for the query of the same id where `own` has this id.
+
+    mteb's `ignore_identical_ids` would go by the id alone, for all queries of a task.
+    """
+    if not own:
+        return model
+    return searcher(_WithoutOwn(SearchEncoderWrapper(model) if isinstance(model, EncoderProtocol) else model, own))
+
+
+class _WithoutOwn:
+    def __init__(self, ranks: Any, own: Collection[str]) -> None:
+        self._ranks = ranks
+        self._own = own
+
+    def index(self, corpus: Any, **options: Any) -> None:
+        self._ranks.index(corpus, **options)
+
+    def search(self, queries: Any, **options: Any) -> dict[str, dict[str, float]]:
+        rankings: dict[str, dict[str, float]] = self._ranks.search(queries, **options)
+        for query in self._own:
+            rankings.get(query, {}).pop(query, None)
+        return rankings
 
 
 @contextmanager

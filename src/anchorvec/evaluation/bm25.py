@@ -18,14 +18,19 @@ class Bm25:
     def index(self, corpus: Dataset, **_: Any) -> None:
         """Count the words of each document of `corpus`, whose rows have `id`, `title` and `text`."""
         self._documents = list(corpus["id"])
+        words = _words([document_text(row) for row in corpus])
         self._bm25 = bm25s.BM25(method="lucene", k1=1.5, b=0.75)
-        self._bm25.index(_words([document_text(row) for row in corpus]), show_progress=False)
+        self._empty = not any(words.ids)  # bm25s cannot index that
+        if not self._empty:
+            self._bm25.index(words, show_progress=False)
 
     def search(self, queries: Dataset, *, top_k: int, **_: Any) -> dict[str, dict[str, float]]:
         """Query id -> document id -> score, of the best `top_k` documents that share a word with the query.
 
         The rows of `queries` have `id` and `text`.
         """
+        if self._empty:
+            return {query: {} for query in queries["id"]}
         found, scores = self._bm25.retrieve(
             _words(list(queries["text"])), k=min(top_k, len(self._documents)), show_progress=False
         )  # (queries, k) each

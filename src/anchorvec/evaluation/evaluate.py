@@ -5,6 +5,7 @@ import os
 import random
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -35,20 +36,24 @@ def evaluate(
 ) -> dict[str, Scores]:
     """The scores of `model` on every folder of `data` and every MTEB task of `tasks`.
 
+    A registered task leaves out what mteb says, a folder each query's own document (`BeirData.own_documents`).
     The keys are names of folders and tasks; a retrieval task of several splits or subsets (languages) has one
     entry for each, `TASK/SPLIT/SUBSET`. A folder is read and scored without network and writes nothing;
     an MTEB task is fetched to the cache of Hugging Face.
 
     - `model`: a SentenceTransformer, its folder, or its hub id. Its stored `query` and `document` prompts are used,
-      and a prompt stored as `NAME-query` for the task or folder NAME. Texts are cut by its tokenizer.
+      and a prompt stored as `NAME-query` for the task or folder NAME. Texts that are neither queries nor documents, as
+      those of STS or classification, have a prompt stored for their task or its type, the model's default prompt, or
+      else the query prompt; a warning names the tasks where it is this. Texts are cut by its tokenizer.
     - `data`: folders of a kind in `tasks.KINDS`, such as BEIR layout, or what was read of them.
     - `tasks`: names of MTEB tasks.
     - `batch_size`: texts encoded at a time.
-    - `instruction`: replaces the stored query prompts.
+    - `instruction`: replaces the stored query prompts, and all prompts of texts that are no documents either.
     - `seed`: of the intervals.
     - `show_progress_bar`: shows mteb's bars on stderr.
 
-    Raises AnchorvecError for data that cannot be used, an unknown task, and one that cannot be fetched.
+    Raises AnchorvecError for data that cannot be used, an unknown task, one of more than texts, and one that cannot be
+    fetched.
     """
     if not data and not tasks:
         raise AnchorvecError("there is nothing to score on; name a folder in BEIR layout or an MTEB task")
@@ -65,10 +70,20 @@ def evaluate(
         if instruction is None:
             warn_of_named_prompts(model, list(all_tasks))
         device, dtype = str(model.device), str(next(model.parameters()).dtype).removeprefix("torch.")
-        encoder = _mteb.encoder(model, instruction)
+        encoder = _mteb.Encoder(model, instruction)
+        for task in all_tasks.values():
+            encoder.check(task)
+        own = {part.name: kind_of_data(part).own_documents(part) for part in local}
         for name, task in all_tasks.items():
-            run = partial(_mteb.run, encoder, task, batch_size=batch_size, show_progress_bar=show_progress_bar)
+            system = _mteb.without_own(encoder, own.get(name, ()))
+            run = partial(_mteb.run, system, task, batch_size=batch_size, show_progress_bar=show_progress_bar)
             results |= _scores(name, task, run, device=device, dtype=dtype, seed=seed)
+    if encoder.read_as_queries:
+        warnings.warn(
+            "the texts of these tasks are neither queries nor documents, and were read with the query prompt that is "
+            f"stored with the model: {', '.join(sorted(encoder.read_as_queries))}",
+            stacklevel=2,
+        )
     return results
 
 
@@ -112,7 +127,8 @@ def bm25_scores(data: str | Path | LocalData, *, seed: int = 0) -> Scores:
         from anchorvec.evaluation.bm25 import Bm25
 
         task = _mteb.local_task(RETRIEVAL, local)
-        run = partial(_mteb.run, _mteb.searcher(Bm25()), task)
+        system = _mteb.without_own(_mteb.searcher(Bm25()), RETRIEVAL.own_documents(local))
+        run = partial(_mteb.run, system, task)
         [scores] = _scores(local.name, task, run, device="cpu", dtype="float32", seed=seed).values()
     return scores
 

@@ -4,6 +4,7 @@ Metrics are mteb's and pytrec_eval's.
 """
 
 from collections.abc import Mapping
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -80,5 +81,6 @@ RETRIEVAL = TaskKind(
     load=load_beir,
     data=BeirData,
     fill=fill,
+    own_documents=attrgetter("own_documents"),
     record=record,
 )

@@ -1,6 +1,6 @@
 """What a kind of task is: how its folders are read, made into a task of mteb, and scored item by item."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -39,6 +39,11 @@ def mean_intervals(per_item: PerItem, seed: int) -> dict[str, Interval]:
     return {metric: bootstrap_interval(list(of_item.values()), seed=seed) for metric, of_item in per_item.items()}
 
 
+def nothing_of(data: LocalData) -> frozenset[str]:
+    """Of `data` of a kind that ranks nothing: no ids."""
+    return frozenset()
+
+
 @dataclass(frozen=True)
 class TaskKind:
     """A kind of task. A new one is a file with such an object, and a line in `tasks.py`.
@@ -70,3 +75,5 @@ class TaskKind:
     """Called with a task before mteb runs it: the list that has the scores of each subset and split after the run."""
     intervals: Callable[[PerItem, int], dict[str, Interval]] = mean_intervals
     """From the per-item scores and a seed, each metric over all items with its interval."""
+    own_documents: Callable[[Any], Collection[str]] = nothing_of
+    """From the LocalData the ids of queries that are documents as well, and are left out of their own ranking."""

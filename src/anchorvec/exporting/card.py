@@ -67,7 +67,8 @@ None were taken in this run.
 def model_card(stage: Path, model: SentenceTransformer, *, name: str, writes: bool) -> str:
     """The card of the model that was trained in the folder `stage` of a run, with the run's recipe, data and scores.
 
-    `writes` says whether the folder still holds the LM head that `anchorvec decode` needs (T26).
+    `model` is what it trained, `name` what the card calls it. `writes` says whether the folder still holds the LM head
+    that `anchorvec decode` needs (T26).
     """
     run = Run(stage.parent)
     run_text = _read(run.record) or "{}"

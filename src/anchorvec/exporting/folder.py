@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from anchorvec.exporting.card import model_card
 from anchorvec.files import new_folder, user_path, write_text
 from anchorvec.model.embedder import can_write, load_causal_lm, save_tokenizer
 from anchorvec.model.loading import load_model
+from anchorvec.model.portable import READ_BY, make_portable
 from anchorvec.model.readout import last_states_of_padded
 from anchorvec.recipe import stored_recipe
 from anchorvec.run import Run, is_embedder
@@ -42,14 +44,16 @@ PROBES = [
 class Exported:
     """An exported `folder`, and how closely each program that reads it agrees with the run.
 
-    `cosines`: the smallest one over `texts` texts, by program. `stage` is the folder that it was made from; `can_write`
-    says whether it still has the LM head.
+    `cosines`: the smallest one over `texts` texts, by program and version. `not_compared`: for which other programs the
+    folder is written too. `stage` is the folder that it was made from; `can_write` says whether it still has the LM
+    head.
     """
 
     folder: str
     stage: str
     texts: int
     cosines: dict[str, float]
+    not_compared: str
     can_write: bool
 
     def to_dict(self) -> dict[str, Any]:
@@ -60,7 +64,8 @@ class Exported:
         writes = "it can still write (anchorvec decode)" if self.can_write else "it can no longer write"
         cosines = ", ".join(f"{cosine:.6f} in {program}" for program, cosine in self.cosines.items())
         return (
-            f"{self.folder}: the same vectors as {self.stage} on {self.texts} texts, least cosine {cosines}; {writes}"
+            f"{self.folder}: the same vectors as {self.stage} on {self.texts} texts, least cosine {cosines}; "
+            f"not compared in other versions ({self.not_compared}); {writes}"
         )
 
 
@@ -83,9 +88,13 @@ def export(run: str | Path, out: str | Path, *, texts: Sequence[str] = ()) -> Ex
             for weights in scratch.glob("model*.safetensors*"):
                 weights.unlink()
             load_causal_lm(stage).save_pretrained(scratch)
+        make_portable(scratch)
         write_text(scratch / "README.md", model_card(stage, model, name=out.name, writes=can_write(scratch)))
 
-        cosines = {program: _least_cosine(expected, read(scratch, probes)) for program, read in PROGRAMS.items()}
+        cosines = {
+            f"{program} {version(program)}": _least_cosine(expected, read(scratch, probes))
+            for program, read in PROGRAMS.items()
+        }
         for program, cosine in cosines.items():
             if not cosine >= LEAST_COSINE:
                 raise AnchorvecError(
@@ -93,7 +102,7 @@ def export(run: str | Path, out: str | Path, *, texts: Sequence[str] = ()) -> Ex
                     f"cosine {cosine:.6f}, less than {LEAST_COSINE}; nothing was written to {out}"
                 )
         writes = can_write(scratch)
-    return Exported(str(out), str(stage), len(probes), cosines, can_write=writes)
+    return Exported(str(out), str(stage), len(probes), cosines, not_compared=READ_BY, can_write=writes)
 
 
 def last_stage(run: Path) -> Path:
@@ -115,7 +124,10 @@ def last_stage(run: Path) -> Path:
 
 
 def encode_with_transformers(folder: str | Path, texts: Sequence[str]) -> Tensor:
-    """The vectors (texts, dim) that plain transformers gives: last hidden state at each text's last real token."""
+    """The vectors of `texts` (texts, dim) that plain transformers gives, loaded from `folder` afresh.
+
+    The last hidden state at each text's last real token.
+    """
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval()
     batch = tokenizer(

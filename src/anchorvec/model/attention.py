@@ -54,11 +54,14 @@ def packed_attention(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each text: query (1, heads, tokens, dim) to (1, tokens, heads, dim).
+    """Causal attention within each text: `query` (1, heads, tokens, dim) to (1, tokens, heads, dim).
 
-    `cu_seq_lens_q`: where each text starts, and the number of tokens, (texts + 1,). In half precision on a GPU it is
-    one kernel, PyTorch's own for texts of different lengths; in fp32, with dropout, or on a CPU it runs text by text.
-    Without `cu_seq_lens_q` every row is a text, `attention_mask` says what it may see.
+    The arguments are those of transformers' attention functions: `module` is the layer, `key` and `value` are like
+    `query`, with as many heads or fewer, `scaling`, `dropout`, `sliding_window` (tokens) and `softcap` those of the
+    layer; `max_length_q` are the tokens of the longest text. `cu_seq_lens_q`: where each text starts, and the number of
+    tokens, (texts + 1,). In half precision on a GPU it is one kernel, PyTorch's own for texts of different lengths; in
+    fp32, with dropout, or on a CPU it runs text by text. Without `cu_seq_lens_q` every row is a text, `attention_mask`
+    says what it may see.
 
     Raises NotImplementedError for a soft cap on a GPU, and for a layer that keeps its window to itself.
     """

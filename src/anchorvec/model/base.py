@@ -2,12 +2,14 @@
 
 import importlib.util
 import io
+import json
+import warnings
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -22,16 +24,21 @@ from transformers import (
 
 from anchorvec.errors import AnchorvecError
 from anchorvec.model.end import template_ids
+from anchorvec.model.folders import faulty_weights, identify, instead, origin, read_json
+from anchorvec.model.loading import load_model
 
 SMOLLM2_ON_THE_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 def load_base(
-    base: str | Path, *, revision: str | None = None, seed: int = 0
+    base: str | Path, *, revision: str | None = None, seed: int = 0, head: bool = True
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The causal LM and the tokenizer that `base` names, on the CPU, in the checkpoint's own dtype.
 
-    Weights are read from safetensors or GGUF only, and no code that comes with a model is run.
+    `revision` names a branch, tag or commit of a hub id; `seed` decides the weights of `tiny`. Without `head` an
+    embedder that has no LM head any more will do, and its decoder is given. Weights are read from safetensors or GGUF
+    only, and no code that comes with a model is run. Raises AnchorvecError for what is no decoder of texts, and for
+    weights that are missing, damaged or not finite.
     """
     base = str(base)
     if base == "tiny":
@@ -39,13 +46,14 @@ def load_base(
     if base == "smollm2":
         base = str(_packaged_smollm2() or SMOLLM2_ON_THE_HUB)
     is_gguf = base.endswith(".gguf")
-    if base.startswith((".", "/", "~")) and not is_gguf and not Path(base).expanduser().is_dir():
-        raise AnchorvecError(f"model.base: there is no folder {base}")
-    base = str(Path(base).expanduser()) if Path(base).expanduser().is_dir() else base
+    base = str(Path(base).expanduser()) if is_gguf or Path(base).expanduser().is_dir() else base
     where: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     try:
         if is_gguf:
-            return _load_gguf(Path(base).expanduser())
+            return _load_gguf(Path(base))
+        embedder: Any = _embedder_without_head(base, revision, head)
+        if embedder is not None:
+            return embedder[0].model, embedder.tokenizer
         config = AutoConfig.from_pretrained(base, **where)
         if config.is_encoder_decoder:
             raise AnchorvecError(
@@ -56,26 +64,76 @@ def load_base(
                 f"model.base: {base} ({config.model_type}) reads more than text; name a text-only causal LM"
             )
         tokenizer = AutoTokenizer.from_pretrained(base, **where)
+        asked = read_json(base, "tokenizer_config.json", revision) or {}
+        tokenizer.init_kwargs["add_bos_token"] = asked.get("add_bos_token")  # the general class forgets it
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            base, dtype="auto", use_safetensors=True, output_loading_info=True, **where
+            base,
+            dtype="auto",
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused by name below
+            **where,
         )
         model, report = loaded
-    except AnchorvecError:
+    except AnchorvecError as error:
+        raise AnchorvecError(f"model.base: {str(error).removeprefix('model.base: ')}") from error
+    except (MemoryError, torch.OutOfMemoryError):
         raise
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # libraries raise whatever they stumble over
+        if Path(base).is_dir() and (fault := faulty_weights(Path(base))):
+            raise AnchorvecError(f"model.base: {fault}") from error
         raise AnchorvecError(
             f"model.base: {base} cannot be loaded as a causal LM from safetensors or GGUF weights; "
             f"name a hub id, a local folder or a .gguf file ({_beginning(error)})"
         ) from error
-    if missing := sorted(report["missing_keys"]):  # they would be random, and nothing would say so
-        raise AnchorvecError(
-            f"model.base: {base} holds no weights for {missing[0]}; name a causal LM, LM head included"
-        )
+    _check_loaded(model, report, base)
     return model, tokenizer
 
 
+def _embedder_without_head(base: str, revision: str | None, head: bool) -> SentenceTransformer | None:
+    """The embedder `base`, if it is one without an LM head; AnchorvecError for what is no base, or where `head` is."""
+    found = identify(base, revision=revision)
+    if found.kind in ("run", "data set", "adapter", "nothing"):
+        raise AnchorvecError(f"model.base: {instead(found, wanted='a decoder-only causal LM')}")
+    if found.kind != "LoRA stage" and (found.kind != "embedder" or found.has_head):
+        return None
+    if head:
+        raise AnchorvecError(
+            f"model.base: {base} is {found}{origin(Path(base))}, and Stage I needs the head; Stage II can go on from "
+            "it (stage_one=null), Stage I from the stage before it"
+        )
+    return load_model(base, revision=revision)
+
+
+def _check_loaded(model: PreTrainedModel, report: dict[str, Any], base: str) -> None:
+    """Raise AnchorvecError for weights that are missing, and would be random, or not finite; say which are left."""
+    if mismatched := sorted(report["mismatched_keys"]):
+        tensor, stored, asked = mismatched[0]
+        raise AnchorvecError(
+            f"model.base: {base}: {tensor} has the shape {tuple(stored)} in its weights, "
+            f"{tuple(asked)} by its config.json"
+        )
+    if missing := sorted(report["missing_keys"]):
+        foreign = sorted(report["unexpected_keys"])
+        others = f", but for {foreign[0]}, which the model does not have" if foreign else ""
+        raise AnchorvecError(
+            f"model.base: {base} holds no weights for {missing[0]}{others}; name a causal LM, LM head included"
+        )
+    if unused := sorted(report["unexpected_keys"]):
+        warnings.warn(
+            f"{base}: {len(unused)} of its tensors have no place in the model and are left out, {unused[0]} first",
+            stacklevel=4,
+        )
+    for name, weights in model.named_parameters():
+        if not weights.isfinite().all():
+            raise AnchorvecError(
+                f"model.base: {base}: {name} holds numbers that are not finite, which no training mends; take "
+                "another checkpoint"
+            )
+
+
 def check_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base: str | Path) -> None:
-    """Raise AnchorvecError if the model lacks an embedding that every text needs, or positions."""
+    """Raise AnchorvecError if `model`, called `base`, lacks an embedding that `tokenizer` needs, or positions."""
     rows = len(model.get_input_embeddings().get_parameter("weight"))
     before, after = template_ids(tokenizer)
     if outside := [i for i in [*before, *after, tokenizer.pad_token_id] if i >= rows]:
@@ -84,11 +142,43 @@ def check_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base: 
             f"among the {rows} embeddings of {base}; set `eos_token` and `pad_token` in its "
             "tokenizer_config.json to tokens that the model has"
         )
+    if (largest := max(tokenizer.get_vocab().values())) >= rows:
+        raise AnchorvecError(
+            f"model.base: the tokenizer of {base} has ids up to {largest}, and its model {rows} embeddings; take the "
+            "tokenizer that it was trained with, or give it as many (resize_token_embeddings of transformers)"
+        )
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions and tokenizer.model_max_length > positions:
         raise AnchorvecError(
             f"model.max_tokens: {tokenizer.model_max_length} is more than the {positions} positions of {base}"
         )
+
+
+def without_rowless_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base: str | Path
+) -> PreTrainedTokenizerBase:
+    """`tokenizer` without the added tokens that `model` has no embedding for: a text that spells one has other tokens.
+
+    Tokens that every text needs stay, for `check_fit` to refuse them. A warning names what is left out, and `base`.
+    """
+    rows = len(model.get_input_embeddings().get_parameter("weight"))
+    if not tokenizer.is_fast or any(i >= rows for i in tokenizer.all_special_ids):
+        return tokenizer
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    left_out = [token for token in content["added_tokens"] if token["id"] >= rows]
+    if not left_out:
+        return tokenizer
+    content["added_tokens"] = [token for token in content["added_tokens"] if token not in left_out]
+    names = ", ".join(token["content"] for token in left_out[:3])
+    warnings.warn(
+        f"{base}: the model has no embedding for {len(left_out)} tokens of its tokenizer ({names}"
+        f"{', ...' if len(left_out) > 3 else ''}); they are taken out of it",
+        stacklevel=3,
+    )
+    special = {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(content)), chat_template=tokenizer.chat_template, **special
+    )
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -102,7 +192,10 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_causal_lm(*, seed: int = 0, vocab_size: int = 257, hidden_size: int = 64) -> PreTrainedModel:
-    """A random two-layer Llama for trials and tests; its weights depend on `seed` alone."""
+    """A random two-layer Llama for trials and tests, of `vocab_size` tokens and `hidden_size` numbers a state.
+
+    Its weights depend on `seed` alone.
+    """
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=hidden_size,

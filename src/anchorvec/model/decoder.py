@@ -77,6 +77,8 @@ def _check_states(model: PreTrainedModel, name: str) -> None:
     with torch.no_grad():
         if not _alike(final_states(model, input_ids=ids), states):
             raise AnchorvecError(f"{name} reads token ids beside their embeddings; {_ADVICE}")
+        if model is decoder_of(model):  # without a head
+            return
         logits = model(inputs_embeds=embedded, use_cache=False, return_dict=True).logits
         if not _alike(output_head(model)(states[0]), logits[0]):
             raise AnchorvecError(f"{name}: its logits come from more than the final states of its decoder; {_ADVICE}")

@@ -19,16 +19,21 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Transformer
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 
 from anchorvec.errors import AnchorvecError
 from anchorvec.files import new_folder, write_json
-from anchorvec.model.base import check_fit, load_base
+from anchorvec.model.base import check_fit, load_base, without_rowless_tokens
 from anchorvec.model.decoder import check_decoder
 from anchorvec.model.end import EndPrompt, template_ids
+from anchorvec.model.folders import reading
+from anchorvec.model.portable import make_portable
 from anchorvec.model.readout import Readout
+from anchorvec.run import is_embedder
 
 
 def build_embedder(
@@ -40,6 +45,7 @@ def build_embedder(
     prompts: Mapping[str, str] | None = None,
     revision: str | None = None,
     seed: int = 0,
+    head: bool = True,
 ) -> Path:
     """Write `base` as an untrained embedder into `folder` and return the folder.
 
@@ -48,15 +54,16 @@ def build_embedder(
     `max_tokens` counts everything: what the tokenizer adds, the prompt, the text and its end.
     With `end_prompt` None each text ends in the tokenizer's end token; otherwise in the prompt's words.
     `prompts` are stored with the model under sentence-transformers' names (`query`, `document`, ...).
-    `seed` matters for `tiny` alone. Raises AnchorvecError if the base is no decoder, has no end token or
+    `seed` matters for `tiny` alone. Without `head` an embedder that has no LM head will do as base, and has none then.
+    Raises AnchorvecError if the base is no decoder, has no end token or
     fewer positions than `max_tokens`, or if `folder` is in use.
     """
     folder = Path(folder)
     with new_folder(folder) as scratch:
-        model, tokenizer = load_base(base, revision=revision, seed=seed)
+        model, tokenizer = load_base(base, revision=revision, seed=seed, head=head)
         check_decoder(model, base)
         readout = Readout(max_tokens, end_prompt)
-        tokenizer = readout.tokenizer(tokenizer)
+        tokenizer = readout.tokenizer(without_rowless_tokens(model, tokenizer, base))
         check_fit(model, tokenizer, base)
         _drop_pad_token(model, tokenizer, base)
         model.save_pretrained(scratch)
@@ -81,7 +88,7 @@ def _drop_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, 
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Save `tokenizer` with its own truncation and without padding, whatever the last call used (T25)."""
+    """Save `tokenizer` in `folder` with its own truncation and no padding, whatever the last call used (T25)."""
     tokenizer.backend_tokenizer.enable_truncation(tokenizer.model_max_length)
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.save_pretrained(folder)
@@ -93,7 +100,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
 
 
 def save_causal_lm(model: PreTrainedModel, like: str | Path, folder: str | Path) -> None:
-    """Save a trained causal LM, head included (T12), as an embedder with the other files of `like`."""
+    """Save `model`, a causal LM, head included (T12), in `folder`, as an embedder with the other files of `like`."""
     like, folder = Path(like), Path(folder)
     model.save_pretrained(folder)
     for path in like.iterdir():
@@ -101,6 +108,8 @@ def save_causal_lm(model: PreTrainedModel, like: str | Path, folder: str | Path)
             shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
         elif not path.name.startswith(("model", "config.json", "generation_config", "README")):
             shutil.copy2(path, folder / path.name)
+    if is_embedder(folder):
+        make_portable(folder)
 
 
 def load_causal_lm(folder: str | Path, *, attention: str = "auto") -> PreTrainedModel:
@@ -119,7 +128,20 @@ def load_causal_lm(folder: str | Path, *, attention: str = "auto") -> PreTrained
             "name the run's stage_one folder"
         )
     options = attention_options(attention)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **options)
+    with reading(folder):
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **options)
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of the embedder in `folder`; AnchorvecError if it has lost what closes and limits a text."""
+    with reading(folder):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    if tokenizer.eos_token_id is None or tokenizer.pad_token_id is None or tokenizer.model_max_length > 10**9:
+        raise AnchorvecError(
+            f"{folder}: its tokenizer has no end token, pad token or length limit; the folder has lost a part of its "
+            "tokenizer_config.json, copy it again"
+        )
+    return tokenizer
 
 
 def attention_options(attention: str) -> dict[str, Any]:
@@ -132,17 +154,21 @@ def can_write(folder: str | Path) -> bool:
     path = Path(folder) / "config.json"
     if not path.is_file():  # a LoRA adapter
         return False
-    architectures = json.loads(path.read_text(encoding="utf-8")).get("architectures") or []
+    with reading(folder):
+        architectures = json.loads(path.read_text(encoding="utf-8")).get("architectures") or []
     return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures)
 
 
 def stored_prompt(folder: str | Path, name: str) -> str:
-    """The prompt that is stored with the embedder under `name`; empty if there is none."""
+    """The prompt that is stored with the embedder in `folder` under `name`; empty if there is none.
+
+    Raises AnchorvecError if it is no embedder.
+    """
     path = Path(folder) / "config_sentence_transformers.json"
     if not path.is_file():
         raise AnchorvecError(f"{folder}: not an embedder, no {path.name}; name a folder that anchorvec wrote")
-    settings = json.loads(path.read_text(encoding="utf-8"))
-    return str(settings["prompts"].get(name) or "")
+    with reading(folder):
+        return str(json.loads(path.read_text(encoding="utf-8"))["prompts"].get(name) or "")
 
 
 def _add_sentence_transformers_files(folder: Path, readout: Readout, prompts: Mapping[str, str]) -> None:
@@ -165,3 +191,4 @@ def _add_sentence_transformers_files(folder: Path, readout: Readout, prompts: Ma
         for name in ["modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"]:
             shutil.copy2(Path(scratch) / name, folder / name)
         shutil.copytree(Path(scratch) / "1_Pooling", folder / "1_Pooling")
+    make_portable(folder)

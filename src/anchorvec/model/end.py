@@ -5,6 +5,7 @@ It lives in the tokenizer's own post-processor (T1), so that every program that 
 
 import json
 from collections.abc import Mapping
+from typing import Literal
 
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
@@ -24,10 +25,10 @@ def with_end(
 ) -> PreTrainedTokenizerFast:
     """A copy of `tokenizer` that closes every text with exactly one end, kept under truncation.
 
-    Its post-processor is one template: what the base's tokenizer puts before a text (BOS, read from a
-    probe: T22), then either `text, end token`, or `before, text, after` of the end prompt. Truncation to
-    `max_tokens` reserves the template's place (T1). Padding is on the right; a tokenizer without a pad token
-    pads with its end token, which is harmless because padding is found by mask, never by id (T2).
+    Its post-processor is one template: what the base's tokenizer puts before a text (BOS, read from a probe, or asked
+    for by `add_bos_token`: T22), then either `text, end token`, or `before, text, after` of `end_prompt`. Truncation to
+    `max_tokens` reserves the template's place (T1). Padding is on the right; a tokenizer without a pad token pads with
+    its end token, which is harmless because padding is found by mask, never by id (T2).
 
     If a text contains the literal of the end token, that literal becomes the same id inside the text, as in
     any tokenizer; the pooled position is still the one that the template added, the last. Raises AnchorvecError for a
@@ -42,6 +43,8 @@ def with_end(
         return list(backend.encode(text, add_special_tokens=False).ids)
 
     prefix = _prefix(backend)
+    if not prefix and tokenizer.init_kwargs.get("add_bos_token") and tokenizer.bos_token_id is not None:
+        prefix = [tokenizer.bos_token_id]  # asked for in tokenizer_config.json, which not every class obeys
     before, after = (ids(part) for part in end_prompt) if end_prompt else ([], [tokenizer.eos_token_id])
     if not after:
         raise AnchorvecError("model.end: the words after the text are empty; write at least one")
@@ -65,6 +68,18 @@ def with_end(
         chat_template=tokenizer.chat_template,
         **special,
     )
+
+
+def stored_end(tokenizer: PreTrainedTokenizerBase) -> EndPrompt | Literal["token"] | None:
+    """How `tokenizer` closes a text, if `with_end` made it: with its end token, or with an end prompt; else None."""
+    template = json.loads(tokenizer.backend_tokenizer.to_str())["post_processor"] if tokenizer.is_fast else None
+    pieces = (template or {}).get("special_tokens", {})
+    if "after" not in pieces:
+        return None
+    before, after = (pieces.get(name, {}).get("ids", []) for name in ("before", "after"))
+    if not before and after == [tokenizer.eos_token_id]:
+        return "token"
+    return str(tokenizer.decode(before)), str(tokenizer.decode(after))
 
 
 def _check_usable(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -6,46 +6,54 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
 
 from anchorvec.errors import AnchorvecError
 from anchorvec.files import user_path
+from anchorvec.model.folders import START, identify, instead, is_local, read_json, reading, weights_fingerprint
 from anchorvec.model.packing import packing_pays, use_packed_texts
-from anchorvec.run import Run, is_embedder
+from anchorvec.run import Run
 
 
-def load_model(model: SentenceTransformer | str | Path, *, merge: bool = True) -> SentenceTransformer:
+def load_model(
+    model: SentenceTransformer | str | Path, *, merge: bool = True, revision: str | None = None
+) -> SentenceTransformer:
     """`model` itself if it is one, else the embedder of that folder or hub id, in its own dtype.
+
+    `revision` names a branch, tag or commit of a hub id.
 
     The folder of a Stage II with LoRA holds an adapter alone; it is put over the stage it started from, which
     stands beside it, and with `merge` merged into it, in fp32. Nothing is trusted: no code from the folder is run,
-    and the weights are read from safetensors only. Raises AnchorvecError if there is no such model.
+    and the weights are read from safetensors only. Raises AnchorvecError if there is no such model, or if it is no
+    embedder: sentence-transformers would make one up, with mean pooling.
     """
     if isinstance(model, SentenceTransformer):
         return model
     name = str(model)
-    folder = user_path(name)
-    is_local = folder.exists() or isinstance(model, Path) or name.startswith((".", "/", "~"))
-    if is_local and not folder.is_dir():
-        raise AnchorvecError(f"{name}: there is no such folder; name a model's folder or its id on the hub")
-    if is_local and is_embedder(folder / "base"):
-        raise AnchorvecError(f"{name}: this is a run; name one of the folders in it, such as {folder / 'model'}")
-    try:
-        if (folder / "adapter_config.json").is_file():
+    folder, is_here = user_path(name), is_local(model)
+    found = identify(model, revision=revision)
+    if found.kind not in ("embedder", "LoRA stage"):
+        raise AnchorvecError(instead(found, wanted="an embedder"))
+    with reading(model):
+        if found.kind == "LoRA stage":
             loaded = load_model(_start_of(folder)).float()  # small updates would be lost in half precision (T9)
             adapted = PeftModel.from_pretrained(loaded[0].model, str(folder))
             loaded[0].model = adapted.merge_and_unload() if merge else adapted
-            return loaded.eval()
-        return SentenceTransformer(
-            str(folder) if is_local else name,
-            trust_remote_code=False,
-            local_files_only=is_local,
-            model_kwargs={"use_safetensors": True},
+            loaded = loaded.eval()
+        else:
+            loaded = SentenceTransformer(
+                str(folder) if is_here else name,
+                trust_remote_code=False,
+                local_files_only=is_here,
+                revision=revision,
+                model_kwargs={"use_safetensors": True},
+            )
+    if getattr(loaded.tokenizer, "pad_token", "") is None:
+        raise AnchorvecError(
+            f"{name}: its tokenizer has no pad token; the folder has lost a part of its tokenizer_config.json, copy it "
+            "again"
         )
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise AnchorvecError(f"{name}: this cannot be loaded as a sentence-transformers model ({reason})") from error
+    return loaded
 
 
 def load_encoder(model: SentenceTransformer | str | Path, dtype: torch.dtype | None = None) -> SentenceTransformer:
@@ -80,4 +88,10 @@ def _start_of(stage: Path) -> Path:
     start = Run(stage.parent).start_of("stage_two")
     if start is None:
         raise AnchorvecError(f"{stage}: a LoRA adapter whose start, stage_one or base, is not beside it any more")
+    trained_over = read_json(str(stage), START)
+    if trained_over is not None and trained_over["weights"] != weights_fingerprint(start):
+        raise AnchorvecError(
+            f"{stage}: this LoRA adapter was trained over a {trained_over['folder']} with other weights than {start} "
+            "has; put that back beside it"
+        )
     return start

@@ -32,13 +32,17 @@ _ROUNDING = 1.5
 
 
 def packed_states(model: PreTrainedModel, embedded: Tensor, lengths: Sequence[int]) -> Tensor:
-    """The decoder's final states (tokens, dim) of texts that stand one after another in `embedded` (tokens, dim)."""
+    """The final states (tokens, dim) that the decoder of `model` has of texts of so many tokens, `lengths`.
+
+    They stand one after another in `embedded` (tokens, dim).
+    """
     return final_states(model, inputs_embeds=embedded[None], **_packed_arguments(lengths, embedded.device))[0]
 
 
 def padded_states(model: PreTrainedModel, embedded: Tensor, lengths: Sequence[int]) -> Tensor:
     """The same as `packed_states` the plain way: a row for each text, with texts of like length, padded on the right.
 
+    `model`, `embedded` and `lengths` are as there.
     A causal decoder cannot see what stands on the right, so no mask is needed and no state depends on the batch.
     """
     texts = torch.split(embedded, list(lengths))
@@ -66,7 +70,7 @@ def _of_like_length(lengths: Sequence[int]) -> Iterable[list[int]]:
 def packing_pays(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether texts are read faster packed: where attention over packed texts costs nothing extra.
 
-    On a CPU it runs text by text; a GPU has one kernel for all, in half precision.
+    On a CPU (`device`) it runs text by text; a GPU has one kernel for all, in half precision (`dtype`).
     """
     return device.type == "cpu" or (device.type == "cuda" and dtype in (torch.bfloat16, torch.float16))
 

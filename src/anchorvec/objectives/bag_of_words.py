@@ -47,8 +47,8 @@ class BagOfWordsLoss(nn.Module):
     """-log p(T | e) as above, from a model's token embeddings (vocabulary, dim) and the texts of a sample of pairs.
 
     `queries` and `documents`: the token ids of the sample's texts, without prompts and ends. The token embeddings are
-    copied if they are trained: the candidates stay what they are. `origin`: (dim,), e_0; None is 0. Raises ValueError
-    for a sample without two pairs, or whose texts do not differ.
+    copied if they are trained: the candidates stay what they are. `origin`: (dim,), e_0; None is 0. `temperature`:
+    tau. Raises ValueError for a sample without two pairs, or whose texts do not differ.
     """
 
     embeddings: Tensor

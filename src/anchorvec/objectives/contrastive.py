@@ -23,6 +23,8 @@ from torch import Tensor
 from anchorvec.model.packing import part_of_row, reads_packed, side_by_side, token_ids
 from anchorvec.objectives.bag_of_words import BagOfWordsLoss
 
+Loss = CachedMultipleNegativesRankingLoss | MultipleNegativesRankingLoss
+
 
 def contrastive_loss(
     model: SentenceTransformer,
@@ -33,7 +35,7 @@ def contrastive_loss(
     bag_of_words_weight: float = 1.0,
     content: Callable[[list[int]], list[int]] = lambda ids: ids,
     one_pass: bool = False,
-) -> CachedMultipleNegativesRankingLoss | MultipleNegativesRankingLoss:
+) -> Loss:
     """InfoNCE with in-batch negatives over cosine similarities divided by `temperature`.
 
     Texts of at most `micro_batch_tokens`, padding included, are held in memory at a time through cached gradients

@@ -21,7 +21,7 @@ class TokenPair:
         return [*([self.query] if alpha > 0 else []), *([self.document] if alpha < 1 else [])]
 
     def written(self, alpha: float = 0.5) -> list[list[int]]:
-        """The targets that are written from the embeddings of `read`."""
+        """The targets that are written from the embeddings of `read`, by `alpha`."""
         return [*([self.document_targets] if alpha > 0 else []), *([self.query_targets] if alpha < 1 else [])]
 
     def tokens(self, alpha: float = 0.5, *, writes: bool = True) -> int:
@@ -38,7 +38,8 @@ def micro_batches(
 ) -> list[list[TokenPair]]:
     """`pairs` ordered by length and cut so that all passes over a group have at most `max_tokens` tokens.
 
-    Unless `packed`, padding counts too. A single pair longer than that makes a group of its own.
+    Unless `packed`, padding counts too. A direction of weight 0, by `alpha`, is not passed over, nor is anything
+    written without `writes`. A single pair longer than that makes a group of its own.
     """
     groups: list[list[TokenPair]] = []
     held = 0  # tokens of the last group
@@ -57,7 +58,10 @@ def micro_batches(
 
 
 def tokens_at_once(group: Sequence[TokenPair], *, packed: bool, alpha: float = 0.5, writes: bool = True) -> int:
-    """Tokens in all passes over a group, padding included unless `packed`: what holds activations at one time."""
+    """Tokens in all passes over `group`, padding included unless `packed`: what holds activations at one time.
+
+    `alpha` and `writes` as in `micro_batches`.
+    """
     if packed:
         return sum(pair.tokens(alpha, writes=writes) for pair in group)
     read = [len(text) for pair in group for text in pair.read(alpha)]
@@ -66,7 +70,7 @@ def tokens_at_once(group: Sequence[TokenPair], *, packed: bool, alpha: float = 0
 
 
 def exchange_partners(pairs: Sequence[TokenPair]) -> list[TokenPair] | None:
-    """For each pair the next one, in a circle, that has another query and another document; None if one has none."""
+    """For each of `pairs` the next one, in a circle, with another query and document; None if one has none."""
     partners = []
     for i, pair in enumerate(pairs):
         others = itertools.chain(itertools.islice(pairs, i + 1, None), itertools.islice(pairs, i))

@@ -141,7 +141,10 @@ class Reconstruction(nn.Module):
 
 
 class TextReconstruction(Reconstruction):
-    """The paper's objective: each text of a pair is written, token by token, from the other's embedding."""
+    """The paper's objective: each text of a pair is written, token by token, from the other's embedding.
+
+    `model`, `alpha` and `packed` are as in `Reconstruction`.
+    """
 
     writes = True
 

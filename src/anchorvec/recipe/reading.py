@@ -63,7 +63,7 @@ def dump_recipe(recipe: Recipe, *, output: bool = True) -> str:
 
 
 def save_recipe(recipe: Recipe, path: str | Path) -> None:
-    """Write `dump_recipe` to a file, atomically; its folder is made if need be."""
+    """Write `dump_recipe` of `recipe` to the file `path`, atomically; its folder is made if need be."""
     write_text(Path(path), dump_recipe(recipe))
 
 

@@ -322,5 +322,5 @@ def sections() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def dotted(key: Key) -> str:
-    """`("data", "train", 0)` as `data.train.0`."""
+    """`key`, such as `("data", "train", 0)`, as `data.train.0`."""
     return ".".join(str(part) for part in key if part != "")

@@ -30,7 +30,8 @@ class Engine:
     (And by the random draws of dropout, where there is any.) `compiled`: the decoder layers are compiled when the stage
     starts. `bytes_per_token` are those of the activations that are
     kept for the backward pass; `fits` says whether the least that must be held at one time fits into the memory that
-    was free. A step of Stage II with `cached_gradients` encodes every text twice.
+    was free. A step of Stage II with `cached_gradients` encodes every text twice. `slower`: each slower way that was
+    taken, and why.
     """
 
     packed: bool
@@ -40,6 +41,7 @@ class Engine:
     fits: bool
     cached_gradients: bool = False
     compiled: bool = False
+    slower: tuple[str, ...] = ()
 
 
 def choose_engine(
@@ -55,13 +57,15 @@ def choose_engine(
     logits_bytes: int = 0,
     step_tokens: float | None = None,
     long_enough: bool = False,
+    padded_because: str = "",
 ) -> Engine:
     """The way to compute a stage with the memory that is free now; sets gradient checkpointing on `model`.
 
     `forward` and `longest`, the tokens of the longest text, are as in `kept_bytes`; `logits_bytes` exist beside what is
     kept. `packed`, `precision`, `gradient_checkpointing` and `micro_batch_tokens` are the recipe's. Where it leaves
     checkpointing open, that is used if `least_tokens` would not fit otherwise; cached gradients if the `step_tokens` of
-    a step do not fit. The layers are compiled on a GPU where the stage is `long_enough` for it to pay.
+    a step do not fit. The layers are compiled on a GPU where the stage is `long_enough` for it to pay. `padded_because`
+    says why it is not `packed`.
     """
     device = default_device()
     bf16 = resolve_precision(precision) == "bf16"
@@ -79,6 +83,16 @@ def choose_engine(
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         per_token, fit = kept_and_fit(True)
+    cached = step_tokens is not None and step_tokens > (micro_batch_tokens or fit)
+    slower = {
+        f"texts are padded: {padded_because}": not packed,
+        "gradient checkpointing: the longest texts do not fit into the free memory without it": (
+            checkpointing and gradient_checkpointing == "auto"
+        ),
+        "cached gradients, every text is encoded twice: "
+        f"a step of {step_tokens or 0:,.0f} tokens does not fit at once": cached,
+        "layers are not compiled: the stage is too short for it to pay": device.type == "cuda" and not long_enough,
+    }
     held = micro_batch_tokens or max(1, min(fit, ENOUGH_TOKENS.get(device.type, 1_536)))
     return Engine(
         packed=packed,
@@ -86,8 +100,9 @@ def choose_engine(
         micro_batch_tokens=held,
         bytes_per_token=round(per_token),
         fits=fit >= max(least_tokens, micro_batch_tokens or 0),
-        cached_gradients=step_tokens is not None and step_tokens > (micro_batch_tokens or fit),
+        cached_gradients=cached,
         compiled=long_enough and device.type == "cuda" and packed and not checkpointing,
+        slower=tuple(line for line, taken in slower.items() if taken),
     )
 
 
@@ -113,7 +128,17 @@ def compiling_pays(pairs: int, seconds: float | None) -> bool:
     return pairs >= COMPILE_PAIRS if seconds is None else seconds >= COMPILE_SECONDS
 
 
-def packs_texts(attention: str, precision: Literal["auto", "bf16", "fp32"]) -> bool:
-    """Whether a stage packs its texts: where that pays, and a recipe does not name an attention."""
+UNPACKABLE = "the model's layers do not keep packed texts apart"
+"""Why texts are padded where only the model stands against packing."""
+
+
+def why_padded(attention: str, precision: Literal["auto", "bf16", "fp32"]) -> str:
+    """Why a stage must pad its texts; empty where it packs them, if the model can.
+
+    Packing must pay in its `precision` on this device, and the recipe name no `attention`.
+    """
+    if attention != "auto":
+        return f"model.attention is {attention}"
     dtype = torch.bfloat16 if resolve_precision(precision) == "bf16" else torch.float32
-    return attention == "auto" and packing_pays(default_device(), dtype)
+    device = default_device()
+    return "" if packing_pays(device, dtype) else f"on {device.type} in {dtype} that is faster".replace("torch.", "")

@@ -7,25 +7,31 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from anchorvec.errors import AnchorvecError
 from anchorvec.run import STAGE_TITLES, StageName
+from anchorvec.terminal import terminal
 
 OnLog = Callable[[Mapping[str, Any]], None]
 
 
 class StageProgress(TrainerCallback):
-    """Shows loss, tokens per second and time left; appends every record to a JSON Lines file.
+    """Shows loss, tokens per second and time left of `stage`; appends every record to `log_file`, as JSON Lines.
 
-    `deadline` is a `time.monotonic()` before which the stage stops: where another step, as long as those so far, would
-    end after it, but not before the first. As a context manager it gives the terminal back, however the stage ends.
+    `on_log` is called with each record. `deadline` gives a `time.monotonic()`, which may move, before which the stage
+    stops: where another step, as long as those so far, would end after it, but not before the first. As a context
+    manager it gives the terminal back, however the stage ends.
     """
 
     def __init__(
-        self, stage: StageName, log_file: Path, *, deadline: float | None = None, on_log: OnLog | None = None
+        self,
+        stage: StageName,
+        log_file: Path,
+        *,
+        deadline: Callable[[], float] | None = None,
+        on_log: OnLog | None = None,
     ) -> None:
         self.stage = stage
         self.log_file = log_file
@@ -33,11 +39,11 @@ class StageProgress(TrainerCallback):
         self._listener = on_log
         self.out_of_time = False
         self.bar = Progress(
-            TextColumn("[bold]{task.description}"),
+            TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(),
             TextColumn("{task.fields[steps]} {task.fields[status]}"),
             TimeRemainingColumn(),
-            console=Console(stderr=True),
+            console=terminal(stderr=True),
         )
 
     def __enter__(self) -> Self:
@@ -51,7 +57,7 @@ class StageProgress(TrainerCallback):
     ) -> None:
         """Start the bar."""
         self.started = time.monotonic()
-        total = state.max_steps if self.deadline is None else max(1e-9, self.deadline - self.started)
+        total = state.max_steps if self.deadline is None else max(1e-9, self.deadline() - self.started)
         self.task = self.bar.add_task(STAGE_TITLES[self.stage], total=total, steps="", status="")
         self.bar.start()
 
@@ -61,9 +67,10 @@ class StageProgress(TrainerCallback):
         if self.deadline is None:
             self.bar.update(self.task, completed=step, steps=f"{step}/{state.max_steps}")
         else:
-            now = time.monotonic()
-            self.bar.update(self.task, completed=now - self.started, steps=f"step {step}")
-            if now + (now - self.started) / step > self.deadline:
+            now, deadline = time.monotonic(), self.deadline()
+            total = max(1e-9, deadline - self.started)
+            self.bar.update(self.task, completed=now - self.started, total=total, steps=f"step {step}")
+            if now + (now - self.started) / step > deadline:
                 self.out_of_time = True
                 control.should_training_stop = True
         if control.should_training_stop or state.global_step >= state.max_steps:

@@ -3,6 +3,7 @@
 import os
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from anchorvec.data.stage_inputs import StageInputs
 from anchorvec.device import check_one_device, default_device, resolve_precision
 from anchorvec.errors import AnchorvecError
 from anchorvec.recipe import Recipe, StageOne, StageTwo
-from anchorvec.run import Run, StageName
+from anchorvec.run import STAGE_TITLES, Run, StageName
+from anchorvec.terminal import say
 from anchorvec.training.engine import Engine, compiling_pays
 from anchorvec.training.memory import free_memory, keep_freed_memory
 from anchorvec.training.progress import OnLog, StageProgress
@@ -30,8 +32,9 @@ _NO_LIMIT = 10_000_000
 class Stage:
     """One stage of a run: its `recipe`, the embedder folder `start`, and what it reads.
 
-    With a `deadline`, a `time.monotonic()`, it lasts until then, however many steps that are: the recipe's `steps` say
-    only which share of the time its warm-up has. `on_log` is called with every record of its log.
+    With a `deadline`, which gives a `time.monotonic()` and may move, it lasts until then, however many steps that are:
+    the recipe's `steps` say only which share of the time its warm-up has. `on_log` is called with every record of its
+    log.
     """
 
     name: StageName
@@ -39,7 +42,7 @@ class Stage:
     run: Run
     start: Path
     inputs: StageInputs
-    deadline: float | None = None
+    deadline: Callable[[], float] | None = None
     on_log: OnLog | None = None
 
     @property
@@ -72,7 +75,7 @@ class Stage:
     @property
     def long_enough(self) -> bool:
         """Whether compiling the decoder layers pays."""
-        seconds = None if self.deadline is None else self.deadline - time.monotonic()
+        seconds = None if self.deadline is None else self.deadline() - time.monotonic()
         return compiling_pays(self.settings.steps * self.settings.pairs_per_step, seconds)
 
     def progress(self) -> StageProgress:
@@ -80,8 +83,10 @@ class Stage:
         return StageProgress(self.name, self.run.log, deadline=self.deadline, on_log=self.on_log)
 
     def note(self, engine: Engine) -> None:
-        """Write the engine into the run's record; warn where the memory may not do."""
+        """Write `engine` into the run's record; say which slower ways it takes, warn where the memory may not do."""
         self.run.note("engine", {self.name: asdict(engine)})
+        for line in engine.slower:
+            say(f"{STAGE_TITLES[self.name]}: {line}")
         if not engine.fits:
             warnings.warn(
                 f"{self.name} may run out of memory, {free_memory(default_device()) / 1e9:.1f} GB are free: lower "

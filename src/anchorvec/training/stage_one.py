@@ -16,7 +16,7 @@ from anchorvec.objectives.bag_of_words import BagOfWordsReconstruction
 from anchorvec.objectives.reconstruction import Reconstruction, TextReconstruction
 from anchorvec.recipe import Recipe, StageOne
 from anchorvec.training.bag_of_words import bag_of_words_loss
-from anchorvec.training.engine import Engine, choose_engine, packs_texts
+from anchorvec.training.engine import UNPACKABLE, Engine, choose_engine, why_padded
 from anchorvec.training.memory import release_freed_memory
 from anchorvec.training.stage import Stage, run_trainer
 from anchorvec.training.trainers import ReconstructionTrainer
@@ -74,8 +74,8 @@ def stage_one_objective(stage: Stage, tokenize: PairTokenizer) -> tuple[Reconstr
     release_freed_memory()  # of an earlier stage
     model = load_causal_lm(stage.start, attention=recipe.model.attention).train()
     nn.Module.to(model, default_device())  # PreTrainedModel.to is not typed
-    packed = packs_texts(recipe.model.attention, recipe.model.precision)
-    objective = OBJECTIVES[settings.target](stage, model, tokenize, packed)
+    padded_because = why_padded(recipe.model.attention, recipe.model.precision)
+    objective = OBJECTIVES[settings.target](stage, model, tokenize, not padded_because)
     part = [model.config.get_text_config().vocab_size - 1] * stage.part_tokens
     engine = choose_engine(
         model,
@@ -88,6 +88,7 @@ def stage_one_objective(stage: Stage, tokenize: PairTokenizer) -> tuple[Reconstr
         least_tokens=objective.passes * recipe.training_tokens,
         logits_bytes=objective.score_bytes(settings.pairs_per_step, recipe.training_tokens),
         long_enough=stage.long_enough,
+        padded_because=padded_because or UNPACKABLE,
     )
     if engine.compiled:
         objective.compile_layers()

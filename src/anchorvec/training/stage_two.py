@@ -20,14 +20,16 @@ from anchorvec.data.samplers import DifferentTexts, SimilarPairs
 from anchorvec.data.stage_inputs import large_step, without_prompt_and_end
 from anchorvec.data.tokens import PairTokenizer
 from anchorvec.device import default_device, keep_frozen_in_bf16
-from anchorvec.files import new_folder
+from anchorvec.files import new_folder, write_json
 from anchorvec.model.compiling import compile_decoder_layers
 from anchorvec.model.embedder import attention_options, save_tokenizer
+from anchorvec.model.folders import START, weights_fingerprint
 from anchorvec.model.packing import packed_features, use_packed_texts
+from anchorvec.model.portable import make_portable
 from anchorvec.objectives.bag_of_words import SAMPLE_PAIRS, BagOfWordsLoss
-from anchorvec.objectives.contrastive import contrastive_loss
+from anchorvec.objectives.contrastive import Loss, contrastive_loss
 from anchorvec.training.bag_of_words import bag_of_words_loss
-from anchorvec.training.engine import Engine, choose_engine, packs_texts
+from anchorvec.training.engine import UNPACKABLE, Engine, choose_engine, why_padded
 from anchorvec.training.lora import lora_config
 from anchorvec.training.memory import release_freed_memory
 from anchorvec.training.stage import Stage, run_trainer
@@ -54,9 +56,9 @@ def train_stage_two(stage: Stage) -> Path:
     """
     settings, inputs = stage.two, stage.inputs
     prepared = stage_two_model(stage)
-    model, engine = prepared.model, prepared.engine
+    model = prepared.model
     content = without_prompt_and_end(model.tokenizer, stage.recipe)
-    stage.note(engine)
+    stage.note(prepared.engine)
     progress = stage.progress()
     trainer = ContrastiveTrainer(
         model=model,
@@ -68,15 +70,7 @@ def train_stage_two(stage: Stage) -> Path:
         ),
         # copies: the trainer adds its name to each data set in place
         train_dataset={name: copy.copy(rows) for name, rows in inputs.contrastive.items()},
-        loss=contrastive_loss(
-            model,
-            temperature=settings.temperature,
-            micro_batch_tokens=engine.micro_batch_tokens if engine.cached_gradients else None,
-            bag_of_words=prepared.bag_of_words if settings.bag_of_words_weight else None,
-            bag_of_words_weight=settings.bag_of_words_weight,
-            content=content,
-            one_pass=default_device().type == "cuda",  # on a CPU, which computes text by text, it brings nothing
-        ),
+        loss=stage_two_loss(stage, prepared),
         callbacks=[progress],
     )
     run_trainer(trainer, progress)
@@ -85,14 +79,33 @@ def train_stage_two(stage: Stage) -> Path:
     with new_folder(folder) as scratch:
         model.save_pretrained(str(scratch), create_model_card=False)
         save_tokenizer(model.tokenizer, scratch)
+        make_portable(scratch)
+        if settings.lora is not None:
+            start = {"folder": stage.start.name, "weights": weights_fingerprint(stage.start)}
+            write_json(scratch / START, start)
     return folder
+
+
+def stage_two_loss(stage: Stage, prepared: StageTwoModel) -> Loss:
+    """The loss of `stage` on the model that is `prepared` for it."""
+    settings, engine = stage.two, prepared.engine
+    return contrastive_loss(
+        prepared.model,
+        temperature=settings.temperature,
+        micro_batch_tokens=engine.micro_batch_tokens if engine.cached_gradients else None,
+        bag_of_words=prepared.bag_of_words if settings.bag_of_words_weight else None,
+        bag_of_words_weight=settings.bag_of_words_weight,
+        content=without_prompt_and_end(prepared.model.tokenizer, stage.recipe),
+        one_pass=default_device().type == "cuda",  # on a CPU, which computes text by text, it brings nothing
+    )
 
 
 def stage_two_model(stage: Stage) -> StageTwoModel:
     """The embedder that `stage` starts from, with what it trains, set up as the engine says."""
     recipe, settings, inputs = stage.recipe, stage.two, stage.inputs
     model = _trained_model(stage)
-    packed = packs_texts(recipe.model.attention, recipe.model.precision) and use_packed_texts(model)
+    padded_because = why_padded(recipe.model.attention, recipe.model.precision)
+    packed = not padded_because and use_packed_texts(model)
     _add_lora(stage, model)
 
     def embed(ids: Tensor, mask: Tensor) -> Tensor:
@@ -122,6 +135,7 @@ def stage_two_model(stage: Stage) -> StageTwoModel:
         ),
         logits_bytes=4 * 4 * 2 * SAMPLE_PAIRS * settings.pairs_per_step if settings.bag_of_words_weight else 0,
         long_enough=stage.long_enough,
+        padded_because=padded_because or UNPACKABLE,
     )
     if engine.compiled:
         compile_decoder_layers(body)

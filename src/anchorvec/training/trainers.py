@@ -23,14 +23,14 @@ _OUT_OF_MEMORY_HELP = "set {stage}.gradient_checkpointing=true, or lower {stage}
 
 
 class TimedTrainer(Trainer):
-    """A trainer whose learning rate follows the clock where `deadline` is set, a `time.monotonic()`.
+    """A trainer whose learning rate follows the clock where `deadline` is set, which gives a `time.monotonic()`.
 
     Its share of the way from the warm-up to 0 is then the share of the time that has passed, so that a stage of which
     nobody can say how many steps fit into its time comes to the end of its schedule (T13). For one process: the clocks
     of several would differ. In bf16 the weights are converted once a step.
     """
 
-    deadline: float | None = None
+    deadline: Callable[[], float] | None = None
 
     @cached_property
     def working_weights(self) -> WorkingWeights | None:
@@ -49,10 +49,10 @@ class TimedTrainer(Trainer):
         if self.deadline is not None:
             assert isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR)
             [of_step, *_] = scheduler.lr_lambdas
-            start, seconds = time.monotonic(), max(1e-9, self.deadline - time.monotonic())
+            start, deadline = time.monotonic(), self.deadline
 
             def of_time(_: int) -> float:
-                share = min(1.0, (time.monotonic() - start) / seconds)
+                share = min(1.0, (time.monotonic() - start) / max(1e-9, deadline() - start))
                 return float(of_step(round(num_training_steps * share)))
 
             scheduler.lr_lambdas = [of_time] * len(scheduler.lr_lambdas)
@@ -64,9 +64,10 @@ class TimedTrainer(Trainer):
 class ReconstructionTrainer(TimedTrainer):
     """A trainer whose batch is the pairs of one optimizer step, cut into micro-batches inside the step.
 
-    Target tokens are counted over all devices before the first micro-batch, so the gradient is that of the whole
-    step however it is cut (T10). Gradients are synchronised with the last micro-batch only. Where the device runs out
-    of memory, `micro_batch_tokens` is halved and the step done again.
+    Target tokens are counted over all devices before the first micro-batch, so the gradient is that of the whole step
+    however it is cut (T10). Gradients are synchronised with the last micro-batch only. Where the device runs out of
+    memory, `micro_batch_tokens` is halved and the step done again. In the first of `exchange_every` steps embeddings
+    are exchanged between pairs, too.
     """
 
     def __init__(self, *args: Any, micro_batch_tokens: int, exchange_every: int = 10, **kwargs: Any) -> None:

@@ -1,0 +1,134 @@
+"""What a run starts from: the untrained embedder of its base model, and what the recipe takes over from that."""
+
+import shutil
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+from anchorvec.data.stage_inputs import check_instructions
+from anchorvec.errors import AnchorvecError
+from anchorvec.files import user_path
+from anchorvec.model.embedder import build_embedder
+from anchorvec.model.end import stored_end
+from anchorvec.model.folders import ModelFolder, identify, reading
+from anchorvec.recipe import EndPrompt, ModelSettings, Recipe, TrainData
+from anchorvec.terminal import say
+
+
+def with_settings_of_base(recipe: Recipe) -> Recipe:
+    """`recipe` with the length limit, end and prompts of its base, where that is an embedder and it names no others.
+
+    Of any base it takes a limit within its positions, where the recipe names none. One line on stderr says what is
+    kept, and what of an embedder is replaced or left out. Raises AnchorvecError where texts would be longer in training
+    than the limit that is kept.
+    """
+    asked = recipe.model
+    if asked.base in ("tiny", "smollm2") or asked.base.endswith(".gguf"):
+        return recipe
+    found = identify(asked.base, revision=asked.revision)
+    if found.kind not in ("embedder", "LoRA stage"):
+        return _within_positions(recipe, found)
+    kept: list[str] = []
+    replaced = [f"{found.pooling} pooling, by the last token's"] if found.pooling not in (None, "lasttoken") else []
+    model = _kept_model(found, asked, kept, replaced)
+    sources = [_with_prompts(source, found.prompts) for source in recipe.data.train]
+    if sources != recipe.data.train:
+        kept.append("prompts " + ", ".join(f"{name} {prompt!r}" for name, prompt in found.prompts.items()))
+    elif found.prompts:
+        replaced.append("its prompts, by the recipe's instructions")
+    replaced += [f"its module {name}, left out" for name in found.other_modules]
+    _check_data_limit(recipe, model)
+    say(
+        f"model.base: {asked.base} is {found}; kept: {'; '.join(kept) or 'nothing of its own'}; "
+        f"replaced: {'; '.join(replaced) or 'nothing'}"
+    )
+    return recipe.model_copy(update={"model": model, "data": recipe.data.model_copy(update={"train": sources})})
+
+
+def _within_positions(recipe: Recipe, found: ModelFolder) -> Recipe:
+    """`recipe` with the positions of the causal LM `found` as its limit, where it names none that is lower."""
+    asked = recipe.model
+    if "max_tokens" in asked.model_fields_set or found.positions is None or asked.max_tokens <= found.positions:
+        return recipe
+    model = asked.model_copy(update={"max_tokens": found.positions})
+    _check_data_limit(recipe, model)
+    say(f"model.max_tokens: {found.positions}, the positions of {asked.base}; by default it is {asked.max_tokens}")
+    return recipe.model_copy(update={"model": model})
+
+
+def _check_data_limit(recipe: Recipe, model: ModelSettings) -> None:
+    if recipe.data.max_tokens is not None and recipe.data.max_tokens > model.max_tokens:
+        raise AnchorvecError(
+            f"data.max_tokens: {recipe.data.max_tokens} is more than the {model.max_tokens} tokens that "
+            f"{model.base} reads; lower it, or set model.max_tokens"
+        )
+
+
+def _kept_model(found: ModelFolder, asked: ModelSettings, kept: list[str], replaced: list[str]) -> ModelSettings:
+    """`asked` with the limit and the end of the embedder `found`; what was done is added to the two lists."""
+    update: dict[str, object] = {}
+    if found.max_tokens is not None and "max_tokens" not in asked.model_fields_set:
+        update["max_tokens"] = found.max_tokens
+        kept.append(f"its limit of {found.max_tokens} tokens")
+    elif found.max_tokens not in (None, asked.max_tokens):
+        replaced.append(f"its limit of {found.max_tokens} tokens, by model.max_tokens = {asked.max_tokens}")
+    with reading(asked.base):
+        end = stored_end(AutoTokenizer.from_pretrained(str(user_path(asked.base)), revision=asked.revision))
+    ours = "token" if asked.end == "token" else (asked.end.before, asked.end.after)
+    if end is not None and "end" not in asked.model_fields_set:
+        update["end"] = end if end == "token" else EndPrompt(before=end[0], after=end[1])
+        kept.append("its end token" if end == "token" else f"its end prompt {end[0]!r} TEXT {end[1]!r}")
+    elif end != ours:
+        replaced.append(f"the end of its texts, by {'the end token' if ours == 'token' else 'an end prompt'}")
+    return asked.model_copy(update=update)
+
+
+def _with_prompts(source: TrainData, prompts: dict[str, str]) -> TrainData:
+    """`source` with the prompts of its name, or else of queries and documents, where it has no instruction."""
+    update = {}
+    for key, side in (("instruction", "query"), ("document_instruction", "document")):
+        prompt = prompts.get(f"{source.name}-{side}", prompts.get(side))
+        if prompt and key not in source.model_fields_set:
+            update[key] = prompt
+    return source.model_copy(update=update)
+
+
+def stored_prompts(recipe: Recipe) -> dict[str, str]:
+    """The prompts that are stored with the model that `recipe` trains (T15).
+
+    `query` and `document` are the instructions that all data sets share. Where data sets differ there is none by
+    default, and each one's are stored as `NAME-query` and `NAME-document`, the keys that mteb looks up too.
+    """
+    sources = recipe.data.train
+    instructions = {"query": [s.instruction for s in sources], "document": [s.document_instruction for s in sources]}
+    prompts = {}
+    for side, values in instructions.items():
+        same = len(set(values)) == 1
+        prompts[side] = values[0] if same else ""
+        if not same:
+            prompts |= {f"{s.name}-{side}": value for s, value in zip(sources, values, strict=True)}
+    return prompts
+
+
+def build_base(recipe: Recipe, folder: Path) -> Path:
+    """The untrained embedder of the recipe's base model, written into `folder`.
+
+    Raises AnchorvecError for a base that cannot be used, and for an instruction that leaves no room for a text.
+    """
+    settings = recipe.model
+    build_embedder(
+        settings.base,
+        folder,
+        max_tokens=settings.max_tokens,
+        end_prompt=None if settings.end == "token" else (settings.end.before, settings.end.after),
+        prompts=stored_prompts(recipe),
+        revision=settings.revision,
+        seed=recipe.seed,
+        head=recipe.stage_one is not None,
+    )
+    try:
+        check_instructions(recipe, AutoTokenizer.from_pretrained(folder))
+    except AnchorvecError:
+        shutil.rmtree(folder)  # so that the mended recipe may use the run's folder
+        raise
+    return folder
