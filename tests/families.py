@@ -34,33 +34,71 @@ from anchorvec.objectives.reconstruction import TextReconstruction
 VOCABULARY, HIDDEN, HEADS, HEAD, LAYERS, EXPERTS, POSITIONS = 257, 64, 4, 16, 2, 4, 256
 
 SIZES: list[tuple[str, int]] = [
-    # the first that matches the whole name of a key, of those with a whole number above the given one
     (r"(vocab_size_per_layer_input|(decoder_|unpadded_)?vocab_size)", VOCABULARY),
-    (r"(mamba_|linear_)?(n|num)_?(key_|value_)?heads_?|mamba_(n|num)_heads|linear_num_(key_|value_)?heads", HEADS),
     (r"(num_key_value_heads|num_kv_heads|num_query_groups|swa_num_key_value_heads|multi_query_groups)", 2),
-    (r".*(heads|n_head)", HEADS),
-    (r"(qk_nope_head_dim|qk_rope_head_dim|rotary_dim|index_rope_head_dim)", 8),
-    (r".*(head_dim|d_head|headdim|head_size|dim_head|d_kv|kv_channels)", HEAD),
-    (r".*lora_rank|laurel_rank|.*_rank|hc_lowrank", 16),
-    (r"(decoder_|encoder_|num_|n_)*(hidden_)?(layers?|blocks)|num_(encoder|decoder)_layers|num_layers_per_stack", LAYERS),
-    (r"max_window_layers|full_attn_idxs", LAYERS),
-    (r"first_k_dense_replace|moe_layer_end_index|moe_layer_start_index|num_dense_layers|n_group|num_group|num_expert_group|topk_group", 1),
+    (r".*heads|n_head", HEADS),
+    (r"qk_nope_head_dim|qk_rope_head_dim|rotary_dim|index_rope_head_dim", 8),
+    (r".*(head_dim|d_head|headdim|head_size|dim_head|d_kv|kv_channels)|query_pre_attn_scalar", HEAD),
+    (r".*_rank|hc_lowrank", 16),
+    (r"(decoder_|encoder_|num_|n_)*(hidden_)?(layers?|blocks)|num_(encoder|decoder)_layers", LAYERS),
+    (r"num_layers_per_stack|max_window_layers", LAYERS),
+    (r"first_k_dense_replace|moe_layer_(end|start)_index|num_dense_layers|(n|num|num_expert|topk)_group", 1),
     (r"num_kv_shared_layers|num_nextn_predict_layers|num_mtp_layers|mtp_num_hidden_layers|zero_expert_num", 0),
     (r"(num_|n_|moe_)*(local_|routed_|num_)?experts", EXPERTS),
     (r".*(experts?_per_tok(en)?|moe_topk|moe_top_k|moe_k|experts_top_k)", 2),
     (r".*(ffn|intermediate|dff|dim_ff|d_ff|n_inner|feed_forward|mlp|d_inner).*", 2 * HIDDEN),
     (r"mamba_d_ssm|attention_hidden_size|lru_width", 2 * HIDDEN),
-    (r"(d_model|n_embd|dim|emb_dim|.*embedding_(size|dim)|.*hidden_size(_per_layer_input)?|.*proj_dim|ple_embed_dim)", HIDDEN),
-    (r"(n_positions|n_ctx|(original_)?max_position_embeddings|max_seq_len|model_max_length|context_length|"
-     r"max_target_positions|rel_extent|prompt_length)", POSITIONS),
+    (
+        r"d_model|n_embd|dim|emb_dim|.*embedding_(size|dim)|.*hidden_size(_per_layer_input)?|.*proj_dim|ple_embed_dim",
+        64,
+    ),
+    (r"n_positions|n_ctx|(original_)?max_position_embeddings|max_seq_len|model_max_length", POSITIONS),
+    (r"context_length|max_target_positions|rel_extent|prompt_length", POSITIONS),
     (r".*(state_size|d_state)", 8),
-    (r".*(chunk_size|block_size|window_size|sliding_window.*|attention_window.*|local_attention|chunk_length|index_topk|"
-     r"index_topk_blocks|chunksize|mem_len)", 32),
-    (r"query_pre_attn_scalar", HEAD),
-]  # fmt: skip
-"""Names of sizes, and what they become."""
+    (r".*(chunk_size|block_size|window_size|sliding_window.*|attention_window.*|local_attention|chunk_length)", 32),
+    (r"index_topk(_blocks)?|max_inference_chunksize|mem_len", 32),
+]
+"""Whole names of sizes, and what they become; the first that matches counts."""
 
-BY_HAND: dict[str, dict[str, Any]] = {}
+SHARED_BLOCK = ["linear_attention", "linear_attention", "hybrid", "linear_attention", "hybrid"]
+
+BY_HAND: dict[str, dict[str, Any]] = {
+    "blt": {"encoder_hash_byte_group_vocab": 300, "patch_in_forward": False},
+    "cohere_compass_text": {
+        "layer_types": ["full_attention", "sliding_attention"],
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")
+        },
+    },
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4}},
+    "dots1": {"n_shared_experts": 1, "n_group": 1, "topk_group": 1},
+    "falcon_h1": {"mamba_d_head": HEAD, "mamba_n_heads": 8},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": HEAD,
+        "indexer_budget": 32,
+        "indexer_compress_ratio": 4,
+    },
+    "reformer": {"is_decoder": True, "axial_pos_embds": False},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {
+        "num_hidden_layers": 5,
+        "layers_block_type": SHARED_BLOCK,
+        "num_key_value_heads": HEADS,
+        "attention_head_dim": 2 * HEAD,
+        "n_mamba_heads": 2,
+    },
+    "zamba2": {
+        "num_hidden_layers": 5,
+        "layers_block_type": SHARED_BLOCK,
+        "num_key_value_heads": HEADS,
+        "attention_head_dim": 2 * HEAD,
+        "n_mamba_heads": 8,
+        "mamba_headdim": HEAD,
+    },
+}
 """What to set for a family, beside the rule."""
 
 
@@ -186,7 +224,7 @@ def trial(config_class: type[PreTrainedConfig], folder: Path, *, steps: int = 20
         return Trial(name, BREAKS, "plan: " + last_line(error))
     try:
         anchorvec.train(recipe)
-        check_gradient(folder / "run" / "base")
+        check_gradient(folder / "run" / "stage_one")
     except Exception as error:
         return Trial(name, BREAKS, last_line(error))
     records = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -221,7 +259,7 @@ def last_line(error: Exception) -> str:
 
 
 def sweep(names: Sequence[str], report: Path, *, seconds: float = 120.0) -> list[Trial]:
-    """A trial of each family, in a process of its own for at most so many `seconds`; written to `report` as they end."""
+    """A trial of each family, in a process of its own, for `seconds` at most; written to `report` as they end."""
     trials = []
     for name in names:
         began = time.monotonic()

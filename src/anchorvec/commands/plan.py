@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 from anchorvec.data.stage_inputs import LENGTH_SAMPLE, StageInputs, reconstructs, sample_rows
 from anchorvec.data.tokens import PairTokenizer
 from anchorvec.device import check_one_device, default_device, resolve_precision
+from anchorvec.model.decoder import decoder_of
 from anchorvec.model.embedder import can_write, load_causal_lm
 from anchorvec.objectives.pairs import TokenPair
 from anchorvec.pipeline import load_training_data
@@ -206,7 +207,7 @@ def _prepared(recipe: Recipe, run: Run, inputs: StageInputs, tokenize: PairToken
     if recipe.stage_one:
         objective, engine = stage_one_objective(Stage("stage_one", recipe, run, run.base, inputs), tokenize)
         model: Any = objective.model
-        counts = (_parameters(model), _parameters(model.base_model))
+        counts = (_parameters(model), _parameters(decoder_of(model)))
         trial = _NO_STEP
         if step:
             pairs = tokenize(sample_rows(inputs.reconstruction, LENGTH_SAMPLE, recipe.seed))["pairs"]
@@ -214,7 +215,7 @@ def _prepared(recipe: Recipe, run: Run, inputs: StageInputs, tokenize: PairToken
         stages["stage_one"] = _PreparedStage(engine, _trained(model), trial)
     elif can_write(run.base):
         model = load_causal_lm(run.base)
-        counts = (_parameters(model), _parameters(model.base_model))
+        counts = (_parameters(model), _parameters(decoder_of(model)))
     return _Prepared(dict(sorted(stages.items())), *counts)
 
 

@@ -132,18 +132,6 @@ def _check_loaded(model: PreTrainedModel, report: dict[str, Any], base: str) -> 
             )
 
 
-def check_causal(model: PreTrainedModel, base: str | Path) -> None:
-    """Raise AnchorvecError if a later token changes an earlier state of `model`, named `base`: it is no decoder."""
-    embedded = model.get_input_embeddings()(torch.arange(3, device=model.device)[None]).detach().requires_grad_()
-    states = model.eval().base_model(inputs_embeds=embedded, use_cache=False).last_hidden_state
-    # Exactly zero behind a causal mask, whatever the weights; a tiny change of value would prove nothing.
-    (gradient,) = torch.autograd.grad(states[0, 0].abs().sum(), embedded)
-    if gradient[0, 1:].any():
-        raise AnchorvecError(
-            f"model.base: {base} ({model.config.model_type}) reads in both directions; name a decoder-only causal LM"
-        )
-
-
 def check_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base: str | Path) -> None:
     """Raise AnchorvecError if `model`, called `base`, lacks an embedding that `tokenizer` needs, or positions."""
     rows = len(model.get_input_embeddings().get_parameter("weight"))

@@ -5,6 +5,7 @@ sentence-transformers model `[Transformer, Pooling("lasttoken")]`. What ends a t
 tokenizer's own post-processor, so `tokenizer.json` carries it into every program that reads the folder.
 """
 
+import itertools
 import json
 import shutil
 import tempfile
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Transformer
 from transformers import (
@@ -25,8 +27,9 @@ from transformers import (
 
 from anchorvec.errors import AnchorvecError
 from anchorvec.files import new_folder, write_json
-from anchorvec.model.base import check_causal, check_fit, load_base, without_rowless_tokens
-from anchorvec.model.end import EndPrompt
+from anchorvec.model.base import check_fit, load_base, without_rowless_tokens
+from anchorvec.model.decoder import check_decoder
+from anchorvec.model.end import EndPrompt, template_ids
 from anchorvec.model.folders import reading
 from anchorvec.model.portable import make_portable
 from anchorvec.model.readout import Readout
@@ -58,16 +61,30 @@ def build_embedder(
     folder = Path(folder)
     with new_folder(folder) as scratch:
         model, tokenizer = load_base(base, revision=revision, seed=seed, head=head)
-        check_causal(model, base)
+        check_decoder(model, base)
         readout = Readout(max_tokens, end_prompt)
         tokenizer = readout.tokenizer(without_rowless_tokens(model, tokenizer, base))
         check_fit(model, tokenizer, base)
-        # A model never trains the embedding of its config's pad token, which is often the end token (T2).
-        model.config.get_text_config().pad_token_id = None
+        _drop_pad_token(model, tokenizer, base)
         model.save_pretrained(scratch)
         save_tokenizer(tokenizer, scratch)
         _add_sentence_transformers_files(scratch, readout, prompts or {})
     return folder
+
+
+def _drop_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, base: str | Path) -> None:
+    """Take the pad token from the config: a model never trains its embedding, and often it is the end token (T2)."""
+    config = model.config.get_text_config()
+    before = config.pad_token_id
+    try:
+        config.pad_token_id = None
+    except StrictDataclassError as error:  # the family must have one
+        config.pad_token_id = before
+        if before in itertools.chain(*template_ids(tokenizer)):
+            raise AnchorvecError(
+                f"model.base: the pad token of {base} (id {before}) stands in every text, and its embedding is never "
+                "trained; set pad_token_id in its config.json to another id"
+            ) from error
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
 from anchorvec.model.attention import PACKED_ATTENTION, packed_attentions, reads_no_mask
+from anchorvec.model.decoder import final_states
 
 _CHECKED_LENGTHS = (16, 5, 24, 37, 64, 100, 128, 256)
 """Tokens of the texts with which a packed attention is checked; on a CPU, which goes text by text, the first three."""
@@ -35,9 +36,7 @@ def packed_states(model: PreTrainedModel, embedded: Tensor, lengths: Sequence[in
 
     They stand one after another in `embedded` (tokens, dim).
     """
-    out = model.base_model(inputs_embeds=embedded[None], use_cache=False, **_packed_arguments(lengths, embedded.device))
-    states: Tensor = out.last_hidden_state[0]
-    return states
+    return final_states(model, inputs_embeds=embedded[None], **_packed_arguments(lengths, embedded.device))[0]
 
 
 def padded_states(model: PreTrainedModel, embedded: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -50,8 +49,7 @@ def padded_states(model: PreTrainedModel, embedded: Tensor, lengths: Sequence[in
     states: list[Tensor] = [embedded] * len(texts)
     for group in _of_like_length(lengths):
         rows = nn.utils.rnn.pad_sequence([texts[i] for i in group], batch_first=True)  # (texts, longest, dim)
-        out = model.base_model(inputs_embeds=rows, use_cache=False).last_hidden_state
-        for row, i in zip(out, group, strict=True):
+        for row, i in zip(final_states(model, inputs_embeds=rows), group, strict=True):
             states[i] = row[: lengths[i]]
     return torch.cat(states)
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.training_args import (
     MultiDatasetBatchSamplers,
@@ -31,6 +30,7 @@ from anchorvec.objectives.bag_of_words import SAMPLE_PAIRS, BagOfWordsLoss
 from anchorvec.objectives.contrastive import Loss, contrastive_loss
 from anchorvec.training.bag_of_words import bag_of_words_loss
 from anchorvec.training.engine import UNPACKABLE, Engine, choose_engine, why_padded
+from anchorvec.training.lora import lora_config
 from anchorvec.training.memory import release_freed_memory
 from anchorvec.training.stage import Stage, run_trainer
 from anchorvec.training.trainers import ContrastiveTrainer
@@ -159,15 +159,8 @@ def _add_lora(stage: Stage, model: SentenceTransformer) -> None:
     lora = stage.two.lora
     if lora is None:
         return
-    model.add_adapter(
-        LoraConfig(
-            r=lora.r,
-            lora_alpha=lora.alpha,
-            lora_dropout=lora.dropout,
-            target_modules="all-linear",
-            task_type="FEATURE_EXTRACTION",
-        )
-    )
+    body: Any = model[0].model
+    model.add_adapter(lora_config(body, r=lora.r, alpha=lora.alpha, dropout=lora.dropout))
     if stage.bf16:
         keep_frozen_in_bf16(model)
 

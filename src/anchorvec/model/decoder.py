@@ -1,0 +1,98 @@
+"""The decoder within a causal LM, and whether it can be trained to embed: by what it does, never by its name."""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import MODEL_MAPPING, PreTrainedModel
+
+from anchorvec.errors import AnchorvecError
+from anchorvec.model.head import output_head
+
+_ADVICE = "name a decoder-only causal LM"
+
+
+def decoder_of(model: PreTrainedModel) -> Any:
+    """The part of `model` that `AutoModel` builds from its config, which every program reads an embedder with.
+
+    It is `model` itself where that is one.
+    """
+    classes = _auto_classes(model)
+    return next((module for module in model.modules() if type(module) in classes), model.base_model)
+
+
+def final_states(model: PreTrainedModel, **inputs: Any) -> Tensor:
+    """The final states (texts, length, dim) that the decoder of `model` gives for `inputs`, without a cache."""
+    states: Tensor = decoder_of(model)(use_cache=False, return_dict=True, **inputs)[0]
+    return states
+
+
+def check_decoder(model: PreTrainedModel, base: str | Path) -> None:
+    """Raise AnchorvecError if `model`, read from `base`, is no decoder that both stages can train.
+
+    Its states must come from the embeddings of tokens up to each position, and its logits from those states, so that an
+    embedding can stand in the place of a token and be written from.
+    """
+    name = f"model.base: {base} ({model.config.model_type})"
+    classes = _auto_classes(model)
+    if not classes:
+        raise AnchorvecError(f"{name} has no decoder that transformers' AutoModel loads without the head; {_ADVICE}")
+    if not any(type(module) in classes for module in model.modules()):
+        raise AnchorvecError(
+            f"{name} is part of a larger model, such as an encoder-decoder: AutoModel reads it as "
+            f"{classes[0].__name__}, which is not in {type(model).__name__}; {_ADVICE}"
+        )
+    for part in (model, decoder_of(model)):
+        if "inputs_embeds" not in inspect.signature(part.forward).parameters:
+            raise AnchorvecError(f"{name} reads token ids alone, no embeddings in the place of tokens; {_ADVICE}")
+    training = model.training
+    try:
+        _check_states(model.eval(), name)
+    except (AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, AnchorvecError | torch.OutOfMemoryError):
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise AnchorvecError(f"{name} cannot read a text that is given as embeddings ({reason}); {_ADVICE}") from error
+    finally:
+        model.train(training)
+
+
+def _check_states(model: PreTrainedModel, name: str) -> None:
+    """Raise AnchorvecError if four tokens show that states or logits come from something else."""
+    table: nn.Module = model.get_input_embeddings()
+    ids = (torch.arange(4, device=model.device) * 7919 % len(table.get_parameter("weight")))[None]
+    embedded = table(ids).detach().requires_grad_()
+    states = final_states(model, inputs_embeds=embedded)
+    if states.shape != embedded.shape:
+        raise AnchorvecError(
+            f"{name}: its states have {states.shape[-1]} numbers, token embeddings {embedded.shape[-1]}, so that "
+            f"a state cannot stand in the place of a token; {_ADVICE}"
+        )
+    # Exactly zero behind a causal mask, whatever the weights; a tiny change of value would prove nothing.
+    (gradient,) = torch.autograd.grad(states[0, 0].float().sin().sum(), embedded)
+    if gradient[0, 1:].any():
+        raise AnchorvecError(f"{name} reads in both directions; {_ADVICE}")
+    with torch.no_grad():
+        if not _alike(final_states(model, input_ids=ids), states):
+            raise AnchorvecError(f"{name} reads token ids beside their embeddings; {_ADVICE}")
+        if model is decoder_of(model):  # without a head
+            return
+        logits = model(inputs_embeds=embedded, use_cache=False, return_dict=True).logits
+        if not _alike(output_head(model)(states[0]), logits[0]):
+            raise AnchorvecError(f"{name}: its logits come from more than the final states of its decoder; {_ADVICE}")
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    """Whether both are the same but for rounding."""
+    bound = 1e-4 if a.dtype in (torch.float32, torch.float64) else 0.05
+    return a.shape == b.shape and bool((a - b).float().norm() <= bound * b.float().norm())
+
+
+def _auto_classes(model: PreTrainedModel) -> tuple[type, ...]:
+    """What `AutoModel` may build from the config of `model`; empty if nothing."""
+    if type(model.config) not in MODEL_MAPPING:
+        return ()
+    classes = MODEL_MAPPING[type(model.config)]
+    return tuple(c for c in (classes if isinstance(classes, tuple) else (classes,)) if c is not None)
