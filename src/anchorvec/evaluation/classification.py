@@ -1,4 +1,4 @@
-"""Classification: a linear classifier on the vectors. An item is a test text: in which share of the trials it was right."""
+"""Classification: a linear classifier on the vectors. An item is a text; its score the share of trials it was right."""
 
 from collections.abc import Sequence
 from pathlib import Path

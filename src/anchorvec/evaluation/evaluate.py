@@ -97,7 +97,10 @@ def check_test_data(*, data: Sequence[str | Path | LocalData] = (), tasks: Seque
     require_extra()
     local: list[LocalData] = []
     for part in data:
-        local += [load_folder(path) for path in sets_in(part) or [part]] if isinstance(part, str | Path) else [part]
+        if isinstance(part, str | Path):
+            local += [load_folder(path) for path in sets_in(part) or [Path(part)]]
+        else:
+            local.append(part)
     names = [part.name for part in local] + list(tasks)
     for name in names:
         if names.count(name) > 1:

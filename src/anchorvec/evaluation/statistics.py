@@ -144,7 +144,7 @@ def spearman_interval(
     pairs = np.stack([_scores(list(similarities.values())), _scores([scores[item] for item in similarities])])
     drawn = _spearman_of_draws(pairs, resamples, seed)
     low, high = np.percentile(drawn, [2.5, 97.5])
-    return Interval(_spearman(pairs[None])[0], float(low), float(high))
+    return Interval(float(_spearman(pairs[None])[0]), float(low), float(high))
 
 
 def spearman_difference(
@@ -162,7 +162,7 @@ def spearman_difference(
     gold = _scores([scores[item] for item in first])
     ranks = [rankdata([of_system[item] for item in first]) for of_system in (first, second)]
     both = [np.stack([of_system, gold]) for of_system in ranks]
-    observed = _spearman(both[1][None])[0] - _spearman(both[0][None])[0]
+    observed = float(_spearman(both[1][None])[0] - _spearman(both[0][None])[0])
     drawn = _spearman_of_draws(both[1], resamples, seed) - _spearman_of_draws(both[0], resamples, seed)
     low, high = np.percentile(drawn, [2.5, 97.5])
     rng = np.random.default_rng(seed)
@@ -192,7 +192,10 @@ def _spearman(pairs: NDArray[np.float64]) -> NDArray[np.float64]:
     ranks = rankdata(pairs, axis=2)
     ranks = ranks - ranks.mean(axis=2, keepdims=True)
     norms = np.sqrt((ranks**2).sum(axis=2)).prod(axis=1)
-    return np.divide((ranks[:, 0] * ranks[:, 1]).sum(axis=1), norms, out=np.zeros(len(ranks)), where=norms > 0)
+    found: NDArray[np.float64] = np.divide(
+        (ranks[:, 0] * ranks[:, 1]).sum(axis=1), norms, out=np.zeros(len(ranks)), where=norms > 0
+    )
+    return found
 
 
 def _chance(differences: NDArray[np.float64], resamples: int, seed: int) -> float:

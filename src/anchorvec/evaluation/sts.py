@@ -1,4 +1,4 @@
-"""STS: how alike two sentences are, against what people said. An item is a pair; the score is Spearman's correlation."""
+"""STS: how alike two sentences are, against what people said. An item is a pair, the score Spearman's correlation."""
 
 from collections.abc import Mapping
 from pathlib import Path

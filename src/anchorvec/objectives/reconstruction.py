@@ -85,6 +85,9 @@ class Reconstruction(nn.Module):
         """
         raise NotImplementedError
 
+    def prepare(self) -> None:
+        """Do what is done once, before the first step."""
+
     def compile_layers(self) -> None:
         """Have the decoder layers compiled when they are first used."""
         compile_decoder_layers(self.model)
@@ -173,6 +176,10 @@ class TextReconstruction(Reconstruction):
         """
         vocabulary = int(self.model.config.get_text_config().vocab_size)
         return 4 * 4 * min(head_chunk_bytes(self.model.device) // 4, vocabulary * tokens * pairs_per_step)
+
+    def prepare(self) -> None:
+        """Find the LM head, for which the model reads one token."""
+        _ = self._head
 
     def compile_layers(self) -> None:
         """Have the decoder layers, and the cross-entropy over the vocabulary, compiled when they are first used."""

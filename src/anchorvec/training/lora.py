@@ -14,10 +14,11 @@ from anchorvec.errors import AnchorvecError
 
 
 def lora_config(body: nn.Module, *, r: int, alpha: float, dropout: float) -> LoraConfig:
-    """Adapters of rank `r` on the linear layers of `body`; warns of weights that are multiplied by elsewhere.
+    """Adapters of rank `r`, scale `alpha` / `r` and `dropout` on the linear layers of `body`.
 
-    Those are stacked experts, for one, whose adapters peft has no dropout for, and with them the linear layers whose
-    names it takes for an expert's. Raises AnchorvecError where no layer is left.
+    Warns of weights that are multiplied by elsewhere, and have none. These are stacked experts, for one, whose adapters
+    peft has no dropout for, and with them the linear layers whose names it takes for an expert's. Raises AnchorvecError
+    where no layer is left.
     """
     linear = {name for name, module in body.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     adapted = linear - _taken_for_experts(body, linear)
