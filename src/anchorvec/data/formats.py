@@ -17,7 +17,7 @@ from typing import Any, TextIO
 
 from anchorvec.errors import AnchorvecError
 
-JSON_SUFFIXES = (".jsonl", ".json")
+JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 STRAY_QUOTE = "with a stray quote"
@@ -62,10 +62,30 @@ def json_values(path: Path) -> Iterator[tuple[int, object, str]]:
 
     Raises AnchorvecError where an array breaks off, or has something behind it.
     """
-    is_lines = ".jsonl" in (suffix.lower() for suffix in path.suffixes)
+    is_lines = text_suffix(path) != ".json"
     with open_text(path, newline="\n") as file:
         text = "" if is_lines else file.read(_CHUNK)
         yield from _members(file, text) if text.lstrip().startswith("[") else _lines(file, text)
+
+
+def one_json_object(path: Path) -> Mapping[str, object] | RejectedRow | None:
+    """The object that a .json file is, where it stands on several lines; None: the file is something else."""
+    if text_suffix(path) != ".json":
+        return None
+    with open_text(path, newline="\n") as file:
+        text = file.read(_CHUNK).lstrip()
+        if not text.startswith("{") or _is_json(text.partition("\n")[0]):
+            return None
+        text += file.read()
+    return json_object(json.loads(text, object_pairs_hook=_object), text) if _is_json(text) else None
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _lines(file: TextIO, begin: str) -> Iterator[tuple[int, object, str]]:
