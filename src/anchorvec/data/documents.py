@@ -32,6 +32,7 @@ TEXT_COLUMNS = ("text", "document", "content", "contents", "body", "passage", "p
 """Where the text of a row is looked for, in this order, in large or small letters."""
 
 _SNIFFED_BYTES = 65_536
+_SHOWN_NAMES = 10
 _HALF_PAIR = "texts with half of a surrogate pair, now U+FFFD"
 
 
@@ -112,7 +113,7 @@ def read_documents(path: str | Path) -> Corpus:
         try:
             corpus.documents.extend(_documents(file, of_file))
         except _UnusableError as error:
-            _count(corpus.left_out, error.reason, _said(without_surrogates(str(file)), error))
+            _count(corpus.left_out, error.reason, without_surrogates(str(file)))
             continue
         files += 1
         for counts, more in ((corpus.left_out, of_file.left_out), (corpus.mended, of_file.mended)):
@@ -135,14 +136,14 @@ def _count(counts: dict[str, tuple[int, str]], reason: str, place: str, number: 
 
 
 def _by_reason(counts: Mapping[str, tuple[int, str]]) -> str:
-    return ", ".join(f"{number:,} {reason} (first: {place})" for reason, (number, place) in counts.items())
+    return ", ".join(f"{reason}: {number:,} (first: {place})" for reason, (number, place) in counts.items())
 
 
 def _files(folder: Path, left_out: dict[str, tuple[int, str]]) -> Iterator[Path]:
     """The files that are to be read, in the order of their names; the others are counted."""
 
     def unreadable(error: OSError) -> None:
-        _count(left_out, "that cannot be read", f"{error.filename}: {error.strerror}")
+        _count(left_out, "files or folders that cannot be read", without_surrogates(str(error.filename)))
 
     of_collection = {"queries.jsonl", "queries.jsonl.gz", "qrels"} if _is_collection(folder) else set()
     for place, folders, files in os.walk(folder, onerror=unreadable):
@@ -151,9 +152,9 @@ def _files(folder: Path, left_out: dict[str, tuple[int, str]]) -> Iterator[Path]
             entry = here / name
             reason = ""
             if name.startswith("."):
-                reason = "hidden"
+                reason = "hidden files or folders"
             elif here == folder and name in of_collection:
-                reason = "of a collection's queries and judgements"
+                reason = "queries and judgements"
             elif name in folders and entry.is_symlink():
                 reason = "links to folders"
             elif name in files and not entry.is_file():
@@ -184,7 +185,7 @@ def _documents(path: Path, corpus: Corpus) -> Iterator[Document]:
             return iter(_of_rows(path, rows, corpus))
         return iter([Document(_text(path), without_surrogates(str(path)))])
     except (OSError, EOFError, zlib.error, csv.Error) as error:
-        raise _UnusableError("that cannot be read", f"the file cannot be read ({error})") from error
+        raise _UnusableError("files or folders that cannot be read", f"the file cannot be read ({error})") from error
     except AnchorvecError as error:
         raise _UnusableError("data files that break off", str(error)) from error
 
@@ -198,15 +199,15 @@ def _text(path: Path) -> str:
     with opened(path, "rb") as file:
         content = file.read(_SNIFFED_BYTES)
         if b"\0" in content:
-            raise _UnusableError("binary", "a binary file; name text, Markdown, JSON or CSV in UTF-8")
+            raise _UnusableError("binary files", "a binary file; name text, Markdown, JSON or CSV in UTF-8")
         content += file.read()
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise _UnusableError("not in UTF-8", f"line {line} is not UTF-8; save the file as UTF-8") from error
+        raise _UnusableError("files not in UTF-8", f"line {line} is not UTF-8; save the file as UTF-8") from error
     if not text.strip():
-        raise _UnusableError("empty", "the file is empty")
+        raise _UnusableError("empty files", "the file is empty")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -268,7 +269,7 @@ def _of_rows(path: Path, rows: _Found, corpus: Corpus) -> list[Document]:
     if found and not _texts(found):
         raise _UnusableError("data files without a text", _no_text(found))
     losses = _by_reason(corpus.left_out)
-    raise _UnusableError(*("data files without a text", losses) if losses else ("empty", "the file is empty"))
+    raise _UnusableError(*("data files without a text", losses) if losses else ("empty files", "the file is empty"))
 
 
 def _texts(row: Mapping[str, object]) -> list[object]:
@@ -293,7 +294,8 @@ def _id(row: Mapping[str, object]) -> str | None:
 def _no_text(found: Mapping[str, object]) -> str:
     """What to say of a file whose rows have the fields `found`, none of them for a text."""
     lists = [name for name, value in found.items() if isinstance(value, list)]
-    names = ", ".join(f'"{name}"' for name in found)
-    return f"no column has the texts; found: {names}. Name the one with them {' or '.join(TEXT_COLUMNS[:2])}" + (
+    names = ", ".join(f'"{name}"' for name in list(found)[:_SHOWN_NAMES])
+    more = f" and {len(found) - _SHOWN_NAMES:,} more" if len(found) > _SHOWN_NAMES else ""
+    return f"no column has the texts; found: {names}{more}. Name the one with them {' or '.join(TEXT_COLUMNS[:2])}" + (
         f', or write the list in "{lists[0]}" as a file of its own' if lists else ""
     )

@@ -48,7 +48,10 @@ def text_suffix(path: Path) -> str:
 
 
 def open_text(path: Path, newline: str) -> TextIO:
-    """The file as text, unzipped, without a byte order mark; a byte that is not UTF-8 becomes a surrogate."""
+    """The file `path` as text, unzipped, without a byte order mark; a byte that is not UTF-8 becomes a surrogate.
+
+    `newline` is that of `open`.
+    """
     opened: Any = gzip.open if path.suffix.lower() == ".gz" else open
     file: TextIO = opened(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline=newline)
     return file
@@ -58,7 +61,7 @@ def open_text(path: Path, newline: str) -> TextIO:
 
 
 def json_values(path: Path) -> Iterator[tuple[int, object, str]]:
-    """Each value of JSON Lines, or of an array in a file that is called .json: its line, itself, its own text.
+    """Each value of the JSON Lines `path`, or of the array in a file called .json: its line, itself, its own text.
 
     Raises AnchorvecError where an array breaks off, or has something behind it.
     """
@@ -69,7 +72,7 @@ def json_values(path: Path) -> Iterator[tuple[int, object, str]]:
 
 
 def one_json_object(path: Path) -> Mapping[str, object] | RejectedRow | None:
-    """The object that a .json file is, where it stands on several lines; None: the file is something else."""
+    """The object that the .json file `path` is, where it stands on several lines; None: the file is something else."""
     if text_suffix(path) != ".json":
         return None
     with open_text(path, newline="\n") as file:
@@ -153,7 +156,7 @@ def json_object(row: object, text: str) -> Mapping[str, object] | RejectedRow:
 
 @contextmanager
 def open_table(path: Path) -> Iterator[tuple[list[str], Iterator[tuple[int, list[str] | RejectedRow, str]]]]:
-    """The header of a CSV or TSV file and, one after another, its records: first line, fields, how it was mended."""
+    """The header of the CSV or TSV file `path` and, one by one, its records: first line, fields, how it was mended."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     delimiter = next(DELIMITERS[suffix] for suffix in reversed(suffixes) if suffix in DELIMITERS)
     limit = csv.field_size_limit(2**31 - 1)  # the default refuses texts above 128 KiB

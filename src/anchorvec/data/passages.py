@@ -91,7 +91,9 @@ class PassageCutter:
         if self.limit >= _NO_LIMIT:
             return
         self._around = 0  # tokens of a chat template, which the tokenizer alone does not add
-        self._around = len(token_ids(model.preprocess(["a"], prompt=prompt))[0]) - self._count(["a"])[0]
+        self._around = (
+            len(token_ids(model.preprocess(["a"], prompt=prompt, task="document"))[0]) - self._count(["a"])[0]
+        )
         self.room = self.limit - self._count([""])[0]
         if self.room < _LEAST_TOKENS:
             raise AnchorvecError(
