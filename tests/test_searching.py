@@ -2,8 +2,6 @@
 
 import io
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -193,17 +191,22 @@ def test_a_bar_is_shown_on_a_terminal_alone(
     assert ("Batches" in capsys.readouterr().err) == is_terminal
 
 
-def test_a_terminal_that_knows_ascii_alone(tmp_path: Path) -> None:
+def test_a_terminal_that_knows_ascii_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gets replacements for what it cannot show, in names, queries and texts, typed or given; the JSON file has all."""
     folder = build_embedder("tiny", tmp_path / "model", max_tokens=64)
-    (tmp_path / "où [b].txt").write_text("là 水 [/b]", encoding="utf-8")
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0"}
-    command = [sys.executable, "-m", "anchorvec", "search", str(folder), str(tmp_path / "où [b].txt")]
-    command += ["--json", str(tmp_path / "found.json")]
-    done = subprocess.run(command, env=environment, input="où 水\n".encode(), capture_output=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert b"l? ? [/b]" in done.stdout
-    assert b" [b].txt:1" in done.stdout
-    [[hit]] = json.loads((tmp_path / "found.json").read_text(encoding="utf-8")).values()
-    assert (hit["text"], hit["line"]) == ("là 水 [/b]", 1)
+    file, found = tmp_path / "où [b].txt", tmp_path / "found.json"
+    file.write_text("là 水 [/b]", encoding="utf-8")
+    streams = {name: io.BytesIO() for name in ("stdout", "stderr")} | {"stdin": io.BytesIO("où 水\n".encode())}
+    for name, stream in streams.items():
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(stream, encoding="ascii", write_through=True))
+    monkeypatch.setattr(sys, "argv", ["anchorvec", "search", str(folder), str(file), "--json", str(found)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    shown = streams["stdout"].getvalue()
+    assert not end.value.code, streams["stderr"].getvalue()
+    assert b"l? ? [/b]" in shown
+    assert b"o? [b].txt:1" in shown
+    assert b"o? [b].txt: files: 1" in streams["stderr"].getvalue()
+    [[hit]] = json.loads(found.read_text(encoding="utf-8")).values()
+    assert (hit["text"], hit["file"], hit["line"]) == ("là 水 [/b]", str(file), 1)
     assert set(hit) == {"text", "file", "line", "record", "id", "score"}
