@@ -385,7 +385,7 @@ def test_a_json_array_is_read_member_by_member(
     text = json.dumps(rows, indent=indent, ensure_ascii=False)
     (tmp_path / name).write_bytes(gzip.compress(text.encode()) if name.endswith("gz") else text.encode())
     for part in (7, 2**20):
-        monkeypatch.setattr("anchorvec.data.rows._CHUNK", part)
+        monkeypatch.setattr("anchorvec.data.formats._CHUNK", part)
         pairs = read_pairs(tmp_path / name)
         assert pairs.dataset["positive"][:] == [f"p \u00fc {i}" for i in range(50)]
         assert (pairs.report.read, pairs.report.rejected) == (52, {"unparsable": 1, "empty": 1})

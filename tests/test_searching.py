@@ -1,14 +1,16 @@
-"""Asking a corpus: reading it, the nearest documents, the prompt in the terminal."""
+"""Asking a corpus: the nearest passages, what is said and shown, the prompt in the terminal."""
 
-import gzip
 import io
+import json
+import sys
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 from sentence_transformers import SentenceTransformer
 
-from anchorvec.commands.search import Hit, Index, prompt_loop, read_corpus, search
+from anchorvec import cli
+from anchorvec.commands.search import Hit, Index, print_hits, prompt_loop, search
 from anchorvec.errors import AnchorvecError
 from anchorvec.model.embedder import build_embedder
 
@@ -68,66 +70,11 @@ def test_index_refuses_an_empty_corpus(model: SentenceTransformer) -> None:
 
 def test_search_answers_each_query(model: SentenceTransformer, index: Index, tmp_path: Path) -> None:
     """The function reads the corpus and gives each query its hits."""
-    path = tmp_path / "corpus.txt"
-    path.write_text("\n".join(DOCUMENTS.values()))
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("\n".join(json.dumps(text) for text in DOCUMENTS.values()))
     answers = search(model, path, ["soup", "cat"], top_k=2)
     assert list(answers) == ["soup", "cat"]
     assert [hit.text for hit in answers["cat"]] == [hit.text for hit in index.search("cat", 2)]
-
-
-@pytest.mark.parametrize("name", ["corpus.jsonl", "corpus.jsonl.gz"])
-def test_read_corpus_joins_title_and_text_of_json_lines(tmp_path: Path, name: str) -> None:
-    """Rows have `_id`, `id` or else their line number; a folder with a corpus.jsonl is read like the file."""
-    rows = b'{"_id": "x", "title": "Cats", "text": "sleep"}\n\n{"id": 7, "text": "Dogs"}\n{"text": "Owls"}\n'
-    (tmp_path / name).write_bytes(gzip.compress(rows) if name.endswith(".gz") else rows)
-    expected = {"x": "Cats sleep", "7": "Dogs", "4": "Owls"}
-    assert read_corpus(tmp_path / name) == read_corpus(tmp_path) == expected
-
-
-def test_read_corpus_takes_each_line_of_a_text_file(tmp_path: Path) -> None:
-    """A document per line, its line number is its id, blank lines are left out."""
-    (tmp_path / "notes.txt").write_text("one\n\nthree\n")
-    assert read_corpus(tmp_path / "notes.txt") == {"1": "one", "3": "three"}
-
-
-def test_read_corpus_takes_each_text_file_of_a_folder(tmp_path: Path) -> None:
-    """A document per .txt or .md file at any depth, its path is its id; other files are left out."""
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "b.md").write_text("# B\nmore")
-    (tmp_path / "sub" / "a.txt").write_text("A")
-    (tmp_path / "c.py").write_text("C")
-    (tmp_path / "empty.txt").write_text("\n")
-    assert read_corpus(tmp_path) == {"b.md": "# B\nmore", "sub/a.txt": "A"}
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("corpus.jsonl", b'{"text": "a"}\n{"body": "b"}\n', r"corpus\.jsonl:2: found the fields \['body'\]"),
-        (
-            "corpus.jsonl",
-            b'{"_id": 1, "text": "a"}\n{"_id": 1, "text": "b"}\n',
-            r"corpus\.jsonl:2: .*used before",
-        ),
-        ("corpus.jsonl", b"nothing\n", r"corpus\.jsonl:1: this is no JSON"),
-        ("corpus.jsonl.gz", b"not zipped", r"corpus\.jsonl\.gz: the file cannot be read"),
-        ("notes.txt", b"fine\n\xff\n", r"notes\.txt:2: this is not UTF-8"),
-        ("notes.txt", b"\n", r"notes\.txt: there is no document in it"),
-    ],
-)
-def test_read_corpus_says_what_is_wrong(tmp_path: Path, name: str, content: bytes, message: str) -> None:
-    """A file that cannot be used is reported with its line."""
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(AnchorvecError, match=message):
-        read_corpus(tmp_path / name)
-
-
-def test_read_corpus_refuses_what_is_missing_or_empty(tmp_path: Path) -> None:
-    """A missing path and a folder without texts are named."""
-    with pytest.raises(AnchorvecError, match="nowhere: there is no such file"):
-        read_corpus(tmp_path / "nowhere")
-    with pytest.raises(AnchorvecError, match="there is no document in it"):
-        read_corpus(tmp_path)
 
 
 @pytest.mark.parametrize("typed", ["soup\ncat\n\nnever asked\n", "soup\ncat\n", "soup\ncat"])
@@ -162,3 +109,104 @@ def test_prompt_loop_shows_score_id_and_text_as_they_are(
     assert f"{hit.score:.3f}  doc[0]" in output.getvalue()
     assert "Rain [bold]at[/bold] sea  [31mred" in output.getvalue()
     assert "\x1b" not in output.getvalue()
+
+
+NEEDLE = "The harbour master is called Oduya."
+
+
+@pytest.fixture
+def notes(tmp_path: Path) -> Path:
+    """A folder with a long text, of which one line far from its beginning tells something, and data."""
+    folder = tmp_path / "notes [v1]"
+    folder.mkdir()
+    lines = [f"Line {i} is about nothing." for i in range(100)]
+    (folder / "long [b].txt").write_text("\n".join([*lines[:70], NEEDLE, *lines[70:]]))
+    (folder / "rows.csv").write_text("n,text\n1,[/b] and :smile:\n2,half\n")
+    (folder / "half.jsonl").write_text('{"text": "half \\ud83d."}\n')
+    return folder
+
+
+def test_a_hit_is_the_passage_that_was_found_with_file_and_line(model: SentenceTransformer, notes: Path) -> None:
+    """Deep in a file; the model's own similarity, of passages that it reads whole."""
+    [hits] = search(model, notes, [NEEDLE], top_k=1_000).values()
+    of_text = [hit for hit in hits if hit.file.endswith("long [b].txt")]
+    assert max(of_text, key=lambda hit: NEEDLE in hit.text).line in range(66, 72)
+    assert {line for hit in of_text for line in hit.text.split("\n")} > {f"Line {i} is about nothing." for i in (0, 99)}
+    for hit in of_text[:3]:
+        expected = model.similarity(model.encode_query(NEEDLE), model.encode_document(hit.text)).item()
+        assert hit.score == pytest.approx(expected, abs=1e-5)
+    assert [(hit.line, hit.record) for hit in hits if hit.text == "half"] == [(3, 2)]
+
+
+def test_it_says_on_stderr_how_much_it_reads(
+    model: SentenceTransformer, notes: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line; another one for what was left out or mended."""
+    (notes / "a.png").write_bytes(b"\0")
+    search(model, notes, ["x"])
+    first, second = capsys.readouterr().err.splitlines()
+    characters = sum(
+        len(text) for text in ((notes / "long [b].txt").read_text(), "[/b] and :smile:", "half", "half ?.")
+    )
+    assert first.startswith(f"{notes}: files: 3, documents: 4, passages: ")
+    assert first.endswith(f", characters: {characters:,}")
+    assert "left out: binary files: 1 (first: " in second
+    assert "now U+FFFD: 1" in second
+
+
+def test_hits_are_shown_whole_in_a_pipe_line_by_line(notes: Path, model: SentenceTransformer) -> None:
+    """Score, place, text; brackets and colons as they are; of thousands of characters the number that is not shown."""
+    hits = search(model, notes, ["x"], top_k=1_000)["x"]
+    output = io.StringIO()
+    print_hits(
+        Console(file=output, markup=False, emoji=False), [*hits, Hit(text="y" * 3_000, file="a\x1b[31m.txt", score=0.5)]
+    )
+    lines = output.getvalue().splitlines()
+    assert f"{hits[0].score:.3f}  {hits[0].file}:{hits[0].line}" in lines[0]
+    assert any(line.endswith("notes [v1]/rows.csv:2  row 1") for line in lines)
+    assert "[/b] and :smile:" in lines
+    assert lines[1::2][: len(hits)] == [" ".join(hit.text.split()) for hit in hits]
+    assert lines[-2:] == ["0.500  a [31m.txt:1", "y" * 2_000 + " … (1,000 characters more)"]
+
+
+def test_half_a_surrogate_pair_is_replaced_in_queries_instructions_and_texts(model: SentenceTransformer) -> None:
+    """A terminal can hand them on, and texts of a program can have them."""
+    index = Index(model, {"a": "half \ud83d."}, instruction="ask \udcff ")
+    [hit] = index.search("half \udcff")
+    assert (hit.id, hit.text) == ("a", "half \ufffd.")
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_bar_is_shown_on_a_terminal_alone(
+    model: SentenceTransformer,
+    notes: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    is_terminal: bool,
+) -> None:
+    """While the passages are encoded."""
+    monkeypatch.setattr("anchorvec.model.loading.load_encoder", lambda _: model)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: is_terminal)
+    cli.search("model", notes, ["x"])
+    assert ("Batches" in capsys.readouterr().err) == is_terminal
+
+
+def test_a_terminal_that_knows_ascii_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gets replacements for what it cannot show, in names, queries and texts, typed or given; the JSON file has all."""
+    folder = build_embedder("tiny", tmp_path / "model", max_tokens=64)
+    file, found = tmp_path / "où [b].txt", tmp_path / "found.json"
+    file.write_text("là 水 [/b]", encoding="utf-8")
+    streams = {name: io.BytesIO() for name in ("stdout", "stderr")} | {"stdin": io.BytesIO("où 水\n".encode())}
+    for name, stream in streams.items():
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(stream, encoding="ascii", write_through=True))
+    monkeypatch.setattr(sys, "argv", ["anchorvec", "search", str(folder), str(file), "--json", str(found)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    shown = streams["stdout"].getvalue()
+    assert not end.value.code, streams["stderr"].getvalue()
+    assert b"l? ? [/b]" in shown
+    assert b"o? [b].txt:1" in shown
+    assert b"o? [b].txt: files: 1" in streams["stderr"].getvalue()
+    [[hit]] = json.loads(found.read_text(encoding="utf-8")).values()
+    assert (hit["text"], hit["file"], hit["line"]) == ("là 水 [/b]", str(file), 1)
+    assert set(hit) == {"text", "file", "line", "record", "id", "score"}

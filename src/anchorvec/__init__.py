@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from anchorvec.commands.plan import Plan, ShownPair, plan
     from anchorvec.commands.quickstart import QuickstartResult, quickstart
     from anchorvec.commands.search import Hit, Index, search
+    from anchorvec.data.passages import Passage
     from anchorvec.data.tokens import PairTokenizer
     from anchorvec.evaluation import (
         BeirData,
@@ -71,6 +72,7 @@ __all__ = [
     "Lora",
     "ModelSettings",
     "PairTokenizer",
+    "Passage",
     "Plan",
     "QuickstartResult",
     "Recipe",
@@ -111,6 +113,7 @@ _HOMES = {
     "Hit": "commands.search",
     "Index": "commands.search",
     "search": "commands.search",
+    "Passage": "data.passages",
     "PairTokenizer": "data.tokens",
     "BeirData": "evaluation",
     "Difference": "evaluation",

@@ -180,9 +180,9 @@ def evaluate(
 @app.command(epilog='Example: anchorvec search first-embedder/model notes/ --query "open a gzip file"')
 def search(
     model: ModelFolder,
-    corpus: Annotated[Path, typer.Argument(help="A folder of texts, a JSON Lines file, or a text per line.")],
+    corpus: Annotated[Path, typer.Argument(help="A file or a folder of texts, Markdown, JSON, JSON Lines, CSV, TSV.")],
     query: Annotated[list[str] | None, typer.Option(help="Ask this; may be repeated. Without: a prompt.")] = None,
-    top_k: Annotated[int, typer.Option(help="Documents shown per query.", min=1)] = 5,
+    top_k: Annotated[int, typer.Option(help="Passages shown per query.", min=1)] = 5,
     instruction: Instruction = None,
     json_file: JsonFile = None,
 ) -> None:
@@ -193,10 +193,10 @@ def search(
     from anchorvec.commands.search import search as run
 
     _quiet()
-    found = run(model, corpus, query, top_k, instruction=instruction, show_progress_bar=True)
+    found = run(model, corpus, query, top_k, instruction=instruction, show_progress_bar=sys.stderr.isatty())
     if query:
         for text, hits in found.items():
-            console.print(Text(text, style="bold"))
+            console.print(Text(text, style="bold"), soft_wrap=True)
             print_hits(console, hits)
     _write(json_file, {text: [asdict(hit) for hit in hits] for text, hits in found.items()})
 

@@ -16,7 +16,7 @@ def say(line: str) -> None:
 
 
 def replace_unshown() -> None:
-    """Have stdout and stderr show a replacement for what their encoding does not have, in place of a traceback."""
-    for stream in (sys.stdout, sys.stderr):
+    """Have what the encoding of stdin, stdout and stderr does not have replaced, in place of a traceback."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")

@@ -18,7 +18,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from anchorvec.data.rows import COLUMNS, REQUIRED, SURROGATE, RejectedRow, SourceRow, missing, source_rows
+from anchorvec.data.formats import SURROGATE, RejectedRow
+from anchorvec.data.rows import COLUMNS, REQUIRED, SourceRow, missing, source_rows
 from anchorvec.errors import AnchorvecError
 from anchorvec.files import user_path, without_surrogates
 
