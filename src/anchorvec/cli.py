@@ -148,15 +148,15 @@ def plan(
 @app.command(epilog="Example: anchorvec evaluate first-embedder/model --data beir/scifact --data beir/nfcorpus")
 def evaluate(
     model: ModelFolder,
-    data: Annotated[list[Path] | None, typer.Option(help="A folder in BEIR layout; may be repeated.")] = None,
+    data: Annotated[list[Path] | None, typer.Option(help="A test set, or a folder of them; may be repeated.")] = None,
     task: Annotated[list[str] | None, typer.Option(help="An MTEB task by name; may be repeated.")] = None,
     batch_size: Annotated[int, typer.Option(help="Texts encoded at a time.", min=1)] = 32,
     bm25: Annotated[bool, typer.Option("--bm25", help="Score BM25 on the folders too.")] = False,
     instruction: Instruction = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Score a model on BEIR folders and MTEB tasks."""
-    from anchorvec.evaluation import bm25_scores, check_test_data, scores_table
+    """Score a model on local test sets (retrieval, re-ranking, STS, classification, clustering) and MTEB tasks."""
+    from anchorvec.evaluation import bm25_scores, check_test_data, tables_by_kind
     from anchorvec.evaluation import evaluate as run
 
     _quiet()
@@ -173,7 +173,7 @@ def evaluate(
     )
     if bm25:
         scores |= {f"{folder.name} (BM25)": bm25_scores(folder) for folder in folders}
-    console.print(scores_table(scores, title=model))
+    console.print(tables_by_kind(scores, title=model))
     _write(json_file, {name: value.to_dict() for name, value in scores.items()})
 
 

@@ -2,7 +2,7 @@
 
 from anchorvec.evaluation.beir import BeirData, docstring_collection, load_beir, write_beir
 from anchorvec.evaluation.evaluate import bm25_scores, check_test_data, evaluate, require_extra
-from anchorvec.evaluation.scores import Scores, difference, scores_table
+from anchorvec.evaluation.scores import Scores, difference, scores_table, tables_by_kind
 from anchorvec.evaluation.statistics import (
     Difference,
     Interval,
@@ -31,5 +31,6 @@ __all__ = [
     "require_extra",
     "scores_table",
     "student_interval",
+    "tables_by_kind",
     "write_beir",
 ]

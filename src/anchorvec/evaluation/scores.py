@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich import box
+from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
@@ -97,3 +98,16 @@ def scores_table(results: Mapping[str, Scores], *, title: str | None = None) -> 
         cells = [str(scores.metrics[metric]) if metric in scores.metrics else "" for metric in columns]
         table.add_row(escape(name), *cells, *([f"{scores.main_score:.3f}"] if other else []))
     return table
+
+
+def tables_by_kind(results: Mapping[str, Scores], *, title: str | None = None) -> Group:
+    """A `scores_table` of each kind of task in `results`, with the average of its main scores where it has several."""
+    tables = []
+    for kind in dict.fromkeys(scores.kind for scores in results.values()):
+        of_kind = {name: scores for name, scores in results.items() if scores.kind == kind}
+        table = scores_table(of_kind, title=f"{title}: {kind}" if title else kind)
+        if len(of_kind) > 1:
+            average = sum(scores.main_score for scores in of_kind.values()) / len(of_kind)
+            table.caption = f"average of {len(of_kind)} main scores: {average:.3f}"
+        tables.append(table)
+    return Group(*tables)

@@ -246,7 +246,8 @@ class EvaluationSettings(_Section):
     """What the models of a run are scored on."""
 
     data: list[str] = []
-    """Folders in BEIR layout: `corpus.jsonl`, `queries.jsonl`, `qrels/test.tsv`."""
+    """Test sets: folders in BEIR layout (`corpus.jsonl`, `queries.jsonl`, `qrels/test.tsv`), files `NAME.jsonl` of
+    re-ranking, STS, classification or clustering, or folders of such sets."""
     tasks: list[str] = []
     """MTEB tasks by name."""
     batch_size: PositiveInt = 32
