@@ -186,7 +186,7 @@ def _documents(path: Path, corpus: Corpus) -> Iterator[Document]:
     suffix = text_suffix(path)
     try:
         if suffix in JSON_SUFFIXES or suffix in DELIMITERS:
-            rows = _json_rows(path) if suffix in JSON_SUFFIXES else _table_rows(path)
+            rows = _json_rows(path) if suffix in JSON_SUFFIXES else _table_rows(path, corpus)
             return iter(_of_rows(path, rows, corpus))
         return iter([Document(_text(path), _shown(path))])
     except (OSError, EOFError, zlib.error, csv.Error) as error:
@@ -233,13 +233,15 @@ def _json_rows(path: Path) -> _Found:
             yield line, value if isinstance(value, RejectedRow) else json_object(value, raw)
 
 
-def _table_rows(path: Path) -> _Found:
+def _table_rows(path: Path, corpus: Corpus) -> _Found:
     with open_table(path) as (header, records):
         if (name := twice([column for column in header if column])) is not None:
             raise _UnusableError("tables with two columns of one name", f'two columns are called "{name}"; rename one')
         if header and not _texts(dict.fromkeys(header)):
             raise _UnusableError("data files without a text", _no_text(dict.fromkeys(header)))
-        for line, fields, _ in records:
+        for line, fields, mended in records:
+            if mended:
+                _count(corpus.mended, f"rows {mended}", f"{_shown(path)}:{line}")
             if isinstance(fields, RejectedRow):
                 yield line, fields
             elif SURROGATE.search("".join(fields)):
