@@ -145,6 +145,7 @@ def test_no_row_disappears_unaccounted(tmp_path):
     (tmp_path / "a.csv").write_bytes(b'n,text\n1,"one\n2,two\n3,\xff\n4\n5,five\n')
     corpus = read_documents(tmp_path / "a.csv")
     assert [(d.text, d.line) for d in corpus.documents] == [('"one', 2), ("two", 3), ("five", 6)]
+    assert corpus.mended == {"rows with a stray quote": (1, f"{tmp_path / 'a.csv'}:2")}
     assert {reason: number for reason, (number, _) in corpus.left_out.items()} == {
         "rows that are not UTF-8": 1,
         "rows that cannot be parsed": 1,

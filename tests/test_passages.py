@@ -6,7 +6,7 @@ import random
 import pytest
 from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from anchorvec.data.documents import Document
 from anchorvec.data.passages import PassageCutter, document_prompt, passages_of
@@ -117,3 +117,16 @@ def test_a_prompt_that_leaves_no_room_is_refused(model):
     """With the tokens that there are, and those that stand around a text."""
     with pytest.raises(AnchorvecError, match=r"the model reads 40 tokens, of which \d+ stand around"):
         PassageCutter(model, "水 " * 50)
+
+
+def test_a_tokenizer_that_knows_no_places_cuts_by_characters(model, monkeypatch):
+    """Passages are shorter than they could be, but all of a text is in one of them, and none is cut."""
+    monkeypatch.setattr(model[0], "processor", ByT5Tokenizer(model_max_length=40))
+    assert not model.tokenizer.is_fast
+    text = TEXTS["words"]
+    [spans] = PassageCutter(model, "doc: ")([text])
+    covered = set().union(*(range(begin, end) for begin, end in spans))
+    assert all(i in covered or character.isspace() for i, character in enumerate(text))
+    lengths = [len(model.tokenizer("doc: " + text[begin:end].strip())["input_ids"]) for begin, end in spans]
+    assert max(lengths) <= 40
+    assert sum(lengths) / len(lengths) > 25

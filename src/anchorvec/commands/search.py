@@ -150,14 +150,21 @@ def prompt_loop(index: Index, top_k: int = 5, console: Console | None = None) ->
 def print_hits(console: Console, hits: Sequence[Hit]) -> None:
     """Show on `console` score, place and text of each of `hits`: in a terminal wrapped, else a line for each."""
     for hit in hits:
-        place = f"{hit.file}:{hit.line}" if hit.file else ""
-        row = f"row {hit.record}" if hit.record is not None and hit.id is None else hit.id
-        name = "  ".join(part for part in (place, row) if part)
-        console.print(Text.assemble((f"{hit.score:.3f}", "bold"), "  ", (_printable(name), "cyan")), soft_wrap=True)
+        console.print(
+            Text.assemble((f"{hit.score:.3f}", "bold"), "  ", (_printable(_place(hit)), "cyan")), soft_wrap=True
+        )
         text = _on_one_line(hit.text)
         if len(text) > _SHOWN_CHARACTERS:
             text = f"{text[:_SHOWN_CHARACTERS]} … ({len(text) - _SHOWN_CHARACTERS:,} characters more)"
         console.print(Text(text, style="dim"), soft_wrap=not console.is_terminal)
+
+
+def _place(hit: Hit) -> str:
+    """File and line, and of data the id or the number of the row; the id alone where there is no file."""
+    if not hit.file:
+        return hit.id or ""
+    row = f"  id {hit.id}" if hit.id is not None else f"  row {hit.record}" if hit.record is not None else ""
+    return f"{hit.file}:{hit.line}{row}"
 
 
 def _on_one_line(text: str) -> str:

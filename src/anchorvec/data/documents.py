@@ -97,7 +97,7 @@ def read_documents(path: str | Path) -> Corpus:
     Raises AnchorvecError if there is no such path, for a single file that cannot be used, and where no document is.
     """
     path = user_path(path)
-    name = without_surrogates(str(path))
+    name = _shown(path)
     corpus = Corpus(name, [], 0)
     if not path.is_dir():
         if not path.exists():
@@ -113,7 +113,7 @@ def read_documents(path: str | Path) -> Corpus:
         try:
             corpus.documents.extend(_documents(file, of_file))
         except _UnusableError as error:
-            _count(corpus.left_out, error.reason, without_surrogates(str(file)))
+            _count(corpus.left_out, error.reason, _shown(file))
             continue
         files += 1
         for counts, more in ((corpus.left_out, of_file.left_out), (corpus.mended, of_file.mended)):
@@ -123,6 +123,11 @@ def read_documents(path: str | Path) -> Corpus:
         reasons = f"; left out: {_by_reason(corpus.left_out)}" if corpus.left_out else ""
         raise AnchorvecError(f"{name}: there is no document in it{reasons}")
     return Corpus(name, corpus.documents, files, corpus.left_out, corpus.mended)
+
+
+def _shown(path: str | Path) -> str:
+    """The name of `path`, which is bytes, with U+FFFD for those that are not UTF-8."""
+    return os.fsencode(path).decode("utf-8", "replace")
 
 
 def _said(file: str, error: Exception) -> str:
@@ -143,7 +148,7 @@ def _files(folder: Path, left_out: dict[str, tuple[int, str]]) -> Iterator[Path]
     """The files that are to be read, in the order of their names; the others are counted."""
 
     def unreadable(error: OSError) -> None:
-        _count(left_out, "files or folders that cannot be read", without_surrogates(str(error.filename)))
+        _count(left_out, "files or folders that cannot be read", _shown(error.filename))
 
     of_collection = {"queries.jsonl", "queries.jsonl.gz", "qrels"} if _is_collection(folder) else set()
     for place, folders, files in os.walk(folder, onerror=unreadable):
@@ -160,7 +165,7 @@ def _files(folder: Path, left_out: dict[str, tuple[int, str]]) -> Iterator[Path]
             elif name in files and not entry.is_file():
                 reason = "neither a file nor a folder"
             if reason:
-                _count(left_out, reason, without_surrogates(str(entry)))
+                _count(left_out, reason, _shown(entry))
                 folders[:] = [other for other in folders if other != name]
             elif name in files:
                 yield entry
@@ -181,9 +186,9 @@ def _documents(path: Path, corpus: Corpus) -> Iterator[Document]:
     suffix = text_suffix(path)
     try:
         if suffix in JSON_SUFFIXES or suffix in DELIMITERS:
-            rows = _json_rows(path) if suffix in JSON_SUFFIXES else _table_rows(path)
+            rows = _json_rows(path) if suffix in JSON_SUFFIXES else _table_rows(path, corpus)
             return iter(_of_rows(path, rows, corpus))
-        return iter([Document(_text(path), without_surrogates(str(path)))])
+        return iter([Document(_text(path), _shown(path))])
     except (OSError, EOFError, zlib.error, csv.Error) as error:
         raise _UnusableError("files or folders that cannot be read", f"the file cannot be read ({error})") from error
     except AnchorvecError as error:
@@ -228,13 +233,15 @@ def _json_rows(path: Path) -> _Found:
             yield line, value if isinstance(value, RejectedRow) else json_object(value, raw)
 
 
-def _table_rows(path: Path) -> _Found:
+def _table_rows(path: Path, corpus: Corpus) -> _Found:
     with open_table(path) as (header, records):
         if (name := twice([column for column in header if column])) is not None:
             raise _UnusableError("tables with two columns of one name", f'two columns are called "{name}"; rename one')
         if header and not _texts(dict.fromkeys(header)):
             raise _UnusableError("data files without a text", _no_text(dict.fromkeys(header)))
-        for line, fields, _ in records:
+        for line, fields, mended in records:
+            if mended:
+                _count(corpus.mended, f"rows {mended}", f"{_shown(path)}:{line}")
             if isinstance(fields, RejectedRow):
                 yield line, fields
             elif SURROGATE.search("".join(fields)):
@@ -245,7 +252,7 @@ def _table_rows(path: Path) -> _Found:
 
 def _of_rows(path: Path, rows: _Found, corpus: Corpus) -> list[Document]:
     """A document for each row with a text."""
-    file = without_surrogates(str(path))
+    file = _shown(path)
     documents: list[Document] = []
     found: dict[str, object] = {}
     for record, (line, row) in enumerate(rows, start=1):

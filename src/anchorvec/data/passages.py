@@ -132,7 +132,7 @@ class PassageCutter:
             excess = self._count([text[begin:end].strip()])[0] - self.limit
             if excess <= 0 or tokens <= 1:
                 break
-            tokens = max(1, tokens - excess)
+            tokens = max(1, min(tokens - 1, tokens * self.room // (self.room + excess)))
         if end == len(text):
             return end, end
         starts = [start for start, _ in offsets[:tokens] if begin + start < end]
