@@ -11,10 +11,13 @@ import re
 import statistics
 import sys
 import tempfile
+import textwrap
 import time
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import reduce
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
@@ -60,6 +63,11 @@ SIZES: list[tuple[str, int]] = [
 ]
 """Whole names of sizes, and what they become; the first that matches counts."""
 
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
+}
+"""What a family's config needs to be one at all."""
+
 SHARED_BLOCK = ["linear_attention", "linear_attention", "hybrid", "linear_attention", "hybrid"]
 
 BY_HAND: dict[str, dict[str, Any]] = {
@@ -73,7 +81,9 @@ BY_HAND: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4}},
     "dots1": {"n_shared_experts": 1, "n_group": 1, "topk_group": 1},
     "falcon_h1": {"mamba_d_head": HEAD, "mamba_n_heads": 8},
+    "gemma4_text": {"hidden_size_per_layer_input": 0},  # else it reads token ids beside their embeddings
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "modernbert-decoder": {"pad_token_id": 1},
     "qwen4_exp_text": {
         "indexer_n_heads": 4,
         "indexer_kv_heads": 1,
@@ -99,24 +109,35 @@ BY_HAND: dict[str, dict[str, Any]] = {
         "mamba_headdim": HEAD,
     },
 }
-"""What to set for a family, beside the rule."""
+"""What to set for a family, beside the rule; keys of a config within a config are dotted."""
 
 
 def tiny_config(config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
     """The default config of a family with small sizes, for the byte tokenizer's ids."""
-    settings = _shrunk(config_class().to_dict()) | BY_HAND.get(config_class.model_type, {})
+    settings = _shrunk(config_class(**DEFAULTS.get(config_class.model_type, {})).to_dict())
+    for key, value in BY_HAND.get(config_class.model_type, {}).items():
+        *sections, last = key.split(".")
+        reduce(dict.__getitem__, sections, settings)[last] = value
     settings.pop("model_type", None)
     return config_class.from_dict(settings)
 
 
-def tiny_model(config_class: type[PreTrainedConfig], folder: Path) -> PreTrainedModel:
-    """A random model of the family, saved in `folder` with a tokenizer of bytes."""
+def tiny_model(config_class: type[PreTrainedConfig], folder: Path) -> PreTrainedModel | None:
+    """A random model of the family, saved in `folder` with a tokenizer of bytes.
+
+    None for one that reads more than text, which is refused by its config; that is saved without weights.
+    """
     config = tiny_config(config_class)
+    byte_tokenizer().save_pretrained(folder)
+    if {"text_config", "vision_config", "text_encoder"} & set(config.sub_configs):
+        config.save_pretrained(folder)
+        return None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        # that of the end, which is the pad token too, as no trained model has it: zeros
+        model.get_input_embeddings().weight.data[0].normal_(std=0.02)
     model.save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
     return model
 
 
@@ -217,7 +238,7 @@ def trial(config_class: type[PreTrainedConfig], folder: Path, *, steps: int = 20
     ]  # fmt: skip
     recipe = anchorvec.load_recipe("debug", values)
     try:
-        anchorvec.plan(recipe)
+        anchorvec.plan(recipe, step=False)  # the steps are made below
     except anchorvec.AnchorvecError as error:
         return Trial(name, REFUSED, str(error).replace(str(folder / "base"), "BASE"))
     except Exception as error:
@@ -296,5 +317,39 @@ def _in_a_process(name: str, folder: Path, seconds: float) -> Trial:
         process.join()
 
 
+def page(trials: Sequence[Trial]) -> str:
+    """`docs/models.md`: what came of each family, and why some are refused."""
+    by_hand = sorted(set(BY_HAND) & {t.family for t in trials})
+    trained = [t.family for t in trials if t.outcome == TRAINS]
+    lines = [
+        "# Families of models",
+        "",
+        f"What comes of each family that transformers {version('transformers')} maps to a causal LM, as a tiny model "
+        "with random weights: `plan`, 20",
+        "steps of each stage, the export. It trains if both losses fall, gradient reaches what was read, and the "
+        "export gives the run's vectors.",
+        "`python tests/families.py FILE.json docs/models.md` makes this page. One rule makes the configs small; those "
+        "with a * have settings by hand",
+        "beside it. It says that the machinery fits a family, not how good an embedder one makes.",
+        "",
+        f"## Trains ({len(trained)})",
+        "",
+        *textwrap.wrap(", ".join(name + "*" * (name in by_hand) for name in trained), 120, break_on_hyphens=False),
+    ]
+    for outcome, title in ((REFUSED, "Refused before the work"), (BREAKS, "Breaks")):
+        rows = [t for t in trials if t.outcome == outcome]
+        if rows:
+            lines += ["", f"## {title} ({len(rows)})", "", "| family | reason |", "| --- | --- |"]
+            lines += [f"| {t.family} | {_reason(t)} |" for t in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _reason(found: Trial) -> str:
+    """The reason of `found` without what is said in every row."""
+    reason = re.sub(rf"^model\.base: BASE( \({re.escape(found.family)}\))?:? ", "", found.reason)
+    return re.sub(r"; name a [-\w ]+causal LM$", "", reason).replace("|", "\\|")
+
+
 if __name__ == "__main__":
-    sweep(sys.argv[2:] or list(config_classes()), Path(sys.argv[1]))
+    done = sweep(sys.argv[3:] or list(config_classes()), Path(sys.argv[1]))
+    Path(sys.argv[2]).write_text(page(done), encoding="utf-8")

@@ -63,7 +63,8 @@ def _check_states(model: PreTrainedModel, name: str) -> None:
     """Raise AnchorvecError if four tokens show that states or logits come from something else."""
     table: nn.Module = model.get_input_embeddings()
     ids = (torch.arange(4, device=model.device) * 7919 % len(table.get_parameter("weight")))[None]
-    embedded = table(ids).detach().requires_grad_()
+    tokens = table(ids).detach()
+    embedded = (tokens + 0.01).requires_grad_()  # no token's, as a text's embedding is none
     states = final_states(model, inputs_embeds=embedded)
     if states.shape != embedded.shape:
         raise AnchorvecError(
@@ -75,7 +76,7 @@ def _check_states(model: PreTrainedModel, name: str) -> None:
     if gradient[0, 1:].any():
         raise AnchorvecError(f"{name} reads in both directions; {_ADVICE}")
     with torch.no_grad():
-        if not _alike(final_states(model, input_ids=ids), states):
+        if not _alike(final_states(model, input_ids=ids), final_states(model, inputs_embeds=tokens)):
             raise AnchorvecError(f"{name} reads token ids beside their embeddings; {_ADVICE}")
         if model is decoder_of(model):  # without a head
             return
