@@ -45,8 +45,8 @@ def evaluate(
       and a prompt stored as `NAME-query` for the task or folder NAME. Texts that are neither queries nor documents, as
       those of STS or classification, have a prompt stored for their task or its type, the model's default prompt, or
       else the query prompt; a warning names the tasks where it is this. Texts are cut by its tokenizer.
-    - `data`: test sets of a kind in `tasks.KINDS`, such as a folder in BEIR layout or a file of scored pairs, folders of
-      such sets, or what was read of them.
+    - `data`: test sets of a kind in `tasks.KINDS`, such as a folder in BEIR layout or a file of scored pairs; folders
+      of such sets; or what was read of them.
     - `tasks`: names of MTEB tasks.
     - `batch_size`: texts encoded at a time.
     - `instruction`: replaces the stored query prompts, and all prompts of texts that are no documents either.

@@ -101,7 +101,10 @@ def scores_table(results: Mapping[str, Scores], *, title: str | None = None) -> 
 
 
 def tables_by_kind(results: Mapping[str, Scores], *, title: str | None = None) -> Group:
-    """A `scores_table` of each kind of task in `results`, with the average of its main scores where it has several."""
+    """A `scores_table` of each kind of task in `results`, under `title` and the kind.
+
+    With the average of its main scores, where it has several.
+    """
     tables = []
     for kind in dict.fromkeys(scores.kind for scores in results.values()):
         of_kind = {name: scores for name, scores in results.items() if scores.kind == kind}
