@@ -64,9 +64,16 @@ SIZES: list[tuple[str, int]] = [
 """Whole names of sizes, and what they become; the first that matches counts."""
 
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
+    "gemma4_assistant": {
+        "text_config": {
+            "hidden_size_per_layer_input": 0,
+            "vocab_size_per_layer_input": 0,
+            "num_hidden_layers": 2,
+            "num_kv_shared_layers": 2,
+        }
+    },
 }
-"""What a family's config needs to be one at all."""
+"""What the config of a family needs to be one at all."""
 
 SHARED_BLOCK = ["linear_attention", "linear_attention", "hybrid", "linear_attention", "hybrid"]
 
@@ -114,7 +121,7 @@ BY_HAND: dict[str, dict[str, Any]] = {
 
 def tiny_config(config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
     """The default config of a family with small sizes, for the byte tokenizer's ids."""
-    settings = _shrunk(config_class(**DEFAULTS.get(config_class.model_type, {})).to_dict())
+    settings = _shrunk(config_class().to_dict())
     for key, value in BY_HAND.get(config_class.model_type, {}).items():
         *sections, last = key.split(".")
         reduce(dict.__getitem__, sections, settings)[last] = value
@@ -127,11 +134,11 @@ def tiny_model(config_class: type[PreTrainedConfig], folder: Path) -> PreTrained
 
     None for one that reads more than text, which is refused by its config; that is saved without weights.
     """
-    config = tiny_config(config_class)
     byte_tokenizer().save_pretrained(folder)
-    if {"text_config", "vision_config", "text_encoder"} & set(config.sub_configs):
-        config.save_pretrained(folder)
+    if {"text_config", "vision_config", "text_encoder"} & set(config_class.sub_configs):
+        config_class(**DEFAULTS.get(config_class.model_type, {})).save_pretrained(folder)
         return None
+    config = tiny_config(config_class)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -234,7 +241,7 @@ def trial(config_class: type[PreTrainedConfig], folder: Path, *, steps: int = 20
         f"output={folder / 'run'}",
         "model.precision=fp32",
         *(f"stage_{n}.{key}={value}" for n in ("one", "two") for key, value in
-          {"steps": steps, "learning_rate": 3e-3, "pairs_per_step": 8}.items()),
+          {"steps": steps, "pairs_per_step": 8}.items()),
     ]  # fmt: skip
     recipe = anchorvec.load_recipe("debug", values)
     try:
@@ -279,17 +286,22 @@ def last_line(error: Exception) -> str:
     return f"{type(error).__name__}: {first[:200]} ({Path(where.filename).name}:{where.lineno})"
 
 
-def sweep(names: Sequence[str], report: Path, *, seconds: float = 120.0) -> list[Trial]:
-    """A trial of each family, in a process of its own, for `seconds` at most; written to `report` as they end."""
-    trials = []
+def sweep(names: Sequence[str], report: Path, *, seconds: float = 180.0) -> list[Trial]:
+    """A trial of each family, in a process of its own, for `seconds` at most; written to `report` as they end.
+
+    Trials of other families that stand in `report` are kept, and given too.
+    """
+    trials = {}
+    if report.is_file():
+        trials = {found["family"]: Trial(**found) for found in json.loads(report.read_text(encoding="utf-8"))}
     for name in names:
         began = time.monotonic()
         with tempfile.TemporaryDirectory() as scratch:
             found = _in_a_process(name, Path(scratch), seconds)
-        trials.append(replace(found, seconds=round(time.monotonic() - began, 1)))
-        report.write_text(json.dumps([asdict(t) for t in trials], indent=1), encoding="utf-8")
-        print(trials[-1].family, trials[-1].outcome, trials[-1].reason, trials[-1].seconds, flush=True)  # noqa: T201
-    return trials
+        trials[name] = replace(found, seconds=round(time.monotonic() - began, 1))
+        report.write_text(json.dumps([asdict(t) for t in trials.values()], indent=1), encoding="utf-8")
+        print(name, found.outcome, found.reason, trials[name].seconds, flush=True)  # noqa: T201
+    return [trials[name] for name in sorted(trials)]
 
 
 def _in_a_process(name: str, folder: Path, seconds: float) -> Trial:

@@ -39,7 +39,7 @@ QUICK = ["steps=2", "warmup_steps=0", "pairs_per_step=4"]
         ("bart", "is part of a larger model, such as an encoder-decoder: AutoModel reads it as BartModel"),
         ("bert", "reads in both directions"),
         ("cpmant", "reads token ids alone, no embeddings in the place of tokens"),
-        ("emu3", "has no decoder that transformers' AutoModel loads without the head"),
+        ("trocr", "has no decoder that transformers' AutoModel loads without the head"),
         ("reformer", "its states have 128 numbers, token embeddings 64"),
     ],
 )
