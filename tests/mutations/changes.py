@@ -165,7 +165,7 @@ CHANGES: list[tuple[str, str, str, str]] = [
     ("wiring", "training/engine.py", "if attention != \"auto\":", "if False:"),
     ("key model.attention", "model/embedder.py", "{} if attention == \"auto\" else {\"attn_implementation\": attention}", "{}"),
     ("wiring", "model/base.py", "return tiny_causal_lm(seed=seed)", "return tiny_causal_lm(seed=0)"),
-    ("key model.revision", "model/base.py", "where: dict[str, Any] = {\"revision\": revision,", "where: dict[str, Any] = {\"revision\": None,"),
+    ("key model.revision", "model/base.py", "_checkpoint(base, revision=revision,", "_checkpoint(base, revision=None,"),
     ("wiring", "model/end.py", "padding_side=\"right\"", "padding_side=\"left\""),
     ("wiring", "model/end.py", "model_max_length=max_tokens", "model_max_length=512"),
     ("wiring", "data/pairs.py", "times = int(weight)", "times = 1"),

@@ -144,12 +144,6 @@ def plan(recipe: Recipe | str | Path, *, step: bool = True) -> Plan:
     per_pair = statistics.mean(pair.tokens(alpha, writes=writes) for pair in batch)
     stage_two = recipe.stage_two
     trained = {name: stage.trained for name, stage in prepared.stages.items()}
-    disk = {"base": base_bytes}
-    if "stage_one" in trained:
-        disk["stage_one"] = 4 * prepared.parameters
-    if "stage_two" in trained:
-        disk["stage_two"] = 4 * trained["stage_two"]
-    disk["export"] = 4 * (prepared.body_parameters if stage_two else prepared.parameters)
     return Plan(
         recipe=dump_recipe(recipe),
         device=str(default_device()),
@@ -163,7 +157,7 @@ def plan(recipe: Recipe | str | Path, *, step: bool = True) -> Plan:
         mended_rows={name: sum(report.mended.values()) for name, report in inputs.reports.items()},
         parameters=prepared.parameters,
         trained_parameters=trained,
-        disk=disk,
+        disk=_disk(base_bytes, prepared),
         tokens_per_pair=per_pair,
         tokens=_tokens(recipe, inputs, batch, per_pair),
         engine={name: stage.engine for name, stage in prepared.stages.items()},
@@ -217,6 +211,17 @@ def _prepared(recipe: Recipe, run: Run, inputs: StageInputs, tokenize: PairToken
         model = load_causal_lm(run.base)
         counts = (_parameters(model), _parameters(decoder_of(model)))
     return _Prepared(dict(sorted(stages.items())), *counts)
+
+
+def _disk(base_bytes: int, prepared: _Prepared) -> dict[str, int]:
+    """Bytes of the base, of what each stage writes, and of the export, in fp32."""
+    disk = {"base": base_bytes}
+    if "stage_one" in prepared.stages:
+        disk["stage_one"] = 4 * prepared.parameters
+    if "stage_two" in prepared.stages:
+        disk["stage_two"] = 4 * prepared.stages["stage_two"].trained
+    disk["export"] = 4 * (prepared.body_parameters if "stage_two" in prepared.stages else prepared.parameters)
+    return disk
 
 
 _NO_STEP = TrialStep(0, None, "not asked for")

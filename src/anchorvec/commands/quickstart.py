@@ -16,6 +16,7 @@ from anchorvec.device import check_one_device
 from anchorvec.errors import AnchorvecError
 from anchorvec.evaluation import (
     BeirData,
+    LocalData,
     Scores,
     check_test_data,
     difference,
@@ -26,7 +27,7 @@ from anchorvec.evaluation import (
 )
 from anchorvec.exporting.folder import Exported
 from anchorvec.files import write_json, write_text
-from anchorvec.pipeline import TITLES, WholeSet, load_training_data, run_stages
+from anchorvec.pipeline import TITLES, TrainResult, WholeSet, load_training_data, run_stages
 from anchorvec.recipe import Recipe, load_recipe
 from anchorvec.run import Run
 from anchorvec.terminal import say
@@ -109,12 +110,8 @@ def quickstart(
     run = Run.create(recipe.output)
     say("reading the docstrings of the installed packages")
     data = docstrings.quickstart_data(seed=0, n_queries=_WHOLE[0], n_documents=_WHOLE[1])
-    part_folder = run.folder / f"{run.score_set.name}_part"
-    collection = docstring_collection(data)
-    write_beir(collection, run.score_set)
-    write_beir(part_of(collection, *_PART), part_folder)
-    recipe = on_score_set(with_pairs(recipe, data, run.pairs), part_folder)
-    [part, whole] = check_test_data(data=[part_folder, run.score_set])
+    part, whole = _score_sets(data, run)
+    recipe = on_score_set(with_pairs(recipe, data, run.pairs), run.folder / part.name)
     trained = run_stages(
         recipe,
         run,
@@ -124,19 +121,34 @@ def quickstart(
         whole=WholeSet(whole, times=_WHOLE[1] / _PART[1]),
         record={"score_set": data.description},
     )
-    result = QuickstartResult(
+    result = _result(trained, data, part.name, whole.name)
+    write_json(run.result, result.to_dict())
+    return result
+
+
+def _result(trained: TrainResult, data: DocstringData, part: str, whole: str) -> QuickstartResult:
+    """What the run made, with its scores on the sets that are called `part` and `whole`."""
+    return QuickstartResult(
         output=trained.output,
         model=trained.export.folder,
-        corpus=str(run.score_set),
+        corpus=str(Run(Path(trained.output)).score_set),
         minutes=trained.minutes,
         steps=trained.steps,
-        scores={system: tasks[part.name] for system, tasks in trained.scores.items()},
-        whole_scores={system: tasks[whole.name] for system, tasks in trained.scores.items() if whole.name in tasks},
+        scores={system: tasks[part] for system, tasks in trained.scores.items()},
+        whole_scores={system: tasks[whole] for system, tasks in trained.scores.items() if whole in tasks},
         score_set=data.description,
         export=trained.export,
     )
-    write_json(run.result, result.to_dict())
-    return result
+
+
+def _score_sets(data: DocstringData, run: Run) -> tuple[LocalData, LocalData]:
+    """The part of the score set of `data` and all of it, written into the folder of `run` and read again."""
+    folder = run.folder / f"{run.score_set.name}_part"
+    collection = docstring_collection(data)
+    write_beir(collection, run.score_set)
+    write_beir(part_of(collection, *_PART), folder)
+    part, whole = check_test_data(data=[folder, run.score_set])
+    return part, whole
 
 
 def part_of(data: BeirData, queries: int, documents: int) -> BeirData:

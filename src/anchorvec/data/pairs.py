@@ -103,46 +103,64 @@ def read_pairs(path: str | Path, *, strict: bool = False, split: str = "train", 
     Raises AnchorvecError when no row is usable, and with `strict` at the first row that is not, or that must be mended.
     """
     source = str(user_path(path)) if str(path).startswith("~") else str(path)
-    seen: set[int] = set()  # hashes: texts would be the whole file in memory
-    rejected: Counter[str] = Counter()
-    mended: Counter[str] = Counter()
-    examples: list[str] = []
-    dropped_negatives = read = 0
     columns: set[str] = set()
+    reading = _Reading(strict)
+    file = _write_arrow(reading.usable(source_rows(source, split, subset, columns)))
+    return Pairs(datasets.Dataset.from_file(str(file)), reading.report(source, columns))
 
-    def note(counts: Counter[str], kind: str, place: str, what: str) -> None:
-        example = f"{place}: {what}"
-        if strict:
-            raise AnchorvecError(f"{example}; mend the row, or read without strict")
-        if counts[kind] < EXAMPLES_PER_KIND:
-            examples.append(example)
-        counts[kind] += 1
 
-    def usable() -> Iterator[_Pair]:
-        nonlocal dropped_negatives, read
-        for row in source_rows(source, split, subset, columns):
-            read += 1
+class _Reading:
+    """What one reading of a source has found so far."""
+
+    def __init__(self, strict: bool) -> None:
+        self.strict = strict
+        self.seen: set[int] = set()  # hashes: texts would be the whole file in memory
+        self.rejected: Counter[str] = Counter()
+        self.mended: Counter[str] = Counter()
+        self.examples: list[str] = []
+        self.dropped_negatives = self.read = 0
+
+    def usable(self, rows: Iterator[SourceRow]) -> Iterator[_Pair]:
+        """The pairs of `rows` that can be used; the others are counted."""
+        for row in rows:
+            self.read += 1
             try:
                 checked = _checked(row)
                 key = hash((checked.query, checked.positive))
-                if key in seen:
+                if key in self.seen:
                     raise RejectedRow("duplicate", "the query and positive of an earlier row again")
             except RejectedRow as fault:
-                note(rejected, fault.kind, row.place, str(fault))
+                self._note(self.rejected, fault.kind, row.place, str(fault))
                 continue
-            seen.add(key)
+            self.seen.add(key)
             for kind in checked.mended:
-                note(mended, kind, row.place, kind)
-            dropped_negatives += checked.dropped
+                self._note(self.mended, kind, row.place, kind)
+            self.dropped_negatives += checked.dropped
             yield checked.query, checked.positive, checked.negatives
 
-    file = _write_arrow(usable())
-    if not seen:
-        found = f"{rejected.total():,} left out, the first: {examples[0]}" if examples else "it is empty"
-        raise AnchorvecError(f"{source} has no usable row: {found}")
-    ignored = sorted(columns.difference(COLUMNS))
-    report = ReadReport(source, read, len(seen), dict(rejected), dict(mended), examples, dropped_negatives, ignored)
-    return Pairs(datasets.Dataset.from_file(str(file)), report)
+    def _note(self, counts: Counter[str], kind: str, place: str, what: str) -> None:
+        example = f"{place}: {what}"
+        if self.strict:
+            raise AnchorvecError(f"{example}; mend the row, or read without strict")
+        if counts[kind] < EXAMPLES_PER_KIND:
+            self.examples.append(example)
+        counts[kind] += 1
+
+    def report(self, source: str, columns: set[str]) -> ReadReport:
+        """Of all that was read of `source`, which has these `columns`; AnchorvecError if nothing can be used."""
+        if not self.seen:
+            left_out = f"{self.rejected.total():,} left out, the first: {self.examples[0]}" if self.examples else ""
+            raise AnchorvecError(f"{source} has no usable row: {left_out or 'it is empty'}")
+        return ReadReport(
+            source,
+            self.read,
+            len(self.seen),
+            dict(self.rejected),
+            dict(self.mended),
+            self.examples,
+            self.dropped_negatives,
+            sorted(columns.difference(COLUMNS)),
+        )
 
 
 def drawn_rows(rows: int, weight: float, seed: int) -> NDArray[np.int64]:

@@ -47,34 +47,13 @@ def load_base(
         base = str(_packaged_smollm2() or SMOLLM2_ON_THE_HUB)
     is_gguf = base.endswith(".gguf")
     base = str(Path(base).expanduser()) if is_gguf or Path(base).expanduser().is_dir() else base
-    where: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     try:
         if is_gguf:
             return _load_gguf(Path(base))
         embedder: Any = _embedder_without_head(base, revision, head)
         if embedder is not None:
             return embedder[0].model, embedder.tokenizer
-        config = AutoConfig.from_pretrained(base, **where)
-        if config.is_encoder_decoder:
-            raise AnchorvecError(
-                f"model.base: {base} is an encoder-decoder ({config.model_type}); name a decoder-only causal LM"
-            )
-        if config.get_text_config() is not config:
-            raise AnchorvecError(
-                f"model.base: {base} ({config.model_type}) reads more than text; name a text-only causal LM"
-            )
-        tokenizer = AutoTokenizer.from_pretrained(base, **where)
-        asked = read_json(base, "tokenizer_config.json", revision) or {}
-        tokenizer.init_kwargs["add_bos_token"] = asked.get("add_bos_token")  # the general class forgets it
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            base,
-            dtype="auto",
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused by name below
-            **where,
-        )
-        model, report = loaded
+        model, tokenizer, report = _checkpoint(base, revision=revision, trust_remote_code=False)
     except AnchorvecError as error:
         raise AnchorvecError(f"model.base: {str(error).removeprefix('model.base: ')}") from error
     except (MemoryError, torch.OutOfMemoryError):
@@ -88,6 +67,27 @@ def load_base(
         ) from error
     _check_loaded(model, report, base)
     return model, tokenizer
+
+
+def _checkpoint(base: str, **where: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any]]:
+    """The causal LM and the tokenizer in the folder or on the hub, and what transformers says of the loading."""
+    config = AutoConfig.from_pretrained(base, **where)
+    if config.is_encoder_decoder:
+        raise AnchorvecError(f"{base} is an encoder-decoder ({config.model_type}); name a decoder-only causal LM")
+    if config.get_text_config() is not config:
+        raise AnchorvecError(f"{base} ({config.model_type}) reads more than text; name a text-only causal LM")
+    tokenizer = AutoTokenizer.from_pretrained(base, **where)
+    asked = read_json(base, "tokenizer_config.json", where["revision"]) or {}
+    tokenizer.init_kwargs["add_bos_token"] = asked.get("add_bos_token")  # the general class forgets it
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        base,
+        dtype="auto",
+        use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are refused by name afterwards
+        **where,
+    )
+    return loaded[0], tokenizer, loaded[1]
 
 
 def _embedder_without_head(base: str, revision: str | None, head: bool) -> SentenceTransformer | None:

@@ -23,6 +23,11 @@ _LAYER_STATES = 32
 """With gradient checkpointing one layer at a time is computed again; it keeps about so many hidden states a token."""
 
 
+_CHECKPOINTING = "gradient checkpointing: the longest texts do not fit into the free memory without it"
+_CACHED = "cached gradients, every text is encoded twice"
+_NOT_COMPILED = "layers are not compiled: the stage is too short for it to pay"
+
+
 @dataclass(frozen=True)
 class Engine:
     """How a stage is computed on this machine. Its time and memory depend on it, its result only by rounding.
@@ -64,8 +69,7 @@ def choose_engine(
     `forward` and `longest`, the tokens of the longest text, are as in `kept_bytes`; `logits_bytes` exist beside what is
     kept. `packed`, `precision`, `gradient_checkpointing` and `micro_batch_tokens` are the recipe's. Where it leaves
     checkpointing open, that is used if `least_tokens` would not fit otherwise; cached gradients if the `step_tokens` of
-    a step do not fit. The layers are compiled on a GPU where the stage is `long_enough` for it to pay. `padded_because`
-    says why it is not `packed`.
+    a step do not fit. Layers are compiled on a GPU if the stage is `long_enough`. `padded_because`: why not `packed`.
     """
     device = default_device()
     bf16 = resolve_precision(precision) == "bf16"
@@ -73,25 +77,17 @@ def choose_engine(
     kept_and_fit = partial(_kept_and_fit, model, forward, longest, beside, bf16)
     checkpointing = gradient_checkpointing is True
     if not checkpointing:
-        try:
-            per_token, fit = kept_and_fit(False)
-            checkpointing = gradient_checkpointing == "auto" and fit < least_tokens
-        except torch.OutOfMemoryError:
-            if gradient_checkpointing is False:
-                raise
-            checkpointing = True
+        per_token, fit = _or_nothing_fits(kept_and_fit, gradient_checkpointing)
+        checkpointing = gradient_checkpointing == "auto" and fit < least_tokens
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         per_token, fit = kept_and_fit(True)
     cached = step_tokens is not None and step_tokens > (micro_batch_tokens or fit)
     slower = {
         f"texts are padded: {padded_because}": not packed,
-        "gradient checkpointing: the longest texts do not fit into the free memory without it": (
-            checkpointing and gradient_checkpointing == "auto"
-        ),
-        "cached gradients, every text is encoded twice: "
-        f"a step of {step_tokens or 0:,.0f} tokens does not fit at once": cached,
-        "layers are not compiled: the stage is too short for it to pay": device.type == "cuda" and not long_enough,
+        _CHECKPOINTING: checkpointing and gradient_checkpointing == "auto",
+        f"{_CACHED}: a step of {step_tokens or 0:,.0f} tokens does not fit at once": cached,
+        _NOT_COMPILED: device.type == "cuda" and not long_enough,
     }
     held = micro_batch_tokens or max(1, min(fit, ENOUGH_TOKENS.get(device.type, 1_536)))
     return Engine(
@@ -104,6 +100,18 @@ def choose_engine(
         compiled=long_enough and device.type == "cuda" and packed and not checkpointing,
         slower=tuple(line for line, taken in slower.items() if taken),
     )
+
+
+def _or_nothing_fits(
+    kept_and_fit: Callable[[bool], tuple[float, int]], gradient_checkpointing: bool | Literal["auto"]
+) -> tuple[float, int]:
+    """What is kept and fits without checkpointing; nothing, where finding that out takes more memory than there is."""
+    try:
+        return kept_and_fit(False)
+    except torch.OutOfMemoryError:
+        if gradient_checkpointing is False:
+            raise
+        return 0.0, -1
 
 
 def _kept_and_fit(
