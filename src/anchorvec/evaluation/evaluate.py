@@ -59,6 +59,19 @@ def evaluate(
     if not data and not tasks:
         raise AnchorvecError("there is nothing to score on; name a test set or an MTEB task")
     local = check_test_data(data=data, tasks=tasks)
+    options = {"batch_size": batch_size, "show_progress_bar": show_progress_bar}
+    return _evaluate(model, local, tasks, instruction, seed, options)
+
+
+def _evaluate(
+    model: "SentenceTransformer | str | Path",
+    local: Sequence[LocalData],
+    tasks: Sequence[str],
+    instruction: str | None,
+    seed: int,
+    options: dict[str, Any],
+) -> dict[str, Scores]:
+    """`evaluate` on data that were read already; `options` go to each run."""
     results: dict[str, Scores] = {}
     with _side_effects_undone():
         from anchorvec.evaluation import _mteb
@@ -77,13 +90,13 @@ def evaluate(
         own = {part.name: kind_of_data(part).own_documents(part) for part in local}
         for name, task in all_tasks.items():
             system = _mteb.without_own(encoder, own.get(name, ()))
-            run = partial(_mteb.run, system, task, batch_size=batch_size, show_progress_bar=show_progress_bar)
+            run = partial(_mteb.run, system, task, **options)
             results |= _scores(name, task, run, device=device, dtype=dtype, seed=seed)
     if encoder.read_as_queries:
         warnings.warn(
             "the texts of these tasks are neither queries nor documents, and were read with the query prompt that is "
             f"stored with the model: {', '.join(sorted(encoder.read_as_queries))}",
-            stacklevel=2,
+            stacklevel=3,
         )
     return results
 

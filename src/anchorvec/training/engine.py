@@ -71,8 +71,7 @@ def choose_engine(
     checkpointing open, that is used if `least_tokens` would not fit otherwise; cached gradients if the `step_tokens` of
     a step do not fit. Layers are compiled on a GPU if the stage is `long_enough`. `padded_because`: why not `packed`.
     """
-    device = default_device()
-    bf16 = resolve_precision(precision) == "bf16"
+    device, bf16 = default_device(), resolve_precision(precision) == "bf16"
     beside = logits_bytes + ADAM_BYTES * sum(p.numel() for p in model.parameters() if p.requires_grad)
     kept_and_fit = partial(_kept_and_fit, model, forward, longest, beside, bf16)
     checkpointing = gradient_checkpointing is True
