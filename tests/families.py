@@ -52,7 +52,7 @@ SIZES: list[tuple[str, int]] = [
     (r".*(ffn|intermediate|dff|dim_ff|d_ff|n_inner|feed_forward|mlp|d_inner).*", 2 * HIDDEN),
     (r"mamba_d_ssm|attention_hidden_size|lru_width", 2 * HIDDEN),
     (
-        r"d_model|n_embd|dim|emb_dim|.*embedding_(size|dim)|.*hidden_size(_per_layer_input)?|.*proj_dim|ple_embed_dim",
+        r"d_model|n_embd|dim|emb_dim|.*embedding_(size|dim)|.*hidden_size(_per_layer_input|_global)?|.*proj_dim|ple_embed_dim",
         64,
     ),
     (r"n_positions|n_ctx|(original_)?max_position_embeddings|max_seq_len|model_max_length", POSITIONS),
@@ -78,7 +78,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 SHARED_BLOCK = ["linear_attention", "linear_attention", "hybrid", "linear_attention", "hybrid"]
 
 BY_HAND: dict[str, dict[str, Any]] = {
-    "blt": {"encoder_hash_byte_group_vocab": 300, "patch_in_forward": False},
+    "blt": {"encoder_hash_byte_group_vocab": 300},
     "cohere_compass_text": {
         "layer_types": ["full_attention", "sliding_attention"],
         "rope_parameters": {

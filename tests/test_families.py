@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import anchorvec
 from anchorvec.errors import AnchorvecError
@@ -50,6 +51,34 @@ def test_a_model_that_cannot_be_trained_is_refused_for_what_it_is(family, reason
     with pytest.raises(AnchorvecError, match=reason):
         check_decoder(model, "here")
     assert model.training
+
+
+@pytest.mark.parametrize(
+    ("family", "left_out"),
+    [
+        ("mixtral", ["mlp.gate", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"]),
+        ("qwen2_moe", ["mlp.experts.gate_up_proj"]),
+        ("deepseek_v3", ["mlp.experts.gate_up_proj", "mlp.shared_experts.gate_proj"]),
+    ],
+)
+def test_lora_leaves_stacked_experts_out_and_says_so(family, left_out, tmp_path):
+    """Linear layers have adapters, with dropout; a line names what has none, once for all layers."""
+    tiny_model(config_classes()[family], tmp_path / "base")
+    values = ["stage_one=null", "stage_two.lora={r: 2, alpha: 4, dropout: 0.1}", "model.precision=fp32"]
+    quick = [f"stage_two.{key}" for key in QUICK]
+    recipe = anchorvec.load_recipe(
+        "debug", [f"model.base={tmp_path / 'base'}", f"output={tmp_path / 'run'}", *values, *quick]
+    )
+    with pytest.warns(UserWarning, match="LoRA adapts linear layers; without adapters, and frozen: ") as warned:
+        result = anchorvec.train(recipe)
+    [line] = [str(warning.message) for warning in warned if "LoRA adapts" in str(warning.message)]
+    names = line.partition("frozen: ")[2].split(", ")
+    assert len(set(names)) == len(names)
+    assert {name.removeprefix("layers.*.") for name in names} >= set(left_out)
+    assert min(result.export.cosines.values()) > 0.9999
+    weights = load_file(tmp_path / "run" / "stage_two" / "adapter_model.safetensors")
+    assert any("self_attn" in name for name in weights)
+    assert not any(".experts." in name for name in weights)
 
 
 @pytest.mark.slow

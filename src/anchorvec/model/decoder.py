@@ -65,7 +65,7 @@ def _check_states(model: PreTrainedModel, name: str) -> None:
     ids = (torch.arange(4, device=model.device) * 7919 % len(table.get_parameter("weight")))[None]
     tokens = table(ids).detach()
     embedded = (tokens + 0.01).requires_grad_()  # no token's, as a text's embedding is none
-    states = final_states(model, inputs_embeds=embedded)
+    states = final_states(model, inputs_embeds=embedded.clone())  # some scale them in place
     if states.shape != embedded.shape:
         raise AnchorvecError(
             f"{name}: its states have {states.shape[-1]} numbers, token embeddings {embedded.shape[-1]}, so that "
@@ -73,14 +73,16 @@ def _check_states(model: PreTrainedModel, name: str) -> None:
         )
     # Exactly zero behind a causal mask, whatever the weights; a tiny change of value would prove nothing.
     (gradient,) = torch.autograd.grad(states[0, 0].float().sin().sum(), embedded)
+    if not (states.isfinite().all() and gradient.isfinite().all()):
+        raise AnchorvecError(f"{name}: its states, or their gradients, are not finite; {_ADVICE}")
     if gradient[0, 1:].any():
         raise AnchorvecError(f"{name} reads in both directions; {_ADVICE}")
     with torch.no_grad():
-        if not _alike(final_states(model, input_ids=ids), final_states(model, inputs_embeds=tokens)):
+        if not _alike(final_states(model, input_ids=ids), final_states(model, inputs_embeds=tokens.clone())):
             raise AnchorvecError(f"{name} reads token ids beside their embeddings; {_ADVICE}")
         if model is decoder_of(model):  # without a head
             return
-        logits = model(inputs_embeds=embedded, use_cache=False, return_dict=True).logits
+        logits = model(inputs_embeds=embedded.clone(), use_cache=False, return_dict=True).logits
         if not _alike(output_head(model)(states[0]), logits[0]):
             raise AnchorvecError(f"{name}: its logits come from more than the final states of its decoder; {_ADVICE}")
 
