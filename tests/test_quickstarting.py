@@ -192,6 +192,22 @@ def test_the_whole_set_is_scored_at_the_end_if_its_time_is_there(tmp_path, monke
     assert ("whole: no time is left to score" in capsys.readouterr().err) == (at_the_end == {"part"})
 
 
+def test_a_whole_set_that_takes_too_long_is_left_out_before_training(tmp_path, monkeypatch, capsys):
+    """Where it would take more than a quarter of the time; what is left is for training."""
+    assert Budget(10.0).affords(150.0)
+    assert not Budget(10.0).affords(151.0)
+    assert Budget().affords(1e9)
+    documents = {"d": {"title": "", "text": "a"}, "e": {"title": "", "text": "b"}}
+    part, whole = (BeirData(documents, {"q": "a"}, {"q": {"d": 1}}, name) for name in ("part", "whole"))
+    recipe = load_recipe("debug", ["evaluation.data=[part]", f"output={tmp_path / 'run'}", *QUICK])
+    run, inputs = Run.create(tmp_path / "run"), load_training_data(recipe)
+    monkeypatch.setattr("anchorvec.training.budget._LEAST_SECONDS", -1e9)
+    over = Budget(10.0, began=time.monotonic() - 600)  # each stage makes one step
+    found = run_stages(recipe, run, inputs, [part], budget=over, whole=WholeSet(whole, times=1e9)).scores
+    assert set(found["stage_two"]) == {"part"}
+    assert "whole: scoring on the whole of it would take" in capsys.readouterr().err
+
+
 def test_the_part_of_the_score_set_is_a_part():
     """Its queries and documents are those of the whole, and the same ones at every call."""
     documents = {f"d{i}": {"title": "", "text": f"text {i}"} for i in range(60)}

@@ -17,6 +17,9 @@ EXPORT_SECONDS = 30.0
 _AGAIN_SECONDS = 20.0
 """Between two looks at how fast the machine is."""
 
+_SMALL_PART = 0.25
+"""Of a time, for what a run can do without."""
+
 _NOISE = 1.2
 """A slowdown of less is taken for noise."""
 
@@ -82,6 +85,10 @@ class Budget:
         start = time.monotonic()
         share = self.stage_one_share if stages > 1 else 1.0
         return _Moving(lambda: start + share * (self._end(stages, scoring, last) - start))
+
+    def affords(self, seconds: float) -> bool:
+        """Whether so many `seconds` are a small enough part of its time, for what a run can do without."""
+        return self.minutes is None or seconds <= _SMALL_PART * 60 * self.minutes
 
     def left(self) -> float:
         """Seconds until its end, with the export still to come."""
