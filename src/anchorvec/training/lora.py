@@ -16,6 +16,8 @@ from anchorvec.errors import AnchorvecError
 def lora_config(body: nn.Module, *, r: int, alpha: float, dropout: float) -> LoraConfig:
     """Adapters of rank `r` on the linear layers of `body`; warns of weights that are multiplied by elsewhere.
 
+    They are scaled by `alpha` / `r`; `dropout` is the share of their inputs that is left out.
+
     Those are stacked experts, for one, whose adapters peft has no dropout for, and with them the linear layers whose
     names it takes for an expert's. Raises AnchorvecError where no layer is left.
     """
