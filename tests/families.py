@@ -34,7 +34,7 @@ from anchorvec.model.base import byte_tokenizer
 from anchorvec.model.embedder import load_causal_lm
 from anchorvec.objectives.reconstruction import TextReconstruction
 
-VOCABULARY, HIDDEN, HEADS, HEAD, LAYERS, EXPERTS, POSITIONS = 257, 64, 4, 16, 2, 4, 256
+VOCABULARY, HIDDEN, HEADS, HEAD, LAYERS, EXPERTS, POSITIONS = 260, 64, 4, 16, 2, 4, 256
 
 SIZES: list[tuple[str, int]] = [
     (r"(vocab_size_per_layer_input|(decoder_|unpadded_)?vocab_size)", VOCABULARY),
@@ -120,7 +120,10 @@ BY_HAND: dict[str, dict[str, Any]] = {
 
 
 def tiny_config(config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
-    """The default config of a family with small sizes, for the byte tokenizer's ids."""
+    """The default config of a family with small sizes, for the byte tokenizer's ids.
+
+    Three more, since the tokenizer class of some families adds tokens.
+    """
     settings = _shrunk(config_class().to_dict())
     for key, value in BY_HAND.get(config_class.model_type, {}).items():
         *sections, last = key.split(".")
@@ -135,7 +138,7 @@ def tiny_model(config_class: type[PreTrainedConfig], folder: Path) -> PreTrained
     None for one that reads more than text, which is refused by its config; that is saved without weights.
     """
     byte_tokenizer().save_pretrained(folder)
-    if {"text_config", "vision_config", "text_encoder"} & set(config_class.sub_configs):
+    if {"text_config", "text_encoder"} & set(config_class.sub_configs):
         config_class(**DEFAULTS.get(config_class.model_type, {})).save_pretrained(folder)
         return None
     config = tiny_config(config_class)

@@ -54,7 +54,6 @@ def test_nothing_is_asked_of_the_device_within_a_step_of_stage_one(gpu_path):
     model.set_attn_implementation(attention.PACKED_ATTENTION)
     objective = TextReconstruction(model)
     objective.packed = True
-    objective.prepare()
     counts = {"document_targets": 50, "query_targets": 20}
     with HostReads(model.model.layers[0]) as reads:
         for part in (make_pairs(8)[:4], make_pairs(8)[4:]):

@@ -13,9 +13,8 @@ may be cut into micro-batches in any way without changing its gradient.
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -85,9 +84,6 @@ class Reconstruction(nn.Module):
         """
         raise NotImplementedError
 
-    def prepare(self) -> None:
-        """Do what is done once, before the first step."""
-
     def compile_layers(self) -> None:
         """Have the decoder layers compiled when they are first used."""
         compile_decoder_layers(self.model)
@@ -153,6 +149,7 @@ class TextReconstruction(Reconstruction):
 
     def __init__(self, model: PreTrainedModel, *, alpha: float = 0.2, packed: bool = False) -> None:
         super().__init__(model, alpha=alpha, packed=packed)
+        self._head = output_head(model)  # runs the model once, which is to be before its layers are compiled
         self._token_losses = token_losses
 
     def targets(self, pairs: Sequence[TokenPair]) -> tuple[int, int]:
@@ -177,18 +174,10 @@ class TextReconstruction(Reconstruction):
         vocabulary = int(self.model.config.get_text_config().vocab_size)
         return 4 * 4 * min(head_chunk_bytes(self.model.device) // 4, vocabulary * tokens * pairs_per_step)
 
-    def prepare(self) -> None:
-        """Find the LM head, for which the model reads one token."""
-        _ = self._head
-
     def compile_layers(self) -> None:
         """Have the decoder layers, and the cross-entropy over the vocabulary, compiled when they are first used."""
         if compile_decoder_layers(self.model):
             self._token_losses = compiled(token_losses)
-
-    @cached_property
-    def _head(self) -> Callable[[Tensor], Tensor]:
-        return output_head(self.model)
 
     def decode(self, embeddings: Tensor, targets: Sequence[Sequence[int]]) -> Tensor:
         """-log P(targets | embedding) of each text, summed over its tokens: (texts,).

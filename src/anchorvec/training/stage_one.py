@@ -76,7 +76,6 @@ def stage_one_objective(stage: Stage, tokenize: PairTokenizer) -> tuple[Reconstr
     nn.Module.to(model, default_device())  # PreTrainedModel.to is not typed
     padded_because = why_padded(recipe.model.attention, recipe.model.precision)
     objective = OBJECTIVES[settings.target](stage, model, tokenize, not padded_because)
-    objective.prepare()
     part = [model.config.get_text_config().vocab_size - 1] * stage.part_tokens
     engine = choose_engine(
         model,
