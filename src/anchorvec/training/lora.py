@@ -18,7 +18,7 @@ def lora_config(body: nn.Module, *, r: int, alpha: float, dropout: float) -> Lor
 
     They are scaled by `alpha` / `r`; `dropout` is the share of their inputs that is left out.
 
-    Those are stacked experts, for one, whose adapters peft has no dropout for, and with them the linear layers whose
+    Stacked experts are such weights, whose adapters peft has no dropout for, and with them the linear layers whose
     names it takes for an expert's. Raises AnchorvecError where no layer is left.
     """
     linear = {name for name, module in body.named_modules() if isinstance(module, nn.Linear | Conv1D)}
