@@ -59,7 +59,7 @@ def load_base(
             raise AnchorvecError(
                 f"model.base: {base} is an encoder-decoder ({config.model_type}); name a decoder-only causal LM"
             )
-        if config.get_text_config() is not config:
+        if config.get_text_config() is not config or {"vision_config", "audio_config"} & config.sub_configs.keys():
             raise AnchorvecError(
                 f"model.base: {base} ({config.model_type}) reads more than text; name a text-only causal LM"
             )
