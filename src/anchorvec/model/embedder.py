@@ -80,7 +80,7 @@ def _drop_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, 
         config.pad_token_id = None
     except StrictDataclassError as error:  # the family must have one
         config.pad_token_id = before
-        if before in itertools.chain(*template_ids(tokenizer)):
+        if before in [*itertools.chain(*template_ids(tokenizer))]:
             raise AnchorvecError(
                 f"model.base: the pad token of {base} (id {before}) stands in every text, and its embedding is never "
                 "trained; set pad_token_id in its config.json to another id"
