@@ -250,7 +250,7 @@ def trial(config_class: type[PreTrainedConfig], folder: Path, *, steps: int = 20
     ]  # fmt: skip
     recipe = anchorvec.load_recipe("debug", values)
     try:
-        anchorvec.plan(recipe, step=False)  # the steps are made below
+        anchorvec.plan(recipe)
     except anchorvec.AnchorvecError as error:
         return Trial(name, REFUSED, str(error).replace(str(folder / "base"), "BASE"))
     except Exception as error:
