@@ -112,6 +112,7 @@ BY_HAND: dict[str, dict[str, Any]] = {
         "layers_block_type": SHARED_BLOCK,
         "num_key_value_heads": HEADS,
         "attention_head_dim": 2 * HEAD,
+        "hybrid_layer_ids": [2, 4],
         "n_mamba_heads": 8,
         "mamba_headdim": HEAD,
     },
@@ -243,12 +244,13 @@ def trial(config_class: type[PreTrainedConfig], folder: Path, *, steps: int = 20
         f"model.base={folder / 'base'}",
         f"output={folder / 'run'}",
         "model.precision=fp32",
+        "model.max_tokens=64",
         *(f"stage_{n}.{key}={value}" for n in ("one", "two") for key, value in
           {"steps": steps, "pairs_per_step": 8}.items()),
     ]  # fmt: skip
     recipe = anchorvec.load_recipe("debug", values)
     try:
-        anchorvec.plan(recipe, step=False)  # the steps are made below
+        anchorvec.plan(recipe)
     except anchorvec.AnchorvecError as error:
         return Trial(name, REFUSED, str(error).replace(str(folder / "base"), "BASE"))
     except Exception as error:

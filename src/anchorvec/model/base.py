@@ -74,7 +74,7 @@ def _checkpoint(base: str, **where: Any) -> tuple[PreTrainedModel, PreTrainedTok
     config = AutoConfig.from_pretrained(base, **where)
     if config.is_encoder_decoder:
         raise AnchorvecError(f"{base} is an encoder-decoder ({config.model_type}); name a decoder-only causal LM")
-    if config.get_text_config() is not config:
+    if config.get_text_config() is not config or {"vision_config", "audio_config"} & config.sub_configs.keys():
         raise AnchorvecError(f"{base} ({config.model_type}) reads more than text; name a text-only causal LM")
     tokenizer = AutoTokenizer.from_pretrained(base, **where)
     asked = read_json(base, "tokenizer_config.json", where["revision"]) or {}

@@ -49,7 +49,7 @@ def check_decoder(model: PreTrainedModel, base: str | Path) -> None:
             raise AnchorvecError(f"{name} reads token ids alone, no embeddings in the place of tokens; {_ADVICE}")
     training = model.training
     try:
-        _check_states(model.eval(), name)
+        _check_states(model, name)
     except (AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, AnchorvecError | torch.OutOfMemoryError):
             raise
@@ -65,7 +65,10 @@ def _check_states(model: PreTrainedModel, name: str) -> None:
     ids = (torch.arange(4, device=model.device) * 7919 % len(table.get_parameter("weight")))[None]
     tokens = table(ids).detach()
     embedded = (tokens + 0.01).requires_grad_()  # no token's, as a text's embedding is none
-    states = final_states(model, inputs_embeds=embedded.clone())  # some scale them in place
+    model.train()  # as the stages do; some go another way then
+    with torch.random.fork_rng(devices=[]):
+        states = final_states(model, inputs_embeds=embedded.clone())  # some scale them in place
+    model.eval()
     if states.shape != embedded.shape:
         raise AnchorvecError(
             f"{name}: its states have {states.shape[-1]} numbers, token embeddings {embedded.shape[-1]}, so that "
@@ -83,6 +86,7 @@ def _check_states(model: PreTrainedModel, name: str) -> None:
         if model is decoder_of(model):  # without a head
             return
         logits = model(inputs_embeds=embedded.clone(), use_cache=False, return_dict=True).logits
+        states = final_states(model, inputs_embeds=embedded.clone())
         if not _alike(output_head(model)(states[0]), logits[0]):
             raise AnchorvecError(f"{name}: its logits come from more than the final states of its decoder; {_ADVICE}")
 

@@ -75,12 +75,12 @@ def build_embedder(
 def _drop_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, base: str | Path) -> None:
     """Take the pad token from the config: a model never trains its embedding, and often it is the end token (T2)."""
     config = model.config.get_text_config()
-    before = config.pad_token_id
+    before = getattr(config, "pad_token_id", None)  # some configs have none
     try:
         config.pad_token_id = None
     except StrictDataclassError as error:  # the family must have one
         config.pad_token_id = before
-        if before in itertools.chain(*template_ids(tokenizer)):
+        if before in [*itertools.chain(*template_ids(tokenizer))]:
             raise AnchorvecError(
                 f"model.base: the pad token of {base} (id {before}) stands in every text, and its embedding is never "
                 "trained; set pad_token_id in its config.json to another id"
