@@ -144,7 +144,7 @@ def test_judgements_of_what_is_not_there_are_left_out(tmp_path: Path, rows: list
         data = load_beir(folder)
     kept = {query: QUERIES[query] for query in ("q1", "q3")}
     assert data == BeirData(CORPUS, kept, {"q1": {"d1": 2}, "q3": {"d3": 1}}, name="animals")
-    assert len(said) == 1
+    assert len([warning for warning in said if "animals" in str(warning.message)]) == 1
 
 
 def test_a_judgement_of_a_document_that_is_the_query_itself_is_left_out(tmp_path: Path) -> None:
