@@ -182,7 +182,7 @@ def work(worker: int, workers: int, names: list[str]) -> None:
     del accelerate, datasets, peft, pytest, sentence_transformers
     _ = transformers.Trainer, transformers.AutoModelForCausalLM, transformers.PreTrainedTokenizerFast
     torch.set_num_threads(1)
-    changes = {f"unchanged {n}": change for n, change in enumerate(unchanged())} if UNCHANGED in names else {}
+    changes = {f"unchanged-{n}": change for n, change in enumerate(unchanged())} if UNCHANGED in names else {}
     changes |= {name: CHANGES[int(name)] for name in names if name != UNCHANGED}
     with tempfile.TemporaryDirectory() as scratch:
         for name in list(changes)[worker::workers]:

@@ -32,7 +32,7 @@ class Measured:
     """The `seconds` that something took, and the `pace` of the machine then, as `device.pace` measures it."""
 
     seconds: float
-    pace: float = field(default_factory=pace)
+    pace: float = field(default_factory=lambda: pace())
 
     def slowdown(self) -> float:
         """How many times as long it would take now; 1 where that is about the same, or less."""
