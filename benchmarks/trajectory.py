@@ -88,7 +88,7 @@ def row_ids(rows: int) -> list[int]:
 
 def overrides(case: str, base: str, folder: Path, names: Mapping[str, str]) -> list[str]:
     """The overrides of a case, after `names`."""
-    listed = [f"model.base={base}", "model.precision=fp32", "seed=5", *STAGES, *CASES[case]]
+    listed = [f"model.base={base}", "model.max_tokens=64", "model.precision=fp32", "seed=5", *STAGES, *CASES[case]]
     listed += [f"data.train={data_of(case, folder)}", f"output={folder / 'run'}"]
     for old, new in names.items():
         listed = [new + o.removeprefix(old) if o == old or o.startswith(f"{old}=") else o for o in listed]
