@@ -109,6 +109,54 @@ def test_a_trained_model_passes_the_check(tmp_path, target):
         assert use_packed_attention(load_causal_lm(tmp_path / "run" / "stage_one").to(dtype))
 
 
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("lengths", [[5, 17, 16, 40, 1], [33] * 3, [150, 20, 131, 3]])
+def test_short_texts_are_attended_to_together_as_alone(lengths, window):
+    """In fp64, value and gradient; heads are shared, values are wider than keys; longer texts go one by one."""
+    torch.manual_seed(0)
+    heads = [(6, 8), (2, 8), (2, 12)]  # of query, key, value
+    parts = [torch.randn(1, n, sum(lengths), dim, dtype=torch.double, requires_grad=True) for n, dim in heads]
+    towards = torch.randn(1, sum(lengths), 6, 12, dtype=torch.double)
+
+    def together():
+        starts = torch.tensor([0, *lengths]).cumsum(0).int()
+        out, _ = attention.packed_attention(
+            torch.nn.Identity(), *parts, None, cu_seq_lens_q=starts, max_length_q=max(lengths), sliding_window=window
+        )
+        return out, *torch.autograd.grad(out, parts, towards)
+
+    def alone():
+        outs, begin = [], 0
+        for length in lengths:
+            q, k, v = (part[:, :, begin : begin + length] for part in parts)
+            seen = torch.ones(length, length, dtype=torch.bool).tril()
+            seen = seen if window is None else seen.triu(1 - window)
+            k, v = k.repeat_interleave(3, dim=1), v.repeat_interleave(3, dim=1)
+            products = (q @ k.transpose(2, 3) / 8**0.5).masked_fill(~seen, -torch.inf)
+            outs.append((products.softmax(-1) @ v).transpose(1, 2))
+            begin += length
+        out = torch.cat(outs, dim=1)
+        return out, *torch.autograd.grad(out, parts, towards)
+
+    for one, other in zip(together(), alone(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+def test_texts_that_were_encoded_can_be_trained_on():
+    """What is known of texts of some lengths is kept from one use to the next."""
+    parts = [torch.randn(1, 2, 9, 4) for _ in range(3)]
+    starts = torch.tensor([0, 4, 9]).int()
+    with torch.inference_mode():
+        encoded, _ = attention.packed_attention(torch.nn.Identity(), *parts, None, cu_seq_lens_q=starts, max_length_q=5)
+    query = parts[0].clone().requires_grad_()
+    trained, _ = attention.packed_attention(
+        torch.nn.Identity(), query, *parts[1:], None, cu_seq_lens_q=starts, max_length_q=5
+    )
+    trained.sum().backward()
+    assert query.grad is not None
+    torch.testing.assert_close(trained, encoded)
+
+
 def test_a_window_shorter_than_a_text_is_kept():
     """A sliding window is applied within each packed text."""
     model = make_model("mistral")

@@ -50,6 +50,7 @@ TESTS = {
     "model/readout": ["reconstruction", "embedder"],
     "model/portable": ["runtimes", "embedder"],
     "model/attention": ["packing"],
+    "model/grouped_attention": ["packing"],
     "model/packing": ["packing", "encoding"],
     "model/folders": ["folders"],
     "model/": ["embedder", "loading", "export"],

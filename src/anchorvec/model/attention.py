@@ -15,6 +15,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 from transformers.utils.import_utils import is_flash_attn_2_available
 
+from anchorvec.model.grouped_attention import GROUPED_TOKENS, attend_in_groups
+
 PACKED_ATTENTION = "anchorvec_packed"
 
 
@@ -59,9 +61,9 @@ def packed_attention(
     The arguments are those of transformers' attention functions: `module` is the layer, `key` and `value` are like
     `query`, with as many heads or fewer, `scaling`, `dropout`, `sliding_window` (tokens) and `softcap` those of the
     layer; `max_length_q` are the tokens of the longest text. `cu_seq_lens_q`: where each text starts, and the number of
-    tokens, (texts + 1,). In half precision on a GPU it is one kernel, PyTorch's own for texts of different lengths; in
-    fp32, with dropout, or on a CPU it runs text by text. Without `cu_seq_lens_q` every row is a text, `attention_mask`
-    says what it may see.
+    tokens, (texts + 1,). In half precision on a GPU it is one kernel, PyTorch's own for texts of different lengths. On
+    a CPU short texts of like length are computed together, but for a soft cap or dropout. Everything else runs text by
+    text. Without `cu_seq_lens_q` every row is a text, `attention_mask` says what it may see.
 
     Raises NotImplementedError for a soft cap on a GPU, and for a layer that keeps its window to itself.
     """
@@ -73,17 +75,32 @@ def packed_attention(
         if softcap is not None:
             raise NotImplementedError("no kernel for packed texts with a soft cap")
         return _kernel(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window, dtype), None
-    repeats = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
     if cu_seq_lens_q is None:
+        key, value = _for_each_head(query, key, value)
         out = _attend(query, key, value, scaling, dropout, sliding_window, softcap, attention_mask)
         return out.transpose(1, 2), None
     lengths = cu_seq_lens_q.diff().tolist()
-    outs = [
-        _attend(q, k, v, scaling, dropout, sliding_window, softcap)
-        for q, k, v in zip(*(torch.split(part, lengths, dim=2) for part in (query, key, value)), strict=True)
-    ]
-    return torch.cat(outs, dim=2).transpose(1, 2), None
+    together = query.device.type == "cpu" and not dropout and softcap is None
+    short = [i for i, length in enumerate(lengths) if together and length <= GROUPED_TOKENS]
+    if len(short) == len(lengths):
+        return attend_in_groups(query, key, value, lengths, scaling, sliding_window), None
+    texts = list(zip(*(torch.split(part, lengths, dim=2) for part in (query, key, value)), strict=True))
+    outs = {}
+    if short:
+        q, k, v = (torch.cat(parts, dim=2) for parts in zip(*(texts[i] for i in short), strict=True))
+        out = attend_in_groups(q, k, v, [lengths[i] for i in short], scaling, sliding_window)
+        outs = dict(zip(short, torch.split(out, [lengths[i] for i in short], dim=1), strict=True))
+    for i in set(range(len(lengths))) - set(short):
+        q, k, v = texts[i]
+        k, v = _for_each_head(q, k, v)
+        outs[i] = _attend(q, k, v, scaling, dropout, sliding_window, softcap).transpose(1, 2)
+    return torch.cat([outs[i] for i in range(len(lengths))], dim=1), None
+
+
+def _for_each_head(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """`key` and `value` (texts, heads, length, dim) with as many heads as `query`."""
+    repeats = query.shape[1] // key.shape[1]
+    return key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
 
 
 def _kernel(
