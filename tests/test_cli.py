@@ -1,6 +1,7 @@
 """The commands as a user types them."""
 
 import json
+import os
 import subprocess
 import sys
 from importlib.metadata import version
@@ -121,3 +122,13 @@ def test_the_command_line_starts_without_torch():
         "import sys; from anchorvec.cli import app; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_threads_that_wait_give_the_processor_to_others(monkeypatch):
+    """Set before torch is loaded, which reads it once; a user's own value stays."""
+    for given, expected in ((None, "10000"), ("7", "7")):
+        monkeypatch.setattr(os, "environ", {"GOMP_SPINCOUNT": given} if given else {})
+        monkeypatch.setattr(sys, "argv", ["anchorvec", "--version"])
+        with pytest.raises(SystemExit):
+            main()
+        assert os.environ["GOMP_SPINCOUNT"] == expected

@@ -52,6 +52,9 @@ ModelFolder = Annotated[str, typer.Argument(metavar="MODEL", help="A folder with
 def main() -> None:
     """Run the command line; bad input ends with one line on stderr and exit code 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Before torch is loaded: its threads wait 50 µs for each other, then sleep. By default they turn for milliseconds,
+    # which beside other programs made everything 2.6 times as slow (docs/experiments/speed-on-cpu.md).
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     replace_unshown()
     try:
         app()
