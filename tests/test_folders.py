@@ -16,7 +16,7 @@ from anchorvec.errors import AnchorvecError
 from anchorvec.model.base import load_base
 from anchorvec.model.embedder import build_embedder, can_write
 from anchorvec.model.end import stored_end
-from anchorvec.model.folders import identify
+from anchorvec.model.folders import identify, positions_of
 from anchorvec.model.loading import load_model
 from anchorvec.start import with_settings_of_base
 from support import QUICK, make_model, make_tokenizer, recipe, write_rows
@@ -193,6 +193,22 @@ def test_the_default_limit_is_within_the_positions_of_the_base(save_base, capsys
     assert with_settings_of_base(recipe({"model.base": base, "model.max_tokens": 60})).model.max_tokens == 60
     with pytest.raises(AnchorvecError, match=r"data.max_tokens: 101 is more than the 100 tokens"):
         with_settings_of_base(recipe({"model.base": base, "data.max_tokens": 101}))
+
+
+@pytest.mark.parametrize(
+    ("config", "positions"),
+    [
+        ({"max_position_embeddings": 100}, 100),
+        ({"n_positions": 100}, 100),  # GPT-2, GPT-J
+        ({"max_seq_len": 100}, 100),  # MPT
+        ({"text_config": {"max_position_embeddings": 100}, "max_position_embeddings": 7}, 100),  # with images
+        ({"text_config": {}, "n_positions": 100}, 100),
+        ({"max_position_embeddings": None}, None),
+        ({}, None),
+    ],
+)
+def test_positions_by_the_names_that_families_have_for_them(config, positions):
+    assert positions_of(config) == positions
 
 
 @pytest.mark.parametrize("end", [None, ("This text: ", " means:"), ("", " in a word:")])

@@ -24,7 +24,7 @@ from transformers import (
 
 from anchorvec.errors import AnchorvecError
 from anchorvec.model.end import template_ids
-from anchorvec.model.folders import faulty_weights, identify, instead, origin, read_json
+from anchorvec.model.folders import faulty_weights, identify, instead, origin, positions_of, read_json
 from anchorvec.model.loading import load_model
 
 SMOLLM2_ON_THE_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -147,7 +147,7 @@ def check_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base: 
             f"model.base: the tokenizer of {base} has ids up to {largest}, and its model {rows} embeddings; take the "
             "tokenizer that it was trained with, or give it as many (resize_token_embeddings of transformers)"
         )
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = positions_of(model.config.to_dict())
     if positions and tokenizer.model_max_length > positions:
         raise AnchorvecError(
             f"model.max_tokens: {tokenizer.model_max_length} is more than the {positions} positions of {base}"

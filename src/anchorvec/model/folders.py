@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +20,8 @@ Kind = Literal["causal LM", "embedder", "LoRA stage", "adapter", "run", "data se
 
 _MODEL, _ADAPTER, _MODULES = "config.json", "adapter_config.json", "modules.json"
 _DATA_SET = ("dataset_dict.json", "dataset_info.json", "state.json", "corpus.jsonl", "corpus.jsonl.gz")
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
+"""What families call the number of their positions; those without any, or with as many as one likes, name none."""
 START = "start.json"
 """In the folder of an adapter: the folder and the weights that it was trained over."""
 
@@ -92,7 +94,7 @@ def _of_files(model: str, read: Callable[[str], Any]) -> ModelFolder:
     """What `model` is by its JSON files; `read` gives None for one that is not there."""
     modules, adapter, config = read(_MODULES), read(_ADAPTER), read(_MODEL) or {}
     architectures = tuple(config.get("architectures") or ())
-    positions = config.get("max_position_embeddings", config.get("n_positions"))
+    positions = positions_of(config)
     kind: Kind
     if modules is not None:
         kind = "embedder" if adapter is None else "LoRA stage"
@@ -114,6 +116,14 @@ def _of_files(model: str, read: Callable[[str], Any]) -> ModelFolder:
     is_causal = ModelFolder("", "causal LM", architectures).has_head
     kind = "causal LM" if is_causal or not architectures else "other model"
     return ModelFolder(model, kind, architectures, positions=positions)
+
+
+def positions_of(config: Mapping[str, Any]) -> int | None:
+    """How many positions a model of this `config.json` has, that of its text part first; None: it names no number."""
+    text = config.get("text_config")
+    parts = [text, config] if isinstance(text, dict) else [config]
+    named = (part.get(key) for part in parts for key in _POSITIONS)
+    return next((positions for positions in named if isinstance(positions, int)), None)
 
 
 def is_local(model: str | Path) -> bool:
