@@ -81,6 +81,7 @@ def _check_states(model: PreTrainedModel, name: str) -> None:
     if gradient[0, 1:].any():
         raise AnchorvecError(f"{name} reads in both directions; {_ADVICE}")
     with torch.no_grad():
+        _check_pieces(model, name, tokens)
         if not _alike(final_states(model, input_ids=ids), final_states(model, inputs_embeds=tokens.clone())):
             raise AnchorvecError(f"{name} reads token ids beside their embeddings; {_ADVICE}")
         if model is decoder_of(model):  # without a head
@@ -89,6 +90,23 @@ def _check_states(model: PreTrainedModel, name: str) -> None:
         states = final_states(model, inputs_embeds=embedded.clone())
         if not _alike(output_head(model)(states[0]), logits[0]):
             raise AnchorvecError(f"{name}: its logits come from more than the final states of its decoder; {_ADVICE}")
+
+
+def _check_pieces(model: PreTrainedModel, name: str, tokens: Tensor) -> None:
+    """Raise AnchorvecError if `model` reads texts in pieces, and none of a piece and one token more (xLSTM in 5.23)."""
+    size = getattr(model.config, "chunk_size", None)
+    if not isinstance(size, int):
+        return
+    text = tokens[:, :1].expand(-1, size + 1, -1)  # (1, tokens, dim)
+    try:
+        final_states(model, inputs_embeds=text.clone())
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise AnchorvecError(
+            f"{name} reads texts in pieces of {size} tokens, and cannot read one of {size + 1} ({reason}); {_ADVICE}"
+        ) from error
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:
