@@ -13,6 +13,7 @@ from anchorvec.recipe import (
     StageOne,
     StageTwo,
     TrainData,
+    load_arm,
     load_recipe,
 )
 
@@ -371,3 +372,31 @@ def test_a_bad_parent_is_refused(parent: str, message: str) -> None:
     """Circles, missing parents, and several parents."""
     Path("other.yaml").write_text("extends: my.yaml")
     assert mistake(f"extends: {parent}").startswith(message)
+
+
+# -- arms
+
+
+def test_an_arm_is_laid_over_the_recipe() -> None:
+    """What it extends first of all is left out; the command line is over both."""
+    Path("root.yaml").write_text(DATA + "seed: 9\nstage_one: {alpha: 0.9}")
+    Path("middle.yaml").write_text("extends: root.yaml\nstage_one: null\nstage_two: {temperature: 0.1}")
+    Path("arm.yaml").write_text("extends: middle.yaml\nstage_two: {temperature: 0.2}")
+    recipe = load(DATA + "seed: 5\nstage_one: {alpha: 0.4}\nstage_two: {steps: 500}")
+    own = load_arm("my.yaml", "arm.yaml", ["stage_two.log_every=3"])
+    assert own.stage_one is None
+    assert own.stage_two == StageTwo(steps=500, temperature=0.2, log_every=3)
+    assert own.seed == 5
+    assert load_arm("my.yaml", "my.yaml") == recipe
+    assert load_arm("my.yaml", "stage_one.alpha=0.3").stage_one == StageOne(alpha=0.3)
+    Path("alone.yaml").write_text("stage_one: {log_every: 7}")
+    assert load_arm("my.yaml", "alone.yaml").stage_one == StageOne(alpha=0.4, log_every=7)
+
+
+@pytest.mark.parametrize("key", ["data", "evaluation", "seed", "output"])
+def test_an_arm_changes_nothing_that_arms_share(key: str) -> None:
+    load(DATA)
+    with pytest.raises(AnchorvecError, match=rf"^arm {key}=1: {key}: all arms of a comparison share it"):
+        load_arm("my.yaml", f"{key}=1")
+    with pytest.raises(AnchorvecError, match=r"did you mean stage_one\.alpha"):
+        load_arm("my.yaml", "stage_one.alpa=1")

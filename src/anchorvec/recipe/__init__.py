@@ -3,7 +3,7 @@
 A recipe is YAML. It may extend another one; the command line overrides both.
 """
 
-from anchorvec.recipe.reading import dump_recipe, load_recipe, recipe_names, save_recipe, stored_recipe
+from anchorvec.recipe.reading import dump_recipe, load_arm, load_recipe, recipe_names, save_recipe, stored_recipe
 from anchorvec.recipe.settings import (
     DataSettings,
     EndPrompt,
@@ -27,6 +27,7 @@ __all__ = [
     "StageTwo",
     "TrainData",
     "dump_recipe",
+    "load_arm",
     "load_recipe",
     "recipe_names",
     "save_recipe",

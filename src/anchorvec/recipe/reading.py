@@ -26,6 +26,8 @@ RENAMED = {
 
 SHIPPED = Path(__file__).parent / "shipped"
 _COMMAND_LINE = "command line"
+_SHARED = {"data", "evaluation", "seed", "output"}
+"""What the arms of a comparison have in common."""
 _Layer = tuple[str, dict[Any, Any]]  # what to call the source in a message, and what it sets
 
 
@@ -39,14 +41,47 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     Raises AnchorvecError, one line that names the file, the key, and what to write instead.
     """
     files = _read_with_parents(name_or_path)
-    layers = files + [(_COMMAND_LINE, _parse_override(override)) for override in overrides]
+    return _resolved(files + [(_COMMAND_LINE, _parse_override(override)) for override in overrides], files[-1][0])
+
+
+def load_arm(name_or_path: str | Path, arm: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe `name_or_path` with what an `arm` of a comparison changes laid over it, and the `overrides` over both.
+
+    An arm is a recipe, a file or a shipped one such as `arms/echo`, of which the recipe that it extends first of all is
+    left out, as `name_or_path` stands in its place; the recipe itself, which changes nothing; or `key=value`.
+
+    Raises AnchorvecError as `load_recipe` does, and for an arm that changes data, evaluation, seed or output, which all
+    arms share.
+    """
+    files = _read_with_parents(name_or_path)
+    own = _layers_of_arm(arm, files)
+    for source, layer in own:
+        if shared := _SHARED.intersection(layer):
+            raise AnchorvecError(
+                f"{source}: {sorted(shared)[0]}: all arms of a comparison share it; change the recipe instead"
+            )
+    layers = files + own + [(_COMMAND_LINE, _parse_override(override)) for override in overrides]
+    return _resolved(layers, files[-1][0])
+
+
+def _layers_of_arm(arm: str | Path, files: list[_Layer]) -> list[_Layer]:
+    if "=" in str(arm) and not Path(arm).is_file():
+        return [(f"arm {arm}", _parse_override(str(arm)))]
+    own = _read_with_parents(arm)
+    if own[-1] == files[-1]:
+        return []
+    return own[1:] if len(own) > 1 else own
+
+
+def _resolved(layers: list[_Layer], recipe: str) -> Recipe:
+    """The recipe of all `layers`, each laid over those before; `recipe` is what to call it in a message."""
     values: Any = {}
     for source, layer in layers:
         values = _overlay(values, layer, source)
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise AnchorvecError(_explain_first(error, layers, recipe=files[-1][0])) from None
+        raise AnchorvecError(_explain_first(error, layers, recipe=recipe)) from None
 
 
 def recipe_names() -> list[str]:
