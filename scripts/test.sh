@@ -5,4 +5,4 @@ cd "$(dirname "$0")/.."
 
 python3 -m venv .venv-dev
 .venv-dev/bin/pip install -q -c constraints.txt -e '.[dev]'
-.venv-dev/bin/python -m pytest "$@"
+.venv-dev/bin/python -m pytest -n auto --dist worksteal "$@"

@@ -25,7 +25,9 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     site = tmp_path / "site-packages"
     (tmp_path / "stdlib").mkdir()
     site.mkdir()
-    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path / "stdlib")})
+    paths = sysconfig.get_paths  # others, such as coverage, ask for those of a scheme
+    own = {"stdlib": str(tmp_path / "stdlib")}
+    monkeypatch.setattr(sysconfig, "get_paths", lambda *scheme: paths(*scheme) if scheme else own)
     monkeypatch.setattr(sys, "path", [str(site)])
     return site
 
