@@ -168,7 +168,7 @@ def evaluate(
     json_file: JsonFile = None,
 ) -> None:
     """Score a model on local test sets (retrieval, re-ranking, STS, classification, clustering) and MTEB tasks."""
-    from anchorvec.evaluation import bm25_scores, check_test_data, tables_by_kind
+    from anchorvec.evaluation import averages_tables, bm25_scores, check_test_data, tables_by_kind
     from anchorvec.evaluation import evaluate as run
 
     _quiet()
@@ -187,7 +187,7 @@ def evaluate(
     )
     if bm25:
         scores |= {f"{folder.name} (BM25)": bm25_scores(folder) for folder in folders}
-    console.print(tables_by_kind(scores, title=model), *scores.averages_tables())
+    console.print(tables_by_kind(scores, title=model), *averages_tables(scores.averages))
     _write(json_file, {name: value.to_dict() for name, value in scores.items()})
 
 

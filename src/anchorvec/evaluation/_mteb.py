@@ -4,9 +4,9 @@ import hashlib
 import json
 import time
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import mteb
@@ -34,9 +34,8 @@ class Outcome:
     """One for each subset and split; none where no kind reads tasks of this type back, or the task averages others."""
     result: Any = None
     """mteb's own result of the task."""
-    device: str | None = None
-    dtype: str | None = None
-    seconds: float = 0.0
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """What else scores say of the run: `seconds`, and what was kept with it."""
 
 
 def run(model: Any, task: Any, *, batch_size: int = 32, show_progress_bar: bool = False) -> Outcome:
@@ -50,6 +49,7 @@ def run(model: Any, task: Any, *, batch_size: int = 32, show_progress_bar: bool 
     start = time.perf_counter()
     with _quiet_datasets(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The task .* is superseded")  # said where it is named
+        warnings.filterwarnings("ignore", message="lbfgs failed to converge")  # after the 100 steps that mteb gives it
         result = mteb.evaluate(
             model,
             task,
@@ -60,7 +60,7 @@ def run(model: Any, task: Any, *, batch_size: int = 32, show_progress_bar: bool 
         )
     [result] = result.task_results
     seconds = time.perf_counter() - start
-    return Outcome(task.metadata.type, float(result.get_score()), subsets, result, seconds=seconds)
+    return Outcome(task.metadata.type, float(result.get_score()), subsets, result, {"seconds": seconds})
 
 
 def local_task(kind: TaskKind, data: LocalData) -> Any:

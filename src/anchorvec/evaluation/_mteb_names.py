@@ -165,7 +165,7 @@ def averages(group: Any, results: Mapping[str, Any]) -> Averages:
     if not scored:
         return Averages(0, len(group.tasks), {})
     of_scored = [results[task.metadata.name] for task in scored]
-    model = ModelResult(model_name="this/model", model_revision=None, task_results=of_scored)
+    model = ModelResult(model_name="this/model", model_revision="0", task_results=of_scored)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         [means] = replace(group, tasks=scored).get_score(mteb.BenchmarkResults(model_results=[model])).values()

@@ -56,12 +56,9 @@ class Kept:
             items = self._items(path)
         except (OSError, ValueError) as error:
             raise AnchorvecError(f"{path}, or what is kept beside it, cannot be read; delete it ({error})") from error
-        return replace(
-            outcome_of(task, result, [SubsetScores(**part) for part in items.get("subsets", [])]),
-            device=items.get("device", "unknown"),
-            dtype=items.get("dtype", "unknown"),
-            seconds=items.get("seconds", result.evaluation_time or 0.0),
-        )
+        by_mteb = {"device": "unknown", "dtype": "unknown", "seconds": result.evaluation_time or 0.0}
+        outcome = outcome_of(task, result, [SubsetScores(**part) for part in items.get("subsets", [])])
+        return replace(outcome, about=by_mteb | items.get("about", {}))
 
     def outcomes(self, tasks: Mapping[str, Any]) -> dict[str, _mteb.Outcome]:
         """What is kept of each of `tasks`, by name, as far as there is a result."""
@@ -82,9 +79,7 @@ class Kept:
             new = {(part["split"], part["subset"]) for part in subsets}
             old = self._items(path).get("subsets", [])
             subsets = [part for part in old if (part["split"], part["subset"]) not in new] + subsets
-        if subsets:
-            of_run = {"device": outcome.device, "dtype": outcome.dtype, "seconds": outcome.seconds}
-            write_json(self._beside(path), of_run | {"subsets": subsets})
+        write_json(self._beside(path), {"about": dict(outcome.about), "subsets": subsets})
         try:
             self._save(path, result, model.mteb_model_meta.model_copy(update=self._named), encode_kwargs)
         except OSError as error:
@@ -131,21 +126,19 @@ def outcome_of(task: Any, result: Any, subsets: Iterable[SubsetScores] = ()) -> 
     return _mteb.Outcome(task.metadata.type, float(own.get_score()), found, own)
 
 
-def run(model: Any, task: Any, kept: Kept | None, *, device: str, dtype: str, **options: Any) -> _mteb.Outcome:
-    """The outcome of `model` on `task`, which is in `kept` afterwards.
+def run(model: Any, task: Any, kept: Kept | None, about: Mapping[str, Any], **options: Any) -> _mteb.Outcome:
+    """The outcome of `model` on `task`, which is in `kept` afterwards, with what is to be said `about` it.
 
-    A task made of others goes on where it was interrupted. `device` and `dtype` are the model's, `options` go on to
-    `_mteb.run`.
+    A task made of others goes on where it was interrupted. `options` go on to `_mteb.run`.
     """
     if kept is None:
         return _mteb.run(model, fresh(task), **options)
     if task.is_aggregate:
-        done = [
-            kept.outcome(part) or run(model, part, kept, device=device, dtype=dtype, **options) for part in parts(task)
-        ]
-        outcome = outcome_of(task, task.combine_task_results([part.result for part in done]))
-        outcome = replace(outcome, seconds=sum(part.seconds for part in done))
+        done = [kept.outcome(part) or run(model, part, kept, about, **options) for part in parts(task)]
+        seconds = {"seconds": sum(part.about["seconds"] for part in done)}
+        outcome = replace(outcome_of(task, task.combine_task_results([part.result for part in done])), about=seconds)
     else:
         outcome = _mteb.run(model, fresh(task), **options)
-    kept.save(task, replace(outcome, device=device, dtype=dtype), model, options)
+    outcome = replace(outcome, about={**about, **outcome.about})
+    kept.save(task, outcome, model, options)
     return outcome

@@ -1,4 +1,4 @@
-"""What `evaluate` gives back: the scores by task, and the averages of each benchmark that was asked for by name."""
+"""Averages over the tasks of a benchmark, as mteb computes them, and their table."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from rich import box
 from rich.markup import escape
 from rich.table import Table
-
-from anchorvec.evaluation.scores import Scores
 
 PAPER_15 = "paper-15"
 """The name of the 15 tasks of MTEB(eng, v1) that LLM2Vec, and the paper after it, try their choices on."""
@@ -25,19 +23,9 @@ class Averages:
     """`Mean(Task)` and `Mean(TaskType)`, and the mean of each type of task; or what else a benchmark of mteb has."""
 
 
-class Evaluation(dict[str, Scores]):
-    """The scores of a model, by test set and task."""
-
-    def __init__(
-        self, scores: Mapping[str, Scores] | None = None, averages: Mapping[str, Averages] | None = None
-    ) -> None:
-        """`scores` by test set and task, `averages` by benchmark."""
-        super().__init__(scores or {})
-        self.averages = dict(averages or {})
-
-    def averages_tables(self) -> list[Table]:
-        """A table for each benchmark that was asked for by name, with its averages."""
-        return [_table(name, found) for name, found in self.averages.items() if found.means]
+def averages_tables(averages: Mapping[str, Averages]) -> list[Table]:
+    """A table for each of `averages`, by the name of the benchmark or type; none for one without a scored task."""
+    return [_table(name, found) for name, found in averages.items() if found.means]
 
 
 def _table(name: str, found: Averages) -> Table:

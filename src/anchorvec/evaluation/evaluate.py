@@ -5,7 +5,7 @@ import os
 import random
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from anchorvec.errors import AnchorvecError
-from anchorvec.evaluation.averages import Evaluation
+from anchorvec.evaluation.averages import Averages
 from anchorvec.evaluation.retrieval import RETRIEVAL
 from anchorvec.evaluation.scores import Scores
 from anchorvec.evaluation.task_kind import LocalData
@@ -35,7 +35,7 @@ def evaluate(
     instruction: str | None = None,
     seed: int = 0,
     show_progress_bar: bool = False,
-) -> Evaluation:
+) -> "Evaluation":
     """The scores of `model` on every folder of `data` and every MTEB task of `tasks`.
 
     A registered task leaves out what mteb says, a folder each query's own document (`BeirData.own_documents`).
@@ -72,6 +72,15 @@ def evaluate(
     return _evaluate(model, local, tasks, languages, results, instruction, seed, options)
 
 
+class Evaluation(dict[str, Scores]):
+    """The scores of a model by test set and task, and in `averages` those of each benchmark and type by name."""
+
+    def __init__(self, scores: Mapping[str, Scores]) -> None:
+        """`scores` by test set and task."""
+        super().__init__(scores)
+        self.averages: dict[str, Averages] = {}
+
+
 def _evaluate(
     model: "SentenceTransformer | str | Path",
     local: Sequence[LocalData],
@@ -83,7 +92,7 @@ def _evaluate(
     options: dict[str, Any],
 ) -> Evaluation:
     """`evaluate` on data that were read already; `options` go to each run."""
-    results = Evaluation()
+    results = Evaluation({})
     with _side_effects_undone(), ExitStack() as stack:
         from anchorvec.evaluation import _mteb
         from anchorvec.evaluation.named import NamedTasks
@@ -109,7 +118,7 @@ def _evaluate(
             run = partial(_mteb.run, system, task, **options)
             results |= _scores(name, task, run, device=device, dtype=dtype, seed=seed)
         for name, task in named.tasks.items():
-            run = partial(named.outcome, name, encoder, device=device, dtype=dtype, **options)
+            run = partial(named.outcome, name, encoder, {"device": device, "dtype": dtype}, **options)
             results |= _scores(name, task, run, device=device, dtype=dtype, seed=seed)
         results.averages = named.averages()
     if encoder is not None and encoder.read_as_queries:
@@ -187,9 +196,9 @@ def _scores(name: str, task: Any, run: Callable[[], Any], *, device: str, dtype:
         "kind": outcome.mteb_type,
         "main_score": outcome.main_score,
         "seed": seed,
-        "device": outcome.device or device,
-        "dtype": outcome.dtype or dtype,
-        "seconds": outcome.seconds,
+        "device": device,
+        "dtype": dtype,
+        **outcome.about,
     }
     kind = kind_of_mteb_type(outcome.mteb_type)
     if kind is None or not outcome.subsets:

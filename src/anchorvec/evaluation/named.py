@@ -1,7 +1,7 @@
 """The tasks of mteb that were asked for by name: which have a result, which have data, and a run of the others."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,10 +79,13 @@ class NamedTasks:
             raise AnchorvecError(f"none of the tasks can be scored, as their data cannot be had: {reasons}")
         warnings.warn(f"left out, as their data cannot be had: {reasons}", stacklevel=4)
 
-    def outcome(self, name: str, model: Any, **options: Any) -> _mteb.Outcome:
-        """The outcome of the task `name`: what is kept, or that of a run of `model` with `options`."""
+    def outcome(self, name: str, model: Any, about: Mapping[str, Any], **options: Any) -> _mteb.Outcome:
+        """The outcome of the task `name`: what is kept, or that of a run of `model` with `options`.
+
+        `about` are fields of its scores that are kept with it.
+        """
         if name not in self.outcomes:
-            self.outcomes[name] = _mteb_results.run(model, self.tasks[name], self._kept, **options)
+            self.outcomes[name] = _mteb_results.run(model, self.tasks[name], self._kept, about, **options)
         return self.outcomes[name]
 
     def averages(self) -> dict[str, Averages]:
