@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers.trainer
 from sentence_transformers import SentenceTransformer
@@ -246,6 +247,42 @@ def stage_two_loss(
     loss = contrastive_loss(model, temperature=temperature, micro_batch_tokens=micro_batch_tokens, **options)
     value: Tensor = loss([dict(model.preprocess(list(column))) for column in columns], torch.empty(0))
     return value
+
+
+# Tasks of mteb
+
+
+MOCK_TASKS = [
+    "MockAggregatedTask",
+    "MockBitextMiningTask",
+    "MockClassificationTask",
+    "MockClusteringTask",
+    "MockInstructionReranking",
+    "MockInstructionRetrieval",
+    "MockMultilabelClassification",
+    "MockMultilingualClusteringFastTask",
+    "MockMultilingualRetrievalTask",
+    "MockMultilingualSTSTask",
+    "MockPairClassificationTask",
+    "MockRegressionTask",
+    "MockRerankingTask",
+    "MockRetrievalTask",
+    "MockSTSTask",
+    "MockSummarizationTask",
+]
+"""A small task of every kind that mteb has for texts, some with several languages, and one that averages others."""
+
+
+def register_mock_tasks(monkeypatch: Any, *others: type) -> None:
+    """Have mteb find its small tasks of every kind by the names of their classes, and `others` by their own names."""
+    mocks = pytest.importorskip("mteb.mocks")
+    from mteb.get_tasks import _TASKS_REGISTRY
+
+    for found in {**vars(mocks.mock_tasks), **vars(mocks)}.values():
+        if isinstance(found, type) and "Mock" in found.__name__ and hasattr(found, "metadata"):
+            monkeypatch.setitem(_TASKS_REGISTRY, found.__name__, found)
+    for other in others:
+        monkeypatch.setitem(_TASKS_REGISTRY, other.metadata.name, other)
 
 
 # Models, tokenizers and pairs

@@ -4,7 +4,6 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-import mteb
 import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
@@ -12,8 +11,8 @@ from sentence_transformers import SentenceTransformer
 from anchorvec.errors import AnchorvecError
 from anchorvec.evaluation import evaluate
 from anchorvec.model.embedder import build_embedder
+from support import register_mock_tasks
 
-mocks = pytest.importorskip("mteb.mocks.mock_tasks")
 KINDS = {
     "BitextMining": "MockBitextMiningTask",
     "Classification": "MockClassificationTask",
@@ -51,7 +50,7 @@ def encoded(model: SentenceTransformer, monkeypatch: pytest.MonkeyPatch) -> Iter
         calls.append((options.get("task"), list(inputs), np.asarray(vectors)))
         return vectors
 
-    monkeypatch.setattr(mteb, "get_task", lambda name: getattr(mocks, name)())
+    register_mock_tasks(monkeypatch)
     with monkeypatch.context() as patched:
         patched.setattr(model, "encode", encode)
         yield calls

@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from anchorvec.data.passages import Passage
     from anchorvec.data.tokens import PairTokenizer
     from anchorvec.evaluation import (
+        Averages,
         BeirData,
         Difference,
+        Evaluation,
         Interval,
         LocalData,
         Scores,
@@ -54,6 +56,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AnchorvecError",
+    "Averages",
     "BagOfWordsLoss",
     "BagOfWordsReconstruction",
     "BeirData",
@@ -63,6 +66,7 @@ __all__ = [
     "Difference",
     "EndPrompt",
     "Engine",
+    "Evaluation",
     "EvaluationSettings",
     "Exported",
     "Hit",
@@ -115,8 +119,10 @@ _HOMES = {
     "search": "commands.search",
     "Passage": "data.passages",
     "PairTokenizer": "data.tokens",
+    "Averages": "evaluation",
     "BeirData": "evaluation",
     "Difference": "evaluation",
+    "Evaluation": "evaluation",
     "Interval": "evaluation",
     "LocalData": "evaluation",
     "Scores": "evaluation",

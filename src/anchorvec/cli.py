@@ -152,31 +152,45 @@ def plan(
 def evaluate(
     model: ModelFolder,
     data: Annotated[list[Path] | None, typer.Option(help="A test set, or a folder of them; may be repeated.")] = None,
-    task: Annotated[list[str] | None, typer.Option(help="An MTEB task by name; may be repeated.")] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="An MTEB task, a type (STS), a benchmark ('MTEB(eng, v2)', BEIR), or paper-15; may be repeated.",
+        ),
+    ] = None,
+    language: Annotated[
+        list[str] | None, typer.Option(help="Of tasks and types these languages alone, such as eng; may be repeated.")
+    ] = None,
+    results: Annotated[
+        Path, typer.Option(help="Folder where results of MTEB tasks are kept as mteb does; none is run again.")
+    ] = Path("results"),
     batch_size: Annotated[int, typer.Option(help="Texts encoded at a time.", min=1)] = 32,
     bm25: Annotated[bool, typer.Option("--bm25", help="Score BM25 on the folders too.")] = False,
     instruction: Instruction = None,
     json_file: JsonFile = None,
 ) -> None:
     """Score a model on local test sets (retrieval, re-ranking, STS, classification, clustering) and MTEB tasks."""
-    from anchorvec.evaluation import bm25_scores, check_test_data, tables_by_kind
+    from anchorvec.evaluation import averages_tables, bm25_scores, check_test_data, tables_by_kind
     from anchorvec.evaluation import evaluate as run
 
     _quiet()
     if bm25 and not data:
         raise AnchorvecError("--bm25: it is scored on folders; name one with --data")
-    folders = check_test_data(data=data or [], tasks=task or [])
+    folders = check_test_data(data=data or [], tasks=task or [], languages=language or [])
     scores = run(
         model,
         data=folders,
         tasks=task or [],
+        languages=language or [],
+        results=results,
         batch_size=batch_size,
         instruction=instruction,
         show_progress_bar=True,
     )
     if bm25:
         scores |= {f"{folder.name} (BM25)": bm25_scores(folder) for folder in folders}
-    console.print(tables_by_kind(scores, title=model))
+    console.print(tables_by_kind(scores, title=model), *averages_tables(scores.averages))
     _write(json_file, {name: value.to_dict() for name, value in scores.items()})
 
 

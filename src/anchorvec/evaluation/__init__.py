@@ -1,7 +1,8 @@
 """Scores of embedders and BM25 on tasks, item by item, with intervals and tests over the items."""
 
+from anchorvec.evaluation.averages import Averages, averages_tables
 from anchorvec.evaluation.beir import BeirData, docstring_collection, load_beir, write_beir
-from anchorvec.evaluation.evaluate import bm25_scores, check_test_data, evaluate, require_extra
+from anchorvec.evaluation.evaluate import Evaluation, bm25_scores, check_test_data, evaluate, require_extra
 from anchorvec.evaluation.scores import Scores, difference, scores_table, tables_by_kind
 from anchorvec.evaluation.statistics import (
     Difference,
@@ -14,11 +15,14 @@ from anchorvec.evaluation.statistics import (
 from anchorvec.evaluation.task_kind import LocalData
 
 __all__ = [
+    "Averages",
     "BeirData",
     "Difference",
+    "Evaluation",
     "Interval",
     "LocalData",
     "Scores",
+    "averages_tables",
     "bm25_scores",
     "bootstrap_interval",
     "check_test_data",

@@ -1,11 +1,12 @@
-"""The only module that imports mteb: its registry, its encoder, and a run of one task."""
+"""What we ask of mteb for one task: a run of it, local data as one, our model as mteb calls it. See `_mteb_*` too."""
 
 import hashlib
 import json
+import time
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import mteb
@@ -31,6 +32,10 @@ class Outcome:
     main_score: float
     subsets: list[SubsetScores]
     """One for each subset and split; none where no kind reads tasks of this type back, or the task averages others."""
+    result: Any = None
+    """mteb's own result of the task."""
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """What else scores say of the run: `seconds`, and what was kept with it."""
 
 
 def run(model: Any, task: Any, *, batch_size: int = 32, show_progress_bar: bool = False) -> Outcome:
@@ -41,7 +46,10 @@ def run(model: Any, task: Any, *, batch_size: int = 32, show_progress_bar: bool 
     # A task made of others (CQADupstackRetrieval) only averages their scores.
     kind = None if isinstance(task, AbsTaskAggregate) else kind_of_mteb_type(task.metadata.type)
     subsets = [] if kind is None else kind.record(task)
-    with _quiet_datasets():
+    start = time.perf_counter()
+    with _quiet_datasets(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The task .* is superseded")  # said where it is named
+        warnings.filterwarnings("ignore", message="lbfgs failed to converge")  # after the 100 steps that mteb gives it
         result = mteb.evaluate(
             model,
             task,
@@ -50,15 +58,9 @@ def run(model: Any, task: Any, *, batch_size: int = 32, show_progress_bar: bool 
             encode_kwargs={"batch_size": batch_size, "show_progress_bar": show_progress_bar},
             show_progress_bar=show_progress_bar,
         )
-    return Outcome(task.metadata.type, float(result.task_results[0].get_score()), subsets)
-
-
-def named_task(name: str) -> Any:
-    """The task called `name` in mteb's registry. Raises AnchorvecError, with mteb's suggestion, if there is none."""
-    try:
-        return mteb.get_task(name)
-    except KeyError as error:
-        raise AnchorvecError(f"mteb has no task {name!r} ({error.args[0].removeprefix('KeyError: ')})") from error
+    [result] = result.task_results
+    seconds = time.perf_counter() - start
+    return Outcome(task.metadata.type, float(result.get_score()), subsets, result, {"seconds": seconds})
 
 
 def local_task(kind: TaskKind, data: LocalData) -> Any:
@@ -93,6 +95,8 @@ def fingerprint(task: Any, *part: str) -> str:
 
 class Encoder(SentenceTransformerEncoderWrapper):  # type: ignore[misc]  # mteb is not typed here
     """`model` as mteb calls it, with the model's own prompts; `instruction` stands in for those of queries.
+
+    In it `{instruction}` is replaced by mteb's own instruction of the task.
 
     mteb drops each stored prompt whose key is neither a task in its registry nor a task or prompt type. Here all are
     kept, so that a prompt stored as `NAME-query` reaches the local folder NAME as well. And mteb has a prompt for the
@@ -146,7 +150,7 @@ class Encoder(SentenceTransformerEncoderWrapper):  # type: ignore[misc]  # mteb 
     def _prompt(self, task: TaskMetadata, prompt_type: PromptType | None) -> str | None:
         """None: the one that the model has for such texts by default."""
         if self._instruction is not None and prompt_type != PromptType.document:
-            return self._instruction
+            return self._instruction.replace("{instruction}", self._instruction_of(task, prompt_type))
         self.model_prompts = self._stored
         name = self.get_prompt_name(task, prompt_type)
         if name is None and prompt_type is None and self.model.default_prompt_name is None:
@@ -154,6 +158,11 @@ class Encoder(SentenceTransformerEncoderWrapper):  # type: ignore[misc]  # mteb 
             if name is not None and self._stored[name]:
                 self.read_as_queries.add(task.name)
         return None if name is None else self._stored[name]
+
+    def _instruction_of(self, task: TaskMetadata, prompt_type: PromptType | None) -> str:
+        """The instruction that mteb has for queries of `task`, or for all texts; of a local one that of its kind."""
+        instruction = self.get_instruction(task, prompt_type)
+        return str(instruction.get("query", "") if isinstance(instruction, dict) else instruction)
 
 
 def searcher(model: Any) -> Any:

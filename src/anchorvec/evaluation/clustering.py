@@ -35,6 +35,9 @@ def record(task: Any) -> list[SubsetScores]:
     """The V-measure of each sample, in a list that is filled while mteb runs `task`."""
 
     def read(written: Any, scores: Mapping[str, Any], split: str, subset: str) -> SubsetScores:
+        if not isinstance(scores["v_measures"], Mapping):  # tasks of mteb's older class have sets in place of samples
+            of_set = {f"set {i}": float(score) for i, score in enumerate(scores["v_measures"])}
+            return SubsetScores(split, subset, {"v_measure": of_set}, {"sets": len(of_set)})
         rows = task.dataset[split] if split in task.dataset else task.dataset[subset][split]
         of_sample = {
             f"{level}, sample {i}": float(score)

@@ -4,10 +4,9 @@ import importlib.util
 import os
 import random
 import tempfile
-import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from anchorvec.errors import AnchorvecError
+from anchorvec.evaluation.averages import Averages
 from anchorvec.evaluation.retrieval import RETRIEVAL
 from anchorvec.evaluation.scores import Scores
 from anchorvec.evaluation.task_kind import LocalData
@@ -29,17 +29,20 @@ def evaluate(
     *,
     data: Sequence[str | Path | LocalData] = (),
     tasks: Sequence[str] = (),
+    languages: Sequence[str] = (),
+    results: str | Path | None = None,
     batch_size: int = 32,
     instruction: str | None = None,
     seed: int = 0,
     show_progress_bar: bool = False,
-) -> dict[str, Scores]:
+) -> "Evaluation":
     """The scores of `model` on every folder of `data` and every MTEB task of `tasks`.
 
     A registered task leaves out what mteb says, a folder each query's own document (`BeirData.own_documents`).
-    The keys are names of folders and tasks; a retrieval task of several splits or subsets (languages) has one
+    The keys are names of folders and tasks; a task of several splits or subsets (languages) has one
     entry for each, `TASK/SPLIT/SUBSET`. A folder is read and scored without network and writes nothing;
-    an MTEB task is fetched to the cache of Hugging Face.
+    an MTEB task is fetched to the cache of Hugging Face. Tasks whose data cannot be had are named in a warning before
+    anything is encoded, and the others are run.
 
     - `model`: a SentenceTransformer, its folder, or its hub id. Its stored `query` and `document` prompts are used,
       and a prompt stored as `NAME-query` for the task or folder NAME. Texts that are neither queries nor documents, as
@@ -47,52 +50,78 @@ def evaluate(
       else the query prompt; a warning names the tasks where it is this. Texts are cut by its tokenizer.
     - `data`: test sets of a kind in `tasks.KINDS`, such as a folder in BEIR layout or a file of scored pairs; folders
       of such sets; or what was read of them.
-    - `tasks`: names of MTEB tasks.
+    - `tasks`: names of MTEB tasks, of types of them (`STS`: all of texts alone), of benchmarks (`MTEB(eng, v1)`,
+      `BEIR`), or `paper-15`. Each is run on the splits and subsets that it names; the averages of a benchmark or a type
+      are in `averages` of what comes back.
+    - `languages`: of tasks and types, these alone, such as `eng`; benchmarks name their own.
+    - `results`: a folder where results of MTEB tasks are kept as `mteb.ResultCache` keeps them: by the model's name, a
+      hash of its folder, and task. One that has a result there is not run again. `model` must be named, not loaded.
     - `batch_size`: texts encoded at a time.
-    - `instruction`: replaces the stored query prompts, and all prompts of texts that are no documents either.
+    - `instruction`: replaces the stored query prompts, and all prompts of texts that are no documents either. In it
+      `{instruction}` stands for mteb's own instruction of each task.
     - `seed`: of the intervals.
     - `show_progress_bar`: shows mteb's bars on stderr.
 
-    Raises AnchorvecError for data that cannot be used, an unknown task, one of more than texts, and one that cannot be
-    fetched.
+    Raises AnchorvecError for data that cannot be used, an unknown task, one of more than texts, and if the data of no
+    task can be had.
     """
     if not data and not tasks:
         raise AnchorvecError("there is nothing to score on; name a test set or an MTEB task")
-    local = check_test_data(data=data, tasks=tasks)
+    local = check_test_data(data=data, tasks=tasks, languages=languages)
     options = {"batch_size": batch_size, "show_progress_bar": show_progress_bar}
-    return _evaluate(model, local, tasks, instruction, seed, options)
+    return _evaluate(model, local, tasks, languages, results, instruction, seed, options)
+
+
+class Evaluation(dict[str, Scores]):
+    """The scores of a model by test set and task, and in `averages` those of each benchmark and type by name."""
+
+    def __init__(self, scores: Mapping[str, Scores]) -> None:
+        """`scores` by test set and task."""
+        super().__init__(scores)
+        self.averages: dict[str, Averages] = {}
 
 
 def _evaluate(
     model: "SentenceTransformer | str | Path",
     local: Sequence[LocalData],
     tasks: Sequence[str],
+    languages: Sequence[str],
+    kept_in: str | Path | None,
     instruction: str | None,
     seed: int,
     options: dict[str, Any],
-) -> dict[str, Scores]:
+) -> Evaluation:
     """`evaluate` on data that were read already; `options` go to each run."""
-    results: dict[str, Scores] = {}
-    with _side_effects_undone():
+    results = Evaluation({})
+    with _side_effects_undone(), ExitStack() as stack:
         from anchorvec.evaluation import _mteb
+        from anchorvec.evaluation.named import NamedTasks
         from anchorvec.model.loading import load_encoder, warn_of_named_prompts
 
         # Names are looked up before anything is loaded or run, so that a misspelt one fails at once.
         all_tasks = {part.name: _mteb.local_task(kind_of_data(part), part) for part in local}
-        all_tasks |= {name: _mteb.named_task(name) for name in tasks}
-        model = load_encoder(model)
-        if instruction is None:
-            warn_of_named_prompts(model, list(all_tasks))
-        device, dtype = str(model.device), str(next(model.parameters()).dtype).removeprefix("torch.")
-        encoder = _mteb.Encoder(model, instruction)
-        for task in all_tasks.values():
-            encoder.check(task)
+        named = NamedTasks(tasks, languages, model=model, results=kept_in, instruction=instruction)
+        encoder, device, dtype = None, "", ""
+        if local or named.to_run:
+            stack.enter_context(named.network())
+            model = load_encoder(model)
+            if instruction is None:
+                warn_of_named_prompts(model, [*all_tasks, *named.to_run])
+            device, dtype = str(model.device), str(next(model.parameters()).dtype).removeprefix("torch.")
+            encoder = _mteb.Encoder(model, instruction)
+            for task in named.to_run.values():
+                encoder.check(task)
+            named.leave_out_without_data(alone=not local)
         own = {part.name: kind_of_data(part).own_documents(part) for part in local}
         for name, task in all_tasks.items():
             system = _mteb.without_own(encoder, own.get(name, ()))
             run = partial(_mteb.run, system, task, **options)
             results |= _scores(name, task, run, device=device, dtype=dtype, seed=seed)
-    if encoder.read_as_queries:
+        for name, task in named.tasks.items():
+            run = partial(named.outcome, name, encoder, {"device": device, "dtype": dtype}, **options)
+            results |= _scores(name, task, run, device=device, dtype=dtype, seed=seed)
+        results.averages = named.averages()
+    if encoder is not None and encoder.read_as_queries:
         warnings.warn(
             "the texts of these tasks are neither queries nor documents, and were read with the query prompt that is "
             f"stored with the model: {', '.join(sorted(encoder.read_as_queries))}",
@@ -101,8 +130,10 @@ def _evaluate(
     return results
 
 
-def check_test_data(*, data: Sequence[str | Path | LocalData] = (), tasks: Sequence[str] = ()) -> list[LocalData]:
-    """What is read of `data`, folders of test data; `tasks` are names of MTEB tasks.
+def check_test_data(
+    *, data: Sequence[str | Path | LocalData] = (), tasks: Sequence[str] = (), languages: Sequence[str] = ()
+) -> list[LocalData]:
+    """What is read of `data`, folders of test data; `tasks` and `languages` are those of `evaluate`.
 
     Raises AnchorvecError for what `evaluate` could not use, and where two have the same name.
     """
@@ -115,17 +146,17 @@ def check_test_data(*, data: Sequence[str | Path | LocalData] = (), tasks: Seque
             local += [load_folder(path) for path in sets_in(part) or [Path(part)]]
         else:
             local.append(part)
-    names = [part.name for part in local] + list(tasks)
+    names = [part.name for part in local]
+    if tasks:
+        with _side_effects_undone():
+            from anchorvec.evaluation import _mteb_names
+
+            names += _mteb_names.tasks_of(_mteb_names.groups(tasks, languages))
     for name in names:
         if names.count(name) > 1:
             raise AnchorvecError(
                 f"two data sets are named {name!r}; rename a folder, the name is the key of the result"
             )
-    with _side_effects_undone():
-        from anchorvec.evaluation import _mteb
-
-        for name in tasks:
-            _mteb.named_task(name)
     return local
 
 
@@ -156,7 +187,6 @@ def _scores(name: str, task: Any, run: Callable[[], Any], *, device: str, dtype:
     """The scores of `task` after a `run`: one entry, or one for each of its subsets; these share the main score."""
     from anchorvec.evaluation import _mteb
 
-    start = time.perf_counter()
     try:
         outcome = run()
     except OSError as error:  # no network, no disk
@@ -168,7 +198,7 @@ def _scores(name: str, task: Any, run: Callable[[], Any], *, device: str, dtype:
         "seed": seed,
         "device": device,
         "dtype": dtype,
-        "seconds": time.perf_counter() - start,
+        **outcome.about,
     }
     kind = kind_of_mteb_type(outcome.mteb_type)
     if kind is None or not outcome.subsets:

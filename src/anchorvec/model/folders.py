@@ -197,6 +197,21 @@ def weights_fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:32]
 
 
+def folder_fingerprint(folder: Path) -> str:
+    """A hash of all that is in `folder` (weights, tokenizer, modules, prompts), whole, as 40 hexadecimal digits.
+
+    Whatever the folder is called; of its model card and of hidden files it does not depend.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if path.is_file() and name != Path("README.md") and not any(part.startswith(".") for part in name.parts):
+            with path.open("rb") as opened:
+                content = hashlib.file_digest(opened, "sha256").hexdigest()
+            digest.update(f"{name.as_posix()} {content}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()[:40]
+
+
 def origin(folder: Path) -> str:
     """Which stage of which run `folder` is, as a part of a sentence; empty if it is none."""
     run = Run(folder.absolute().parent)

@@ -1,5 +1,6 @@
 """Loads an embedder that is named by a folder or a hub id."""
 
+import hashlib
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,10 +8,20 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from sentence_transformers import SentenceTransformer
+from transformers.utils.hub import cached_file
 
 from anchorvec.errors import AnchorvecError
 from anchorvec.files import user_path
-from anchorvec.model.folders import START, identify, instead, is_local, read_json, reading, weights_fingerprint
+from anchorvec.model.folders import (
+    START,
+    folder_fingerprint,
+    identify,
+    instead,
+    is_local,
+    read_json,
+    reading,
+    weights_fingerprint,
+)
 from anchorvec.model.packing import packing_pays, use_packed_texts
 from anchorvec.run import Run
 
@@ -69,6 +80,25 @@ def load_encoder(model: SentenceTransformer | str | Path, dtype: torch.dtype | N
     if packing_pays(loaded.device, loaded.dtype or torch.float32):
         use_packed_texts(loaded)
     return loaded
+
+
+def name_and_revision(model: str | Path) -> tuple[str, str]:
+    """What results call `model`: PARENT/FOLDER and a hash of all that is in it, or its hub id and its commit there.
+
+    Raises AnchorvecError if it is no embedder, or cannot be read.
+    """
+    found = identify(model)
+    if found.kind not in ("embedder", "LoRA stage"):
+        raise AnchorvecError(instead(found, wanted="an embedder"))
+    if not is_local(model):
+        with reading(model):
+            return str(model), Path(str(cached_file(str(model), "modules.json"))).parent.name
+    folder = user_path(model).resolve()
+    revision = folder_fingerprint(folder)
+    if found.kind == "LoRA stage":  # the folder has the adapter alone
+        start = folder_fingerprint(_start_of(folder))
+        revision = hashlib.sha256(f"{revision} {start}".encode()).hexdigest()[:40]
+    return f"{folder.parent.name or 'local'}/{folder.name}", revision
 
 
 def warn_of_named_prompts(model: SentenceTransformer, names: Sequence[str] = ()) -> None:
