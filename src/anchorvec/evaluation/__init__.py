@@ -1,12 +1,15 @@
 """Scores of embedders and BM25 on tasks, item by item, with intervals and tests over the items."""
 
 from anchorvec.evaluation.beir import BeirData, docstring_collection, load_beir, write_beir
-from anchorvec.evaluation.evaluate import bm25_scores, check_test_data, evaluate, require_extra
-from anchorvec.evaluation.scores import Scores, difference, scores_table, tables_by_kind
+from anchorvec.evaluation.comparison import Compared, Comparison
+from anchorvec.evaluation.evaluate import Evaluation, bm25_scores, check_test_data, evaluate, require_extra
+from anchorvec.evaluation.scores import Scores, difference, scores_table
 from anchorvec.evaluation.statistics import (
     Difference,
     Interval,
     bootstrap_interval,
+    difference_over_seeds,
+    holm,
     paired_difference,
     paired_difference_over_seeds,
     student_interval,
@@ -15,7 +18,10 @@ from anchorvec.evaluation.task_kind import LocalData
 
 __all__ = [
     "BeirData",
+    "Compared",
+    "Comparison",
     "Difference",
+    "Evaluation",
     "Interval",
     "LocalData",
     "Scores",
@@ -23,14 +29,15 @@ __all__ = [
     "bootstrap_interval",
     "check_test_data",
     "difference",
+    "difference_over_seeds",
     "docstring_collection",
     "evaluate",
+    "holm",
     "load_beir",
     "paired_difference",
     "paired_difference_over_seeds",
     "require_extra",
     "scores_table",
     "student_interval",
-    "tables_by_kind",
     "write_beir",
 ]

@@ -6,7 +6,7 @@ import random
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from anchorvec.errors import AnchorvecError
-from anchorvec.evaluation.retrieval import RETRIEVAL
+from anchorvec.evaluation.baselines import RANKED, check_baselines, score_baselines
+from anchorvec.evaluation.comparison import Comparison
 from anchorvec.evaluation.scores import Scores
 from anchorvec.evaluation.task_kind import LocalData
 from anchorvec.evaluation.tasks import kind_of_data, kind_of_mteb_type, load_folder, sets_in
@@ -32,8 +33,9 @@ def evaluate(
     batch_size: int = 32,
     instruction: str | None = None,
     seed: int = 0,
+    baselines: Sequence[str | Path] = (),
     show_progress_bar: bool = False,
-) -> dict[str, Scores]:
+) -> "Evaluation":
     """The scores of `model` on every folder of `data` and every MTEB task of `tasks`.
 
     A registered task leaves out what mteb says, a folder each query's own document (`BeirData.own_documents`).
@@ -51,6 +53,10 @@ def evaluate(
     - `batch_size`: texts encoded at a time.
     - `instruction`: replaces the stored query prompts, and all prompts of texts that are no documents either.
     - `seed`: of the intervals.
+    - `baselines`: what it is compared with on the same data, in `comparison` of what comes back: models by folder or
+      hub id, which are read with the prompts that are stored with them; `bm25`, on retrieval and re-ranking;
+      `untrained`, the folder `base` of the run that `model` is in; an earlier run, or a file that `anchorvec evaluate
+      --json` wrote, by the scores that are in it.
     - `show_progress_bar`: shows mteb's bars on stderr.
 
     Raises AnchorvecError for data that cannot be used, an unknown task, one of more than texts, and one that cannot be
@@ -58,9 +64,28 @@ def evaluate(
     """
     if not data and not tasks:
         raise AnchorvecError("there is nothing to score on; name a test set or an MTEB task")
+    others = check_baselines(baselines, model)
     local = check_test_data(data=data, tasks=tasks)
     options = {"batch_size": batch_size, "show_progress_bar": show_progress_bar}
-    return _evaluate(model, local, tasks, instruction, seed, options)
+    results = Evaluation(_evaluate(model, local, tasks, instruction, seed, options))
+    of_others = score_baselines(
+        others,
+        results,
+        score=lambda other: _evaluate(other, local, tasks, None, seed, options),
+        score_bm25=lambda names: _bm25(names, local, seed),
+    )
+    named = str(model) if isinstance(model, str | Path) else ""
+    results.comparison = Comparison(results, of_others, model=named, seed=seed)
+    return results
+
+
+class Evaluation(dict[str, Scores]):
+    """The scores of a model by test set and task, and in `comparison` what they are beside those of baselines."""
+
+    def __init__(self, scores: Mapping[str, Scores]) -> None:
+        """`scores` by test set and task."""
+        super().__init__(scores)
+        self.comparison = Comparison(self)
 
 
 def _evaluate(
@@ -75,6 +100,7 @@ def _evaluate(
     results: dict[str, Scores] = {}
     with _side_effects_undone():
         from anchorvec.evaluation import _mteb
+        from anchorvec.model.fingerprint import model_fingerprint
         from anchorvec.model.loading import load_encoder, warn_of_named_prompts
 
         # Names are looked up before anything is loaded or run, so that a misspelt one fails at once.
@@ -84,6 +110,7 @@ def _evaluate(
         if instruction is None:
             warn_of_named_prompts(model, list(all_tasks))
         device, dtype = str(model.device), str(next(model.parameters()).dtype).removeprefix("torch.")
+        fingerprint = model_fingerprint(model) or ""
         encoder = _mteb.Encoder(model, instruction)
         for task in all_tasks.values():
             encoder.check(task)
@@ -91,7 +118,13 @@ def _evaluate(
         for name, task in all_tasks.items():
             system = _mteb.without_own(encoder, own.get(name, ()))
             run = partial(_mteb.run, system, task, **options)
-            results |= _scores(name, task, run, device=device, dtype=dtype, seed=seed)
+            about = {
+                "device": device,
+                "dtype": dtype,
+                "model": fingerprint,
+                "prompts": encoder.prompts.setdefault(name, {}),
+            }
+            results |= _scores(name, task, run, seed=seed, **about)
     if encoder.read_as_queries:
         warnings.warn(
             "the texts of these tasks are neither queries nor documents, and were read with the query prompt that is "
@@ -132,28 +165,41 @@ def check_test_data(*, data: Sequence[str | Path | LocalData] = (), tasks: Seque
 def bm25_scores(data: str | Path | LocalData, *, seed: int = 0) -> Scores:
     """The scores of BM25, as the module `bm25` says, by the same metrics as `evaluate`'s.
 
-    - `data`: a folder in BEIR layout, or what was read of it.
+    - `data`: a test set of retrieval or re-ranking, or what was read of it.
     - `seed`: of the intervals.
 
-    Raises AnchorvecError for data that cannot be used, or are not of retrieval.
+    Raises AnchorvecError for data that cannot be used, or are of another kind.
     """
     require_extra()
     local = load_folder(data) if isinstance(data, str | Path) else data
-    if kind_of_data(local) is not RETRIEVAL:
-        raise AnchorvecError(f"{local.name}: BM25 is scored on retrieval; name a folder with {RETRIEVAL.layout}")
+    if kind_of_data(local) not in RANKED:
+        layouts = " or ".join(kind.layout for kind in RANKED)
+        raise AnchorvecError(f"{local.name}: BM25 is scored on retrieval and re-ranking; name a set with {layouts}")
+    return _bm25([local.name], [local], seed)[local.name]
+
+
+def _bm25(names: Sequence[str], local: Sequence[LocalData], seed: int) -> dict[str, Scores]:
+    """The scores of BM25 under `names`, of `local` sets and of tasks of mteb, whose subsets have names of their own."""
+    results: dict[str, Scores] = {}
+    sets = {part.name: part for part in local}
     with _side_effects_undone():
         from anchorvec.evaluation import _mteb
         from anchorvec.evaluation.bm25 import Bm25
 
-        task = _mteb.local_task(RETRIEVAL, local)
-        system = _mteb.without_own(_mteb.searcher(Bm25()), RETRIEVAL.own_documents(local))
-        run = partial(_mteb.run, system, task)
-        [scores] = _scores(local.name, task, run, device="cpu", dtype="float32", seed=seed).values()
-    return scores
+        for name in dict.fromkeys(name if name in sets else name.partition("/")[0] for name in names):
+            part = sets.get(name)
+            task = _mteb.named_task(name) if part is None else _mteb.local_task(kind_of_data(part), part)
+            own = () if part is None else kind_of_data(part).own_documents(part)
+            run = partial(_mteb.run, _mteb.without_own(_mteb.searcher(Bm25()), own), task)
+            results |= _scores(name, task, run, device="cpu", dtype="float32", seed=seed)
+    return {name: scores for name, scores in results.items() if name in names}
 
 
-def _scores(name: str, task: Any, run: Callable[[], Any], *, device: str, dtype: str, seed: int) -> dict[str, Scores]:
-    """The scores of `task` after a `run`: one entry, or one for each of its subsets; these share the main score."""
+def _scores(name: str, task: Any, run: Callable[[], Any], *, seed: int, **about: Any) -> dict[str, Scores]:
+    """The scores of `task` after a `run`: one entry, or one for each of its subsets; these share the main score.
+
+    `about` are fields of the scores that say what was run.
+    """
     from anchorvec.evaluation import _mteb
 
     start = time.perf_counter()
@@ -166,8 +212,7 @@ def _scores(name: str, task: Any, run: Callable[[], Any], *, device: str, dtype:
         "kind": outcome.mteb_type,
         "main_score": outcome.main_score,
         "seed": seed,
-        "device": device,
-        "dtype": dtype,
+        **about,
         "seconds": time.perf_counter() - start,
     }
     kind = kind_of_mteb_type(outcome.mteb_type)
@@ -188,7 +233,7 @@ def _scores(name: str, task: Any, run: Callable[[], Any], *, device: str, dtype:
 
 def require_extra() -> None:
     """Raise AnchorvecError if the packages for scoring are not installed."""
-    for package in ("mteb", "bm25s"):
+    for package in ("mteb", "bm25s", "statsmodels"):
         if importlib.util.find_spec(package) is None:
             raise AnchorvecError(f"scoring needs the package {package}: pip install 'anchorvec[evaluate]'")
 
