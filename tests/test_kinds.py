@@ -11,7 +11,6 @@ from sklearn.metrics import average_precision_score
 
 from anchorvec.errors import AnchorvecError
 from anchorvec.evaluation import check_test_data, difference, evaluate
-from anchorvec.evaluation.statistics import spearman_difference, spearman_interval
 from anchorvec.evaluation.tasks import kind_of_data, sets_in
 from anchorvec.model.embedder import build_embedder
 from anchorvec.model.loading import load_model
@@ -134,25 +133,6 @@ def test_differences_are_those_of_the_kind(scores):
         found = difference(of, of)
         assert (found.mean, found.low, found.high) == (0, 0, 0)
         assert found.p_value == pytest.approx(1.0)
-
-
-def test_a_correlations_interval_and_difference():
-    """Both draw the same pairs; a system that knows the scores is above one that does not, and one like it is not."""
-    draw = np.random.default_rng(0)
-    gold = {str(i): float(value) for i, value in enumerate(draw.normal(size=200))}
-    good = {item: value + 0.3 * draw.normal() for item, value in gold.items()}
-    as_good = {item: value + 0.3 * draw.normal() for item, value in gold.items()}
-    bad = {item: float(draw.normal()) for item in gold}
-    interval = spearman_interval(good, gold)
-    assert interval.mean == pytest.approx(spearmanr(list(good.values()), list(gold.values()))[0])
-    assert interval.low < interval.mean < interval.high
-    above = spearman_difference(bad, good, gold)
-    assert above.mean == pytest.approx(interval.mean - spearman_interval(bad, gold).mean)
-    assert above.low > 0.5
-    assert above.p_value < 0.002
-    same = spearman_difference(as_good, good, gold)
-    assert same.low < 0 < same.high
-    assert same.p_value > 0.05
 
 
 @pytest.mark.parametrize(

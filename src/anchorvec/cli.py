@@ -148,7 +148,7 @@ def plan(
     _finish(run(load_recipe(recipe, overrides or []), step=step), json_file)
 
 
-@app.command(epilog="Example: anchorvec evaluate first-embedder/model --data beir/scifact --data beir/nfcorpus")
+@app.command(epilog="Example: anchorvec evaluate first-embedder/model --data beir/scifact --baseline bm25")
 def evaluate(
     model: ModelFolder,
     data: Annotated[list[Path] | None, typer.Option(help="A test set, or a folder of them; may be repeated.")] = None,
@@ -166,32 +166,34 @@ def evaluate(
         Path, typer.Option(help="Folder where results of MTEB tasks are kept as mteb does; none is run again.")
     ] = Path("results"),
     batch_size: Annotated[int, typer.Option(help="Texts encoded at a time.", min=1)] = 32,
-    bm25: Annotated[bool, typer.Option("--bm25", help="Score BM25 on the folders too.")] = False,
+    baseline: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Compare with a model, `bm25`, `untrained` (the run's own start), an earlier run, or a file that "
+            "--json wrote; may be repeated."
+        ),
+    ] = None,
     instruction: Instruction = None,
     json_file: JsonFile = None,
 ) -> None:
     """Score a model on local test sets (retrieval, re-ranking, STS, classification, clustering) and MTEB tasks."""
-    from anchorvec.evaluation import averages_tables, bm25_scores, check_test_data, tables_by_kind
+    from anchorvec.evaluation import averages_tables
     from anchorvec.evaluation import evaluate as run
 
     _quiet()
-    if bm25 and not data:
-        raise AnchorvecError("--bm25: it is scored on folders; name one with --data")
-    folders = check_test_data(data=data or [], tasks=task or [], languages=language or [])
     scores = run(
         model,
-        data=folders,
+        data=data or [],
         tasks=task or [],
         languages=language or [],
         results=results,
         batch_size=batch_size,
         instruction=instruction,
+        baselines=baseline or [],
         show_progress_bar=True,
     )
-    if bm25:
-        scores |= {f"{folder.name} (BM25)": bm25_scores(folder) for folder in folders}
-    console.print(tables_by_kind(scores, title=model), *averages_tables(scores.averages))
-    _write(json_file, {name: value.to_dict() for name, value in scores.items()})
+    _finish(scores.comparison, json_file)
+    console.print(*averages_tables(scores.averages))
 
 
 @app.command(epilog='Example: anchorvec search first-embedder/model notes/ --query "open a gzip file"')

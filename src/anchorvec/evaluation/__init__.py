@@ -2,12 +2,15 @@
 
 from anchorvec.evaluation.averages import Averages, averages_tables
 from anchorvec.evaluation.beir import BeirData, docstring_collection, load_beir, write_beir
+from anchorvec.evaluation.comparison import Compared, Comparison
 from anchorvec.evaluation.evaluate import Evaluation, bm25_scores, check_test_data, evaluate, require_extra
-from anchorvec.evaluation.scores import Scores, difference, scores_table, tables_by_kind
+from anchorvec.evaluation.scores import Scores, difference, scores_table
 from anchorvec.evaluation.statistics import (
     Difference,
     Interval,
     bootstrap_interval,
+    difference_over_seeds,
+    holm,
     paired_difference,
     paired_difference_over_seeds,
     student_interval,
@@ -17,6 +20,8 @@ from anchorvec.evaluation.task_kind import LocalData
 __all__ = [
     "Averages",
     "BeirData",
+    "Compared",
+    "Comparison",
     "Difference",
     "Evaluation",
     "Interval",
@@ -27,14 +32,15 @@ __all__ = [
     "bootstrap_interval",
     "check_test_data",
     "difference",
+    "difference_over_seeds",
     "docstring_collection",
     "evaluate",
+    "holm",
     "load_beir",
     "paired_difference",
     "paired_difference_over_seeds",
     "require_extra",
     "scores_table",
     "student_interval",
-    "tables_by_kind",
     "write_beir",
 ]

@@ -113,6 +113,8 @@ class Encoder(SentenceTransformerEncoderWrapper):  # type: ignore[misc]  # mteb 
         self._instruction = instruction
         self.read_as_queries: set[str] = set()
         """Tasks with texts that are neither queries nor documents, and had the query prompt that the model stores."""
+        self.prompts: dict[str, dict[str, str]] = {}
+        """What stood before the texts of each task, by their side: `query`, `document`, or `text` that is neither."""
 
     def check(self, task: Any) -> None:
         """Raise AnchorvecError for a task of images, say, that the model does not read."""
@@ -137,6 +139,9 @@ class Encoder(SentenceTransformerEncoderWrapper):  # type: ignore[misc]  # mteb 
         `task_metadata`, `hf_split`, `hf_subset` and `prompt_type` are what mteb says of them, `options` go on to it.
         """
         prompt = self._prompt(task_metadata, prompt_type)
+        side = "text" if prompt_type is None else prompt_type.value
+        default = self.model.prompts.get(self.model.default_prompt_name, "")
+        self.prompts.setdefault(task_metadata.name, {})[side] = (default if prompt is None else prompt) or ""
         self.model_prompts = {} if prompt is None else {task_metadata.name: prompt}  # where mteb looks it up
         return super().encode(
             inputs,

@@ -4,9 +4,11 @@ Words are lower-cased, of two and more letters, without bm25s's English stop wor
 are one field.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import bm25s
+import numpy as np
 from datasets import Dataset
 
 from anchorvec.evaluation.beir import document_text
@@ -24,11 +26,16 @@ class Bm25:
         if not self._empty:
             self._bm25.index(words, show_progress=False)
 
-    def search(self, queries: Dataset, *, top_k: int, **_: Any) -> dict[str, dict[str, float]]:
+    def search(
+        self, queries: Dataset, *, top_k: int, top_ranked: Mapping[str, Sequence[str]] | None = None, **_: Any
+    ) -> dict[str, dict[str, float]]:
         """Query id -> document id -> score, of the best `top_k` documents that share a word with the query.
 
-        The rows of `queries` have `id` and `text`.
+        The rows of `queries` have `id` and `text`. With `top_ranked`, query id -> its candidates, these are ranked, and
+        all of them; words are weighed by all documents.
         """
+        if top_ranked is not None:
+            return self._rank(queries, top_ranked)
         if self._empty:
             return {query: {} for query in queries["id"]}
         found, scores = self._bm25.retrieve(
@@ -38,6 +45,16 @@ class Bm25:
             query: {self._documents[i]: float(score) for i, score in zip(row, row_scores, strict=True) if score > 0}
             for query, row, row_scores in zip(queries["id"], found, scores, strict=True)
         }
+
+    def _rank(self, queries: Dataset, candidates: Mapping[str, Sequence[str]]) -> dict[str, dict[str, float]]:
+        """Query id -> candidate -> score, which is 0 where they share no word."""
+        places = {document: i for i, document in enumerate(self._documents)}
+        ranked = {}
+        for query, text in zip(queries["id"], queries["text"], strict=True):
+            words = bm25s.tokenize([text], stopwords="en", return_ids=False, show_progress=False)[0]
+            found = self._bm25.get_scores(words) if words and not self._empty else np.zeros(len(places))
+            ranked[query] = {document: float(found[places[document]]) for document in candidates[query]}
+        return ranked
 
 
 def _words(texts: list[str]) -> Any:

@@ -64,4 +64,6 @@ CLASSIFICATION = TaskKind(
     data=LabelledTexts,
     fill=fill,
     record=record,
+    method="intervals: test texts are drawn again, each with its share of right answers; p: the two models are "
+    "exchanged text by text",
 )

@@ -7,6 +7,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,8 @@ import numpy as np
 
 from anchorvec.errors import AnchorvecError
 from anchorvec.evaluation.averages import Averages
-from anchorvec.evaluation.retrieval import RETRIEVAL
+from anchorvec.evaluation.baselines import RANKED, check_baselines, score_baselines
+from anchorvec.evaluation.comparison import Comparison
 from anchorvec.evaluation.scores import Scores
 from anchorvec.evaluation.task_kind import LocalData
 from anchorvec.evaluation.tasks import kind_of_data, kind_of_mteb_type, load_folder, sets_in
@@ -34,6 +36,7 @@ def evaluate(
     batch_size: int = 32,
     instruction: str | None = None,
     seed: int = 0,
+    baselines: Sequence[str | Path] = (),
     show_progress_bar: bool = False,
 ) -> "Evaluation":
     """The scores of `model` on every folder of `data` and every MTEB task of `tasks`.
@@ -60,6 +63,10 @@ def evaluate(
     - `instruction`: replaces the stored query prompts, and all prompts of texts that are no documents either. In it
       `{instruction}` stands for mteb's own instruction of each task.
     - `seed`: of the intervals.
+    - `baselines`: what it is compared with on the same data, in `comparison` of what comes back: models by folder or
+      hub id, which are read with the prompts that are stored with them; `bm25`, on retrieval and re-ranking;
+      `untrained`, the folder `base` of the run that `model` is in; an earlier run, or a file that `anchorvec evaluate
+      --json` wrote, by the scores that are in it.
     - `show_progress_bar`: shows mteb's bars on stderr.
 
     Raises AnchorvecError for data that cannot be used, an unknown task, one of more than texts, and if the data of no
@@ -67,59 +74,84 @@ def evaluate(
     """
     if not data and not tasks:
         raise AnchorvecError("there is nothing to score on; name a test set or an MTEB task")
+    others = check_baselines(baselines, model)
     local = check_test_data(data=data, tasks=tasks, languages=languages)
-    options = {"batch_size": batch_size, "show_progress_bar": show_progress_bar}
-    return _evaluate(model, local, tasks, languages, results, instruction, seed, options)
+    asked = _Asked(
+        local, tasks, languages, results, seed, {"batch_size": batch_size, "show_progress_bar": show_progress_bar}
+    )
+    found = _evaluate(model, asked, instruction)
+    of_others = score_baselines(
+        others,
+        found,
+        score=lambda other: _evaluate(other, asked, None),
+        score_bm25=lambda names: _bm25(names, asked),
+    )
+    named = str(model) if isinstance(model, str | Path) else ""
+    found.comparison = Comparison(found, of_others, model=named, seed=seed)
+    return found
 
 
 class Evaluation(dict[str, Scores]):
-    """The scores of a model by test set and task, and in `averages` those of each benchmark and type by name."""
+    """The scores of a model by test set and task.
+
+    `averages` are those of each benchmark and type by name, `comparison` is what the scores are beside those of
+    baselines.
+    """
 
     def __init__(self, scores: Mapping[str, Scores]) -> None:
         """`scores` by test set and task."""
         super().__init__(scores)
         self.averages: dict[str, Averages] = {}
+        self.comparison = Comparison(self)
 
 
-def _evaluate(
-    model: "SentenceTransformer | str | Path",
-    local: Sequence[LocalData],
-    tasks: Sequence[str],
-    languages: Sequence[str],
-    kept_in: str | Path | None,
-    instruction: str | None,
-    seed: int,
-    options: dict[str, Any],
-) -> Evaluation:
-    """`evaluate` on data that were read already; `options` go to each run."""
+@dataclass(frozen=True)
+class _Asked:
+    """What `evaluate` was asked to score on, and how; `options` go to each run."""
+
+    local: Sequence[LocalData]
+    tasks: Sequence[str]
+    languages: Sequence[str]
+    kept_in: str | Path | None
+    seed: int
+    options: dict[str, Any]
+
+
+def _evaluate(model: "SentenceTransformer | str | Path", asked: _Asked, instruction: str | None) -> Evaluation:
+    """`evaluate` on data that were read already."""
     results = Evaluation({})
+    local, seed = asked.local, asked.seed
     with _side_effects_undone(), ExitStack() as stack:
         from anchorvec.evaluation import _mteb
         from anchorvec.evaluation.named import NamedTasks
+        from anchorvec.model.fingerprint import model_fingerprint
         from anchorvec.model.loading import load_encoder, warn_of_named_prompts
 
         # Names are looked up before anything is loaded or run, so that a misspelt one fails at once.
         all_tasks = {part.name: _mteb.local_task(kind_of_data(part), part) for part in local}
-        named = NamedTasks(tasks, languages, model=model, results=kept_in, instruction=instruction)
-        encoder, device, dtype = None, "", ""
+        named = NamedTasks(asked.tasks, asked.languages, model=model, results=asked.kept_in, instruction=instruction)
+        encoder, of_model = None, {}
         if local or named.to_run:
             stack.enter_context(named.network())
             model = load_encoder(model)
             if instruction is None:
                 warn_of_named_prompts(model, [*all_tasks, *named.to_run])
-            device, dtype = str(model.device), str(next(model.parameters()).dtype).removeprefix("torch.")
+            dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+            of_model = {"device": str(model.device), "dtype": dtype, "model": model_fingerprint(model) or ""}
             encoder = _mteb.Encoder(model, instruction)
             for task in named.to_run.values():
                 encoder.check(task)
             named.leave_out_without_data(alone=not local)
+        prompts = {} if encoder is None else encoder.prompts  # by task, filled while it runs
         own = {part.name: kind_of_data(part).own_documents(part) for part in local}
         for name, task in all_tasks.items():
             system = _mteb.without_own(encoder, own.get(name, ()))
-            run = partial(_mteb.run, system, task, **options)
-            results |= _scores(name, task, run, device=device, dtype=dtype, seed=seed)
+            run = partial(_mteb.run, system, task, **asked.options)
+            results |= _scores(name, task, run, seed=seed, **of_model, prompts=prompts.setdefault(name, {}))
         for name, task in named.tasks.items():
-            run = partial(named.outcome, name, encoder, {"device": device, "dtype": dtype}, **options)
-            results |= _scores(name, task, run, device=device, dtype=dtype, seed=seed)
+            about = of_model | {"prompts": prompts.setdefault(name, {})}
+            run = partial(named.outcome, name, encoder, about, **asked.options)
+            results |= _scores(name, task, run, seed=seed, **about)
         results.averages = named.averages()
     if encoder is not None and encoder.read_as_queries:
         warnings.warn(
@@ -163,28 +195,42 @@ def check_test_data(
 def bm25_scores(data: str | Path | LocalData, *, seed: int = 0) -> Scores:
     """The scores of BM25, as the module `bm25` says, by the same metrics as `evaluate`'s.
 
-    - `data`: a folder in BEIR layout, or what was read of it.
+    - `data`: a test set of retrieval or re-ranking, or what was read of it.
     - `seed`: of the intervals.
 
-    Raises AnchorvecError for data that cannot be used, or are not of retrieval.
+    Raises AnchorvecError for data that cannot be used, or are of another kind.
     """
     require_extra()
     local = load_folder(data) if isinstance(data, str | Path) else data
-    if kind_of_data(local) is not RETRIEVAL:
-        raise AnchorvecError(f"{local.name}: BM25 is scored on retrieval; name a folder with {RETRIEVAL.layout}")
+    if kind_of_data(local) not in RANKED:
+        layouts = " or ".join(kind.layout for kind in RANKED)
+        raise AnchorvecError(f"{local.name}: BM25 is scored on retrieval and re-ranking; name a set with {layouts}")
+    return _bm25([local.name], _Asked([local], (), (), None, seed, {}))[local.name]
+
+
+def _bm25(names: Sequence[str], asked: _Asked) -> dict[str, Scores]:
+    """The scores of BM25 under `names`, of local sets and of tasks of mteb, whose subsets have names of their own."""
+    results: dict[str, Scores] = {}
+    sets = {part.name: part for part in asked.local}
     with _side_effects_undone():
-        from anchorvec.evaluation import _mteb
+        from anchorvec.evaluation import _mteb, _mteb_names
         from anchorvec.evaluation.bm25 import Bm25
 
-        task = _mteb.local_task(RETRIEVAL, local)
-        system = _mteb.without_own(_mteb.searcher(Bm25()), RETRIEVAL.own_documents(local))
-        run = partial(_mteb.run, system, task)
-        [scores] = _scores(local.name, task, run, device="cpu", dtype="float32", seed=seed).values()
-    return scores
+        named = _mteb_names.tasks_of(_mteb_names.groups(asked.tasks, asked.languages))
+        for name in dict.fromkeys(name if name in sets else name.partition("/")[0] for name in names):
+            part = sets.get(name)
+            task = named[name] if part is None else _mteb.local_task(kind_of_data(part), part)
+            own = () if part is None else kind_of_data(part).own_documents(part)
+            run = partial(_mteb.run, _mteb.without_own(_mteb.searcher(Bm25()), own), task)
+            results |= _scores(name, task, run, seed=asked.seed, device="cpu", dtype="float32")
+    return {name: scores for name, scores in results.items() if name in names}
 
 
-def _scores(name: str, task: Any, run: Callable[[], Any], *, device: str, dtype: str, seed: int) -> dict[str, Scores]:
-    """The scores of `task` after a `run`: one entry, or one for each of its subsets; these share the main score."""
+def _scores(name: str, task: Any, run: Callable[[], Any], *, seed: int, **about: Any) -> dict[str, Scores]:
+    """The scores of `task` after a `run`: one entry, or one for each of its subsets; these share the main score.
+
+    `about` are fields of the scores that say what was run.
+    """
     from anchorvec.evaluation import _mteb
 
     try:
@@ -196,8 +242,7 @@ def _scores(name: str, task: Any, run: Callable[[], Any], *, device: str, dtype:
         "kind": outcome.mteb_type,
         "main_score": outcome.main_score,
         "seed": seed,
-        "device": device,
-        "dtype": dtype,
+        **about,
         **outcome.about,
     }
     kind = kind_of_mteb_type(outcome.mteb_type)
@@ -218,7 +263,7 @@ def _scores(name: str, task: Any, run: Callable[[], Any], *, device: str, dtype:
 
 def require_extra() -> None:
     """Raise AnchorvecError if the packages for scoring are not installed."""
-    for package in ("mteb", "bm25s"):
+    for package in ("mteb", "bm25s", "statsmodels"):
         if importlib.util.find_spec(package) is None:
             raise AnchorvecError(f"scoring needs the package {package}: pip install 'anchorvec[evaluate]'")
 

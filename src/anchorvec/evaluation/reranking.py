@@ -61,4 +61,5 @@ RERANKING = TaskKind(
     data=Candidates,
     fill=fill,
     record=record,
+    method="intervals: queries are drawn again; p: the two models are exchanged query by query",
 )

@@ -87,4 +87,5 @@ RETRIEVAL = TaskKind(
     fill=fill,
     own_documents=attrgetter("own_documents"),
     record=record,
+    method="intervals: queries are drawn again; p: the two models are exchanged query by query",
 )

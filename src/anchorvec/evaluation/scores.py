@@ -1,15 +1,16 @@
 """What an evaluation gives back, how two of them are compared, and how they are shown."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from rich import box
-from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
 from anchorvec.errors import AnchorvecError
+from anchorvec.evaluation import statistics
+from anchorvec.evaluation.figures import Pair
 from anchorvec.evaluation.statistics import Difference, Interval
 from anchorvec.evaluation.task_kind import PerItem
 from anchorvec.evaluation.tasks import headings, kind_of_mteb_type
@@ -40,6 +41,10 @@ class Scores:
     dtype: str
     seconds: float
     """Wall time: encoding, search and metrics; of the whole task, where it has several subsets."""
+    prompts: Mapping[str, str] = field(default_factory=dict)
+    """What stood before each `query`, `document`, or `text` that is neither."""
+    model: str = ""
+    """The fingerprint of the model (`model_fingerprint`); empty for BM25."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON: `ndcg_at_10` is the mean and `ndcg_at_10_interval` the two ends; counts by name."""
@@ -47,15 +52,31 @@ class Scores:
         for name, interval in self.metrics.items():
             flat[name] = interval.mean
             flat[f"{name}_interval"] = [interval.low, interval.high]
+            flat[f"{name}_method"] = interval.method
         return flat | {
             **self.counts,
             "seed": self.seed,
             "fingerprint": self.fingerprint,
             "device": self.device,
             "dtype": self.dtype,
+            "prompts": dict(self.prompts),
+            "model": self.model,
             "seconds": self.seconds,
             "per_item": {metric: dict(of_item) for metric, of_item in self.per_item.items()},
         }
+
+    @classmethod
+    def from_dict(cls, flat: Mapping[str, Any]) -> "Scores":
+        """The scores of which `flat` is the `to_dict`. Raises KeyError or TypeError where it is none."""
+        names = [key.removesuffix("_interval") for key in flat if key.endswith("_interval")]
+        metrics = {
+            name: Interval(flat[name], *flat[f"{name}_interval"], method=flat.get(f"{name}_method", "percentile"))
+            for name in names
+        }
+        own = {field.name: flat[field.name] for field in fields(cls) if field.name in flat}
+        of_metrics = {f"{name}{end}" for name in names for end in ("", "_interval", "_method")}
+        counts = {key: value for key, value in flat.items() if key not in own.keys() | of_metrics}
+        return cls(**own, metrics=metrics, counts=counts)
 
 
 def difference(first: Scores, second: Scores, *, metric: str | None = None, seed: int = 0) -> Difference:
@@ -66,6 +87,11 @@ def difference(first: Scores, second: Scores, *, metric: str | None = None, seed
 
     Raises AnchorvecError if the two were scored on different data, or have no per-item scores of the metric.
     """
+    return statistics.difference([paired(first, second, metric)], seed=seed)
+
+
+def paired(first: Scores, second: Scores, metric: str | None = None) -> Pair:
+    """`first` and `second` item by item, for `statistics` to draw from; `metric` and errors as in `difference`."""
     if first.fingerprint != second.fingerprint:
         raise AnchorvecError("the two systems were scored on different data; score both on the same")
     metric = metric or next(iter(first.metrics), "per-item metric")
@@ -75,7 +101,10 @@ def difference(first: Scores, second: Scores, *, metric: str | None = None, seed
             known = ", ".join(scores.metrics) or "none"
             raise AnchorvecError(f"there is no {metric} of single items in scores of {scores.kind}; there is {known}")
     assert kind is not None
-    return kind.difference(first.per_item, second.per_item, metric, seed)
+    items = [{name: of_item.keys() for name, of_item in scores.per_item.items()} for scores in (first, second)]
+    if items[0] != items[1]:
+        raise AnchorvecError(f"scores of {first.kind} of another version, with other items; score both again")
+    return kind.pair(first.per_item, second.per_item, metric)
 
 
 def scores_table(results: Mapping[str, Scores], *, title: str | None = None) -> Table:
@@ -98,19 +127,3 @@ def scores_table(results: Mapping[str, Scores], *, title: str | None = None) -> 
         cells = [str(scores.metrics[metric]) if metric in scores.metrics else "" for metric in columns]
         table.add_row(escape(name), *cells, *([f"{scores.main_score:.3f}"] if other else []))
     return table
-
-
-def tables_by_kind(results: Mapping[str, Scores], *, title: str | None = None) -> Group:
-    """A `scores_table` of each kind of task in `results`, under `title` and the kind.
-
-    With the average of its main scores, where it has several.
-    """
-    tables = []
-    for kind in dict.fromkeys(scores.kind for scores in results.values()):
-        of_kind = {name: scores for name, scores in results.items() if scores.kind == kind}
-        table = scores_table(of_kind, title=f"{title}: {kind}" if title else kind)
-        if len(of_kind) > 1:
-            average = sum(scores.main_score for scores in of_kind.values()) / len(of_kind)
-            table.caption = f"average of {len(of_kind)} main scores: {average:.3f}"
-        tables.append(table)
-    return Group(*tables)

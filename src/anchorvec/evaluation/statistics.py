@@ -1,22 +1,25 @@
-"""Intervals and tests for means over items and over seeds. The arithmetic is scipy's.
+"""Intervals and tests for figures over items and over seeds. The arithmetic is scipy's and statsmodels'.
 
-All intervals are of 95%. Over items (queries, sentence pairs, ...) they are percentile bootstraps: an item is what is
-drawn again. Over seeds, of which there are few, they are Student's.
+All intervals are of 95%. Over items (queries, sentence pairs, ...) they are BCa bootstraps: an item is what is drawn
+again, of several test sets within each of them; differences are tested by exchanging the two systems item by item.
+Over seeds, of which there are few, they are Student's.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
-from scipy.stats import rankdata
+from numpy.typing import ArrayLike
 
 from anchorvec.errors import AnchorvecError
-
-ItemScores = Mapping[str, float]
-"""Item id -> score of this item."""
+from anchorvec.evaluation.figures import Index, ItemScores, Pair, Sample, Values, as_scores, mean_pair, mean_sample
 
 CONFIDENCE = 0.95
+RESAMPLES = 10_000
+BCA, PERCENTILE, STUDENT = "BCa", "percentile", "Student"
+NO_DIFFERENCE = "no difference shown"
 _DRAWS_AT_ONCE = 2_000_000  # 16 MB of indices, whatever the number of items
 
 
@@ -27,6 +30,8 @@ class Interval:
     mean: float
     low: float
     high: float
+    method: str = field(default=BCA, kw_only=True, compare=False)
+    """`BCa`, `percentile` where values without spread have no BCa, or `Student`."""
 
     def __str__(self) -> str:
         """`0.553 [0.521, 0.585]`."""
@@ -38,41 +43,73 @@ class Difference(Interval):
     """A mean difference with the ends of its 95% interval, and how likely one as large is by chance."""
 
     p_value: float
-    """Two-sided, of the hypothesis that the sign of each item's difference is chance."""
+    """Two-sided, of the hypothesis that which system is which is chance."""
+    p_holm: float | None = field(default=None, kw_only=True)
+    """The same, corrected for all `comparisons` that were made together; see `holm`."""
+    comparisons: int = field(default=1, kw_only=True)
+    standard_error: float = field(default=np.inf, kw_only=True)
+    degrees_of_freedom: float = field(default=1.0, kw_only=True)
 
     __str__ = Interval.__str__
 
+    @property
+    def verdict(self) -> str:
+        """`higher`, `lower`, or `no difference shown`: at 5%, over all comparisons that were made together."""
+        p_value = self.p_value if self.p_holm is None else self.p_holm
+        if p_value > 1 - CONFIDENCE:
+            return NO_DIFFERENCE
+        return "higher" if self.mean > 0 else "lower"
 
-def bootstrap_interval(values: ArrayLike, *, resamples: int = 10_000, seed: int = 0) -> Interval:
-    """The mean of `values` with its interval by the percentile bootstrap (Efron and Tibshirani 1993, chapter 13).
+    def detectable(self, *, power: float = 0.8, alpha: float = 0.05) -> float:
+        """The smallest true difference that such a comparison shows with this `power`, from the spread that was seen.
 
-    The ends are the 2.5th and 97.5th percentiles of the means of `resamples` samples, each of as many values as there
-    are, drawn with replacement: `scipy.stats.bootstrap` with `method="percentile"`. Its BCa has no answer (nan) where
-    all values are the same; here both ends are that value then. Both are the value too where there is only one, and
-    say nothing of how far others would lie from it.
+        By the power of Student's test at `alpha`, of several `comparisons` at their share of it, which is Holm's first
+        step. inf where no spread could be seen, as of one item.
+        """
+        from scipy.optimize import brentq
+        from statsmodels.stats.power import ttest_power
+
+        if not 0 < self.standard_error < np.inf:
+            return self.standard_error
+
+        def missing(errors: float) -> float:
+            """The power that a difference of so many standard errors lacks."""
+            found = ttest_power(errors, nobs=1, alpha=alpha / self.comparisons, df=self.degrees_of_freedom)
+            return float(power - found)
+
+        enough = 4.0
+        while missing(enough) > 0:
+            enough *= 2
+        return float(brentq(missing, 0.0, enough)) * self.standard_error
+
+
+def bootstrap_interval(values: ArrayLike, *, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
+    """The mean of `values` with its interval by the BCa bootstrap (Efron and Tibshirani 1993, chapter 14).
+
+    `scipy.stats.bootstrap` with `method="BCa"`, which corrects the percentiles of the means of drawn samples for bias
+    and skew. It has no answer (nan) where all values are the same; both ends are that value then, and `method` says
+    `percentile`. Both are the value too where there is only one, and say nothing of how far others would lie from it.
 
     - `values`: scores, (items,), in any unit.
-    - `resamples`: how many samples are drawn.
+    - `resamples`: how many samples are drawn, each of as many values as there are, with replacement.
     - `seed`: of the draw; the same seed and values give the same interval.
 
     Raises AnchorvecError if there is no value.
     """
-    array = _scores(values)
-    mean = float(array.mean())
-    if array.size == 1:  # which scipy refuses
-        return Interval(mean, mean, mean)
-    from scipy.stats import bootstrap
+    return interval([mean_sample(values)], resamples=resamples, seed=seed)
 
-    interval = bootstrap(
-        (array,),
-        np.mean,
-        n_resamples=resamples,
-        confidence_level=CONFIDENCE,
-        method="percentile",
-        batch=_batch(array),
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return Interval(mean, float(interval.low), float(interval.high))
+
+def interval(samples: Sequence[Sample], *, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
+    """The average of the figures of `samples`, a test set each, with its interval; items are drawn within each set.
+
+    `resamples` and `seed` are as in `bootstrap_interval`. Where a figure is a mean over seeds, the interval is
+    Student's, over seeds and items: see `difference`.
+    """
+    mean = float(np.mean([sample.figure for sample in samples]))
+    if any(sample.seeds is not None for sample in samples):
+        return _ends_of(_student(mean, _spread(samples, resamples, seed)))
+    low, high, method, _ = _ends(samples, mean, resamples, seed)
+    return Interval(mean, low, high, method=method)
 
 
 def student_interval(values: ArrayLike) -> Interval:
@@ -82,39 +119,35 @@ def student_interval(values: ArrayLike) -> Interval:
 
     For a single value the ends are -inf and inf. Raises AnchorvecError if there is no value.
     """
-    array = _scores(values)
+    array = as_scores(values)
     mean = float(array.mean())
     if array.size == 1:
-        return Interval(mean, -np.inf, np.inf)
-    from scipy.stats import sem, t
-
-    reach = float(t.ppf((1 + CONFIDENCE) / 2, array.size - 1) * sem(array))
-    return Interval(mean, mean - reach, mean + reach)
+        return Interval(mean, -np.inf, np.inf, method=STUDENT)
+    return _ends_of(_student(mean, [(_of_mean(array), array.size - 1)]))
 
 
-def paired_difference(first: ItemScores, second: ItemScores, *, resamples: int = 10_000, seed: int = 0) -> Difference:
-    """The mean difference `second - first` over the items that both have, item by item.
-
-    Its interval is that of `bootstrap_interval`. The p-value is that of a permutation test for pairs, which flips the
-    sign of each difference by chance: twice the share of `resamples` such flips, with 1 added to both counts, whose
-    mean is as far from 0 on the same side; of all 2^n flips where there are no more (`scipy.stats.permutation_test`).
+def paired_difference(
+    first: ItemScores, second: ItemScores, *, resamples: int = RESAMPLES, seed: int = 0
+) -> Difference:
+    """The mean difference `second - first` over the items that both have, item by item, as `difference` has it.
 
     - `first`, `second`: item id -> score, of two systems on the same task.
-    - `resamples`: how many samples, and how many flips, are drawn.
+    - `resamples`: how many samples, and how many exchanges, are drawn.
     - `seed`: of both draws.
 
     Raises AnchorvecError if no item is common.
     """
-    return paired_difference_over_seeds([(first, second)], resamples=resamples, seed=seed)
+    return difference([mean_pair(first, second)], resamples=resamples, seed=seed)
 
 
 def paired_difference_over_seeds(
-    pairs: Sequence[tuple[ItemScores, ItemScores]], *, resamples: int = 10_000, seed: int = 0
+    pairs: Sequence[tuple[ItemScores, ItemScores]], *, resamples: int = RESAMPLES, seed: int = 0
 ) -> Difference:
-    """`paired_difference` of two systems that were trained with several seeds each.
+    """`paired_difference` of two systems that were trained with several seeds each, over the items alone.
 
     An item that several seeds were scored on counts once, with the mean of its differences: what is drawn again is the
-    item, and the scores of one item under several seeds are not independent.
+    item, and the scores of one item under several seeds are not independent. Other seeds may give another difference:
+    `difference_over_seeds` asks that too.
 
     - `pairs`: for each seed, item id -> score of the first and of the second system.
     - `resamples`, `seed`: as in `paired_difference`.
@@ -123,105 +156,213 @@ def paired_difference_over_seeds(
     """
     by_item: dict[str, list[float]] = {}
     for first, second in pairs:
-        for item in sorted(first.keys() & second.keys()):
+        for item in first.keys() & second.keys():
             by_item.setdefault(item, []).append(second[item] - first[item])
-    if not by_item:
-        raise AnchorvecError("the two systems have no item in common; score both on the same data")
-    differences = _scores([np.mean(of_item) for of_item in by_item.values()])  # (items,)
-    interval = bootstrap_interval(differences, resamples=resamples, seed=seed)
-    return Difference(interval.mean, interval.low, interval.high, _chance(differences, resamples, seed))
+    means = {item: float(np.mean(of_item)) for item, of_item in by_item.items()}
+    return paired_difference(dict.fromkeys(means, 0.0), means, resamples=resamples, seed=seed)
 
 
-def spearman_interval(
-    similarities: ItemScores, scores: ItemScores, *, resamples: int = 2_000, seed: int = 0
-) -> Interval:
-    """Spearman's correlation of `similarities` with `scores`, item id -> value, with its interval.
+def difference(pairs: Sequence[Pair], *, resamples: int = RESAMPLES, seed: int = 0) -> Difference:
+    """The average of the differences of `pairs`, a test set each, with its interval and p-value.
 
-    The interval is a percentile bootstrap: of `resamples` times as many pairs as there are, drawn with replacement and
-    `seed`, the correlation is computed again. Without spread on one side it is 0. Raises AnchorvecError if there is no
-    item.
+    The interval is that of `bootstrap_interval`, items drawn within each set, the same ones for both systems. The
+    p-value is that of a permutation test for pairs, which exchanges the two systems in each item by chance: twice the
+    share of `resamples` such exchanges, with 1 added to both counts, whose difference is as far from 0 on the same
+    side; of all 2^n exchanges where there are no more (`scipy.stats.permutation_test`). Both draw by `seed`.
+
+    Where a figure is a mean over seeds (of a clustering), both are Student's, over seeds and items: their variances are
+    added, with the degrees of freedom of Satterthwaite (1946).
     """
-    pairs = np.stack([_scores(list(similarities.values())), _scores([scores[item] for item in similarities])])
-    drawn = _spearman_of_draws(pairs, resamples, seed)
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    return Interval(float(_spearman(pairs[None])[0]), float(low), float(high))
-
-
-def spearman_difference(
-    first: ItemScores, second: ItemScores, scores: ItemScores, *, resamples: int = 2_000, seed: int = 0
-) -> Difference:
-    """By how much the correlation of `second` with `scores` is above that of `first`, over the same items.
-
-    The interval draws pairs again, the same ones for both. The p-value is that of a permutation test: the ranks of the
-    two systems' similarities are exchanged pair by pair by chance, in `resamples` ways drawn with `seed`; twice the
-    share of these, with 1 added to both counts, whose difference is as far from 0 on the same side. Raises
-    AnchorvecError if the systems do not have the same items.
-    """
-    if first.keys() != second.keys():
-        raise AnchorvecError("the two systems were scored on other pairs; score both on the same")
-    gold = _scores([scores[item] for item in first])
-    ranks = [rankdata([of_system[item] for item in first]) for of_system in (first, second)]
-    both = [np.stack([of_system, gold]) for of_system in ranks]
-    observed = float(_spearman(both[1][None])[0] - _spearman(both[0][None])[0])
-    drawn = _spearman_of_draws(both[1], resamples, seed) - _spearman_of_draws(both[0], resamples, seed)
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    rng = np.random.default_rng(seed)
-    as_far = 0
-    for _ in range(resamples):
-        exchanged = rng.random(gold.size) < 0.5
-        new = [np.where(exchanged, ranks[1 - i], ranks[i]) for i in (0, 1)]
-        found = _spearman(np.stack([new[1], gold])[None])[0] - _spearman(np.stack([new[0], gold])[None])[0]
-        as_far += found >= observed if observed >= 0 else found <= observed
-    p_value = min(1.0, 2 * (as_far + 1) / (resamples + 1))
-    return Difference(observed, float(low), float(high), p_value)
-
-
-def _spearman_of_draws(pairs: NDArray[np.float64], resamples: int, seed: int) -> NDArray[np.float64]:
-    """Of so many draws of `pairs` (2, items) with replacement: (resamples,)."""
-    rng, items = np.random.default_rng(seed), pairs.shape[1]
-    size = max(1, _DRAWS_AT_ONCE // items)
-    parts = []
-    for begin in range(0, resamples, size):
-        index = rng.integers(items, size=(min(size, resamples - begin), items))
-        parts.append(_spearman(np.moveaxis(pairs[:, index], 0, 1)))
-    return np.concatenate(parts)
-
-
-def _spearman(pairs: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The correlation of the ranks in each of `pairs` (draws, 2, items): (draws,); 0 without spread."""
-    ranks = rankdata(pairs, axis=2)
-    ranks = ranks - ranks.mean(axis=2, keepdims=True)
-    norms = np.sqrt((ranks**2).sum(axis=2)).prod(axis=1)
-    found: NDArray[np.float64] = np.divide(
-        (ranks[:, 0] * ranks[:, 1]).sum(axis=1), norms, out=np.zeros(len(ranks)), where=norms > 0
+    mean = float(np.mean([pair.figure for pair in pairs]))
+    if any(pair.seeds is not None for pair in pairs):
+        return _student(mean, _spread(pairs, resamples, seed))
+    low, high, method, error = _ends(pairs, mean, resamples, seed)
+    return Difference(
+        mean,
+        low,
+        high,
+        _chance(pairs, resamples, seed),
+        method=method,
+        standard_error=error,
+        degrees_of_freedom=float(_degrees(pairs)),
     )
-    return found
 
 
-def _chance(differences: NDArray[np.float64], resamples: int, seed: int) -> float:
-    """The p-value of `paired_difference`. Of a single difference both flips are as far from 0."""
-    if differences.size == 1:  # which scipy refuses
+def difference_over_seeds(
+    by_seed: Sequence[Sequence[Pair]], *, resamples: int = RESAMPLES, seed: int = 0
+) -> Difference:
+    """`difference` of two systems that were trained with several seeds each, over items and seeds.
+
+    Seeds and items are crossed: each seed's two models are scored on the same items. A difference that is shown holds
+    for other seeds and other items. Its variance is that between seeds, and that of the mean over seeds between items,
+    less what both count, which is the seeds' noise in single items (Cornfield and Tukey 1956); the interval and the
+    p-value are Student's with the degrees of freedom of Satterthwaite (1946). The part of the items is a bootstrap that
+    draws the same items for all seeds and both systems. Seeds are not drawn again: three of them would show differences
+    that are not there (docs/statistics.md).
+
+    - `by_seed`: for each seed the pairs, a test set each, in the same order. A single seed is `difference` over items.
+    - `resamples`, `seed`: of the bootstrap.
+
+    Raises AnchorvecError if the seeds were scored on different items.
+    """
+    sizes = [[pair.items for pair in pairs] for pairs in by_seed]
+    if any(of_seed != sizes[0] for of_seed in sizes):
+        raise AnchorvecError("the seeds were scored on different items; score all on the same data")
+    if len(by_seed) == 1:
+        return difference(by_seed[0], resamples=resamples, seed=seed)
+    seeds = len(by_seed)
+    of_seed = np.array([np.mean([pair.figure for pair in pairs]) for pairs in by_seed])
+    between = _of_mean(of_seed)
+    drawn = _bootstrap(by_seed, PERCENTILE, resamples, seed)
+    covariance = np.zeros((seeds, seeds)) if drawn is None else np.cov(drawn.bootstrap_distribution)
+    items = float(covariance.mean())
+    both = (float(np.trace(covariance)) / seeds - items) / (seeds - 1)
+    total = max(between + items - both, between, items)
+    parts = [(between, seeds - 1), (items, _degrees(by_seed[0]))]
+    return _student(float(of_seed.mean()), parts, total)
+
+
+def holm(differences: Sequence[Difference]) -> list[Difference]:
+    """`differences` with `p_holm`: p-values that are corrected for their number (Holm 1979, by statsmodels).
+
+    At 5% the chance is 5% that any of them is taken for one though there is none, whichever depend on which.
+    """
+    if not differences:
+        return []
+    from statsmodels.stats.multitest import multipletests
+
+    _, corrected, *_ = multipletests([found.p_value for found in differences], method="holm")
+    return [
+        replace(found, p_holm=float(p_holm), comparisons=len(differences))
+        for found, p_holm in zip(differences, corrected, strict=True)
+    ]
+
+
+def _bootstrap(groups: Sequence[Sequence[Sample]], method: str, resamples: int, seed: int) -> Any:
+    """The bootstrap of the average over sets, for each of `groups`, which draw the same items; None: no set varies.
+
+    A set of one item is the same in every draw, and scipy refuses it.
+    """
+    varying = [i for i, sample in enumerate(groups[0]) if sample.items > 1]
+    if not varying:
+        return None
+    fixed = [sum(sample.figure for sample in samples if sample.items == 1) for samples in groups]
+
+    def averages(*index: Index, axis: int) -> Values:
+        sums = [
+            rest + sum(_figures(samples[i], of_set) for i, of_set in zip(varying, index, strict=True))
+            for samples, rest in zip(groups, fixed, strict=True)
+        ]
+        found: Values = np.stack(sums) / len(groups[0])  # (groups, draws)
+        return found[0] if len(groups) == 1 else found
+
+    from scipy.stats import DegenerateDataWarning, bootstrap
+
+    with warnings.catch_warnings(), np.errstate(invalid="ignore", divide="ignore"):
+        warnings.simplefilter("ignore", DegenerateDataWarning)
+        return bootstrap(
+            [np.arange(groups[0][i].items) for i in varying],
+            averages,
+            vectorized=True,
+            n_resamples=resamples,
+            confidence_level=CONFIDENCE,
+            method=method,
+            batch=_batch(groups[0]),
+            rng=np.random.default_rng(seed),
+        )
+
+
+def _figures(sample: Sample, index: Index) -> Values:
+    """The figure of each row of `index`. While scipy leaves items of another set out, all rows are one row."""
+    if index.ndim == 1:
+        return sample.of(index[None])[0]  # type: ignore[no-any-return]
+    if index.strides[0] == 0:
+        return np.broadcast_to(sample.of(index[:1]), len(index))
+    return sample.of(index)
+
+
+def _ends(samples: Sequence[Sample], mean: float, resamples: int, seed: int) -> tuple[float, float, str, float]:
+    """The ends of the bootstrap interval, which method they are by, and the standard error."""
+    found = _bootstrap([samples], BCA, resamples, seed)
+    if found is None:
+        return mean, mean, PERCENTILE, np.inf
+    ends = found.confidence_interval
+    if np.isfinite([ends.low, ends.high]).all():
+        return float(ends.low), float(ends.high), BCA, float(found.standard_error)
+    low, high = np.quantile(found.bootstrap_distribution, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return float(low), float(high), PERCENTILE, float(found.standard_error)
+
+
+def _chance(pairs: Sequence[Pair], resamples: int, seed: int) -> float:
+    """The p-value of `difference`. Of a single item both exchanges are as far from 0, and scipy refuses it."""
+    items = sum(pair.items for pair in pairs)
+    if items == 1:
         return 1.0
+    cuts = np.cumsum([pair.items for pair in pairs])[:-1]
+
+    def average(signs: Values, axis: int) -> Values:
+        of_sets = np.split(np.atleast_2d(signs), cuts, axis=-1)
+        found: Values = np.mean([pair.exchanged(of_set) for pair, of_set in zip(pairs, of_sets, strict=True)], axis=0)
+        return found if signs.ndim > 1 else found[0]
+
     from scipy.stats import permutation_test
 
     found = permutation_test(
-        (differences,),
-        np.mean,
+        (np.ones(items),),
+        average,
+        vectorized=True,
         permutation_type="samples",
         n_resamples=resamples,
-        batch=_batch(differences),
+        batch=_batch(pairs),
         rng=np.random.default_rng(seed),
     )
     return float(found.pvalue)
 
 
-def _scores(values: ArrayLike) -> NDArray[np.float64]:
-    array = np.asarray(values, dtype=np.float64)  # (items,)
-    if array.size == 0:
-        raise AnchorvecError("there is no score to take the mean of")
-    return array
+def _spread(samples: Sequence[Sample], resamples: int, seed: int) -> list[tuple[float, float]]:
+    """The variances, with their degrees of freedom, of an average of sets of which some are means over seeds."""
+    drawn = _bootstrap([samples], PERCENTILE, resamples, seed)
+    items = 0.0 if drawn is None else float(drawn.standard_error) ** 2
+    seeds = [sample.seeds for sample in samples if sample.seeds is not None and sample.seeds.size > 1]
+    return [(items, _degrees(samples)), *((_of_mean(of) / len(samples) ** 2, of.size - 1) for of in seeds)]
 
 
-def _batch(array: NDArray[np.float64]) -> int:
+def _student(mean: float, parts: Sequence[tuple[float, float]], variance: float | None = None) -> Difference:
+    """`mean` against 0, where its `variance` (default: their sum) has these `parts`, each with degrees of freedom."""
+    from scipy.stats import t
+
+    variance = sum(part for part, _ in parts) if variance is None else variance
+    if variance == 0:
+        return Difference(mean, mean, mean, float(mean == 0), method=STUDENT, standard_error=0.0)
+    freedom = variance**2 / sum(part**2 / degrees for part, degrees in parts)
+    error = float(np.sqrt(variance))
+    reach = float(t.ppf((1 + CONFIDENCE) / 2, freedom)) * error
+    return Difference(
+        mean,
+        mean - reach,
+        mean + reach,
+        float(2 * t.sf(abs(mean) / error, freedom)),
+        method=STUDENT,
+        standard_error=error,
+        degrees_of_freedom=freedom,
+    )
+
+
+def _ends_of(found: Difference) -> Interval:
+    """`found` without what belongs to a difference alone."""
+    return Interval(found.mean, found.low, found.high, method=found.method)
+
+
+def _of_mean(values: Values) -> float:
+    """The variance of the mean of `values`."""
+    return float(values.var(ddof=1)) / values.size
+
+
+def _degrees(samples: Sequence[Sample]) -> int:
+    """Degrees of freedom of the average over the items of `samples`."""
+    return max(1, sum(sample.items - 1 for sample in samples))
+
+
+def _batch(samples: Sequence[Sample]) -> int:
     """How many resamples are drawn at a time."""
-    return max(1, _DRAWS_AT_ONCE // array.size)
+    return max(1, _DRAWS_AT_ONCE // sum(sample.items for sample in samples))

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from anchorvec.evaluation.figures import Pair, Sample, correlation_pair, correlation_sample
 from anchorvec.evaluation.labelled import RowsData, has_fields, predictions, read_rows, set_name
-from anchorvec.evaluation.statistics import Difference, Interval, spearman_difference, spearman_interval
 from anchorvec.evaluation.task_kind import PerItem, SubsetScores, TaskKind
 
 SIMILARITY, SCORE = "similarity", "score"
@@ -49,14 +49,14 @@ def record(task: Any) -> list[SubsetScores]:
     return predictions(task, read)
 
 
-def intervals(per_item: PerItem, seed: int) -> dict[str, Interval]:
-    """Spearman's correlation over the pairs of `per_item`, with its interval, drawn with `seed`."""
-    return {"cosine_spearman": spearman_interval(per_item[SIMILARITY], per_item[SCORE], seed=seed)}
+def samples(per_item: PerItem) -> dict[str, Sample]:
+    """Spearman's correlation over the pairs of `per_item`."""
+    return {"cosine_spearman": correlation_sample(per_item[SIMILARITY], per_item[SCORE])}
 
 
-def difference(first: PerItem, second: PerItem, metric: str, seed: int) -> Difference:
-    """By how much the correlation of `second` is above that of `first`; `metric` is that one, `seed` of the draws."""
-    return spearman_difference(first[SIMILARITY], second[SIMILARITY], first[SCORE], seed=seed)
+def pair(first: PerItem, second: PerItem, metric: str) -> Pair:
+    """By how much the correlation of `second` is above that of `first`; `metric` is that one."""
+    return correlation_pair(first[SIMILARITY], second[SIMILARITY], first[SCORE])
 
 
 STS = TaskKind(
@@ -71,6 +71,8 @@ STS = TaskKind(
     data=ScoredPairs,
     fill=fill,
     record=record,
-    intervals=intervals,
-    difference=difference,
+    samples=samples,
+    pair=pair,
+    method="intervals: pairs are drawn again, and the correlation computed of each draw; p: the ranks of the two "
+    "models' similarities are exchanged pair by pair",
 )

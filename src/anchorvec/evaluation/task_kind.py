@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from anchorvec.evaluation.statistics import Difference, Interval, bootstrap_interval, paired_difference
+from anchorvec.evaluation.figures import Pair, Sample, mean_pair, mean_sample
+from anchorvec.evaluation.statistics import Interval, interval
 
 PerItem = Mapping[str, Mapping[str, float]]
 """Metric -> item id -> score of this item. What an item is depends on the kind: for retrieval it is a query."""
@@ -34,14 +35,14 @@ class SubsetScores:
     """How many items there were, and of what they are scored on: `{"queries": 500, "documents": 1200}`."""
 
 
-def mean_intervals(per_item: PerItem, seed: int) -> dict[str, Interval]:
-    """For each metric of `per_item` the mean over items with its bootstrap interval, drawn with `seed`."""
-    return {metric: bootstrap_interval(list(of_item.values()), seed=seed) for metric, of_item in per_item.items()}
+def means(per_item: PerItem) -> dict[str, Sample]:
+    """For each metric of `per_item` its mean over items."""
+    return {metric: mean_sample(list(of_item.values())) for metric, of_item in per_item.items()}
 
 
-def mean_difference(first: PerItem, second: PerItem, metric: str, seed: int) -> Difference:
-    """The mean difference of `metric` over the items that `first` and `second` both have; `seed` of the draws."""
-    return paired_difference(first[metric], second[metric], seed=seed)
+def difference_of_means(first: PerItem, second: PerItem, metric: str) -> Pair:
+    """The mean difference of `metric` over the items that `first` and `second` both have."""
+    return mean_pair(first[metric], second[metric])
 
 
 def nothing_of(data: LocalData) -> frozenset[str]:
@@ -78,9 +79,15 @@ class TaskKind:
     """Gives a local task of mteb, the first argument, the LocalData in place of a download."""
     record: Callable[[Any], list[SubsetScores]]
     """Called with a task before mteb runs it: the list that has the scores of each subset and split after the run."""
-    intervals: Callable[[PerItem, int], dict[str, Interval]] = mean_intervals
-    """From the per-item scores and a seed, each metric over all items with its interval."""
-    difference: Callable[[PerItem, PerItem, str, int], Difference] = mean_difference
-    """From two systems' per-item scores, a metric and a seed, by how much the second is above the first."""
+    samples: Callable[[PerItem], Mapping[str, Sample]] = means
+    """From the per-item scores each metric as a figure over all items, which can be drawn again."""
+    pair: Callable[[PerItem, PerItem, str], Pair] = difference_of_means
+    """From two systems' per-item scores and a metric, by how much the second is above the first."""
+    method: str = "intervals: items are drawn again; p: the two systems are exchanged item by item"
+    """What intervals and p-values of this kind are over, for a table to say."""
     own_documents: Callable[[Any], Collection[str]] = nothing_of
     """From the LocalData the ids of queries that are documents as well, and are left out of their own ranking."""
+
+    def intervals(self, per_item: PerItem, seed: int) -> dict[str, Interval]:
+        """Each metric of `per_item` over all items with its interval, drawn with `seed`."""
+        return {metric: interval([sample], seed=seed) for metric, sample in self.samples(per_item).items()}
