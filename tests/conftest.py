@@ -5,6 +5,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["ANCHORVEC_CACHE"] = ""  # no vectors are kept but where a test names a folder
 
 import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerFast

@@ -46,6 +46,9 @@ Instruction = Annotated[
         help="Put before each query, or text of a task without queries, in place of the prompt stored with the model."
     ),
 ]
+Cache = Annotated[
+    bool, typer.Option("--cache/--no-cache", help="Keep vectors on disk, and encode no text of which one is kept.")
+]
 ModelFolder = Annotated[str, typer.Argument(metavar="MODEL", help="A folder with an embedder, or a hub id.")]
 
 
@@ -153,6 +156,7 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(help="Texts encoded at a time.", min=1)] = 32,
     bm25: Annotated[bool, typer.Option("--bm25", help="Score BM25 on the folders too.")] = False,
     instruction: Instruction = None,
+    cache: Cache = True,
     json_file: JsonFile = None,
 ) -> None:
     """Score a model on local test sets (retrieval, re-ranking, STS, classification, clustering) and MTEB tasks."""
@@ -169,6 +173,7 @@ def evaluate(
         tasks=task or [],
         batch_size=batch_size,
         instruction=instruction,
+        cache=cache,
         show_progress_bar=True,
     )
     if bm25:
@@ -184,6 +189,7 @@ def search(
     query: Annotated[list[str] | None, typer.Option(help="Ask this; may be repeated. Without: a prompt.")] = None,
     top_k: Annotated[int, typer.Option(help="Passages shown per query.", min=1)] = 5,
     instruction: Instruction = None,
+    cache: Cache = True,
     json_file: JsonFile = None,
 ) -> None:
     """Ask a corpus in the terminal."""
@@ -193,7 +199,7 @@ def search(
     from anchorvec.commands.search import search as run
 
     _quiet()
-    found = run(model, corpus, query, top_k, instruction=instruction, show_progress_bar=sys.stderr.isatty())
+    found = run(model, corpus, query, top_k, instruction=instruction, cache=cache, show_progress_bar=True)
     if query:
         for text, hits in found.items():
             console.print(Text(text, style="bold"), soft_wrap=True)

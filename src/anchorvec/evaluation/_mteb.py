@@ -3,22 +3,22 @@
 import hashlib
 import json
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import mteb
-from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from mteb.abstasks.aggregated_task import AbsTaskAggregate
 from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.models import EncoderProtocol, ModelMeta, SearchEncoderWrapper, SentenceTransformerEncoderWrapper
 from mteb.types import PromptType
-from sentence_transformers import SentenceTransformer
 
 from anchorvec.errors import AnchorvecError
 from anchorvec.evaluation.task_kind import LocalData, SubsetScores, TaskKind
 from anchorvec.evaluation.tasks import kind_of_mteb_type
+from anchorvec.model.text_encoder import TextEncoder
 
 _LOCAL = "local"
 
@@ -33,11 +33,8 @@ class Outcome:
     """One for each subset and split; none where no kind reads tasks of this type back, or the task averages others."""
 
 
-def run(model: Any, task: Any, *, batch_size: int = 32, show_progress_bar: bool = False) -> Outcome:
-    """The outcome of `model` (an encoder or a searcher in mteb's sense) on `task`; nothing is cached.
-
-    `batch_size` texts are encoded at a time; `show_progress_bar` shows bars on stderr.
-    """
+def run(model: Any, task: Any) -> Outcome:
+    """The outcome of `model` (an encoder or a searcher in mteb's sense) on `task`; mteb caches and shows nothing."""
     # A task made of others (CQADupstackRetrieval) only averages their scores.
     kind = None if isinstance(task, AbsTaskAggregate) else kind_of_mteb_type(task.metadata.type)
     subsets = [] if kind is None else kind.record(task)
@@ -47,8 +44,8 @@ def run(model: Any, task: Any, *, batch_size: int = 32, show_progress_bar: bool 
             task,
             cache=None,
             co2_tracker=False,
-            encode_kwargs={"batch_size": batch_size, "show_progress_bar": show_progress_bar},
-            show_progress_bar=show_progress_bar,
+            encode_kwargs={"show_progress_bar": False},
+            show_progress_bar=False,
         )
     return Outcome(task.metadata.type, float(result.task_results[0].get_score()), subsets)
 
@@ -80,6 +77,23 @@ def local_task(kind: TaskKind, data: LocalData) -> Any:
     return task
 
 
+def characters(task: Any) -> int | None:
+    """Of all texts of `task`; None where that is not known before it is fetched."""
+    if task.data_loaded:
+        return _characters(task.dataset)
+    of_splits = task.metadata.descriptive_stats or {}
+    parts = [part for split in task.eval_splits for part in of_splits.get(split, {}).values() if isinstance(part, dict)]
+    return sum(part.get("total_text_length", 0) for part in parts) or None
+
+
+def _characters(data: Any) -> int:
+    """Of the texts in data sets, in mappings of whatever depth."""
+    if isinstance(data, Dataset):
+        columns = [name for name, feature in data.features.items() if getattr(feature, "dtype", None) == "string"]
+        return sum(len(text or "") for name in columns for text in data[name])
+    return sum(map(_characters, data.values())) if isinstance(data, Mapping) else 0
+
+
 def fingerprint(task: Any, *part: str) -> str:
     """A hash of what `task` is scored on, as 64 hexadecimal digits; `part` names the split and subset that is meant.
 
@@ -92,7 +106,7 @@ def fingerprint(task: Any, *part: str) -> str:
 
 
 class Encoder(SentenceTransformerEncoderWrapper):  # type: ignore[misc]  # mteb is not typed here
-    """`model` as mteb calls it, with the model's own prompts; `instruction` stands in for those of queries.
+    """The model of `encode` as mteb calls it, with its own prompts; `instruction` stands in for those of queries.
 
     mteb drops each stored prompt whose key is neither a task in its registry nor a task or prompt type. Here all are
     kept, so that a prompt stored as `NAME-query` reaches the local folder NAME as well. And mteb has a prompt for the
@@ -101,11 +115,12 @@ class Encoder(SentenceTransformerEncoderWrapper):  # type: ignore[misc]  # mteb 
     a query has.
     """
 
-    def __init__(self, model: SentenceTransformer, instruction: str | None) -> None:
+    def __init__(self, encode: TextEncoder, instruction: str | None) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the prompts that are put back below
-            super().__init__(model)
-        self._stored = {name: prompt for name, prompt in model.prompts.items() if prompt is not None}
+            super().__init__(encode.model)
+        self._encode = encode
+        self._stored = {name: prompt for name, prompt in encode.model.prompts.items() if prompt is not None}
         self._instruction = instruction
         self.read_as_queries: set[str] = set()
         """Tasks with texts that are neither queries nor documents, and had the query prompt that the model stores."""
@@ -133,6 +148,9 @@ class Encoder(SentenceTransformerEncoderWrapper):  # type: ignore[misc]  # mteb 
         `task_metadata`, `hf_split`, `hf_subset` and `prompt_type` are what mteb says of them, `options` go on to it.
         """
         prompt = self._prompt(task_metadata, prompt_type)
+        if not {"image", "audio", "video"} & set(inputs.dataset.features):
+            texts = [text for batch in inputs for text in batch["text"]]
+            return self._encode(texts, prompt=prompt, side=None if prompt_type is None else prompt_type.value)
         self.model_prompts = {} if prompt is None else {task_metadata.name: prompt}  # where mteb looks it up
         return super().encode(
             inputs,

@@ -6,7 +6,7 @@ import random
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,8 @@ from anchorvec.evaluation.retrieval import RETRIEVAL
 from anchorvec.evaluation.scores import Scores
 from anchorvec.evaluation.task_kind import LocalData
 from anchorvec.evaluation.tasks import kind_of_data, kind_of_mteb_type, load_folder, sets_in
+from anchorvec.model.vector_cache import vector_cache
+from anchorvec.terminal import Bar
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -32,14 +34,15 @@ def evaluate(
     batch_size: int = 32,
     instruction: str | None = None,
     seed: int = 0,
+    cache: bool = True,
     show_progress_bar: bool = False,
 ) -> dict[str, Scores]:
     """The scores of `model` on every folder of `data` and every MTEB task of `tasks`.
 
     A registered task leaves out what mteb says, a folder each query's own document (`BeirData.own_documents`).
     The keys are names of folders and tasks; a retrieval task of several splits or subsets (languages) has one
-    entry for each, `TASK/SPLIT/SUBSET`. A folder is read and scored without network and writes nothing;
-    an MTEB task is fetched to the cache of Hugging Face.
+    entry for each, `TASK/SPLIT/SUBSET`. A folder is read and scored without network and writes nothing but
+    the vectors that are kept; an MTEB task is fetched to the cache of Hugging Face.
 
     - `model`: a SentenceTransformer, its folder, or its hub id. Its stored `query` and `document` prompts are used,
       and a prompt stored as `NAME-query` for the task or folder NAME. Texts that are neither queries nor documents, as
@@ -51,7 +54,8 @@ def evaluate(
     - `batch_size`: texts encoded at a time.
     - `instruction`: replaces the stored query prompts, and all prompts of texts that are no documents either.
     - `seed`: of the intervals.
-    - `show_progress_bar`: shows mteb's bars on stderr.
+    - `cache`: keeps vectors on disk, and encodes no text of which one is kept (`model.vector_cache`).
+    - `show_progress_bar`: shows a bar over all of it on stderr, with the time left, where that is a terminal.
 
     Raises AnchorvecError for data that cannot be used, an unknown task, one of more than texts, and one that cannot be
     fetched.
@@ -59,8 +63,8 @@ def evaluate(
     if not data and not tasks:
         raise AnchorvecError("there is nothing to score on; name a test set or an MTEB task")
     local = check_test_data(data=data, tasks=tasks)
-    options = {"batch_size": batch_size, "show_progress_bar": show_progress_bar}
-    return _evaluate(model, local, tasks, instruction, seed, options)
+    encoding = {"batch_size": batch_size, "cache": vector_cache() if cache else None}
+    return _evaluate(model, local, tasks, instruction, seed, encoding, show_progress_bar)
 
 
 def _evaluate(
@@ -69,13 +73,15 @@ def _evaluate(
     tasks: Sequence[str],
     instruction: str | None,
     seed: int,
-    options: dict[str, Any],
+    encoding: Mapping[str, Any],
+    show_progress_bar: bool,
 ) -> dict[str, Scores]:
-    """`evaluate` on data that were read already; `options` go to each run."""
+    """`evaluate` on data that were read already; `encoding` are the options of a TextEncoder."""
     results: dict[str, Scores] = {}
     with _side_effects_undone():
         from anchorvec.evaluation import _mteb
         from anchorvec.model.loading import load_encoder, warn_of_named_prompts
+        from anchorvec.model.text_encoder import TextEncoder
 
         # Names are looked up before anything is loaded or run, so that a misspelt one fails at once.
         all_tasks = {part.name: _mteb.local_task(kind_of_data(part), part) for part in local}
@@ -84,14 +90,19 @@ def _evaluate(
         if instruction is None:
             warn_of_named_prompts(model, list(all_tasks))
         device, dtype = str(model.device), str(next(model.parameters()).dtype).removeprefix("torch.")
-        encoder = _mteb.Encoder(model, instruction)
+        encode = TextEncoder(model, **encoding)
+        encoder = _mteb.Encoder(encode, instruction)
         for task in all_tasks.values():
             encoder.check(task)
         own = {part.name: kind_of_data(part).own_documents(part) for part in local}
-        for name, task in all_tasks.items():
-            system = _mteb.without_own(encoder, own.get(name, ()))
-            run = partial(_mteb.run, system, task, **options)
-            results |= _scores(name, task, run, device=device, dtype=dtype, seed=seed)
+        sizes = {name: _mteb.characters(task) for name, task in all_tasks.items()}
+        with Bar(sizes, shown=show_progress_bar) as bar:
+            encode.on_texts = bar.advance
+            for name, task in all_tasks.items():
+                bar.start(name)
+                run = partial(_mteb.run, _mteb.without_own(encoder, own.get(name, ())), task)
+                results |= _scores(name, task, run, device=device, dtype=dtype, seed=seed)
+    encode.say_kept()
     if encoder.read_as_queries:
         warnings.warn(
             "the texts of these tasks are neither queries nor documents, and were read with the query prompt that is "

@@ -39,7 +39,7 @@ class Scores:
     device: str
     dtype: str
     seconds: float
-    """Wall time: encoding, search and metrics; of the whole task, where it has several subsets."""
+    """Wall time: encoding of what is not kept from before, search and metrics; of all subsets of a task together."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON: `ndcg_at_10` is the mean and `ndcg_at_10_interval` the two ends; counts by name."""
