@@ -231,7 +231,7 @@ def score_more(
         return
     encoder = load_encoder(model, dtype)
     for path in new_data:
-        [scores] = evaluate(encoder, data=[path], show_progress_bar=True).values()
+        [scores] = evaluate(encoder, data=[path], cache=False, show_progress_bar=True).values()
         found["scores"][name_of(path)] = scores.per_item["ndcg_at_10"]
         write_json(file, found)
     for path in new_sts:

@@ -61,7 +61,7 @@ def run(
     trained = run_stages(unscored, run, load_training_data(recipe), [], budget=budget)
     bf16 = resolve_precision(recipe.model.precision) == "bf16"
     model = load_encoder(run.newest(), torch.bfloat16 if bf16 else torch.float32)
-    [scores] = evaluate(model, data=[run.score_set]).values()
+    [scores] = evaluate(model, data=[run.score_set], cache=False).values()
     found = {
         "minutes": minutes,
         "stage_one_share": stage_one_share,

@@ -8,6 +8,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # else their threads would wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the command line does
+os.environ["ANCHORVEC_CACHE"] = ""  # no vectors are kept but where a test names a folder
 
 import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerFast

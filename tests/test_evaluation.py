@@ -31,6 +31,7 @@ from anchorvec.evaluation.retrieval import RETRIEVAL
 from anchorvec.evaluation.task_kind import SubsetScores, TaskKind
 from anchorvec.files import read_json_lines, write_json_lines
 from anchorvec.model.embedder import build_embedder
+from anchorvec.terminal import Bar
 
 ANIMALS = ["cat", "dog", "horse", "sheep", "goat", "cow", "duck", "goose"]  # each answers a query
 ANIMALS += ["hen", "fox", "wolf", "bear", "deer", "mouse", "owl", "crow"]
@@ -361,3 +362,35 @@ def test_bm25_finds_nothing_where_no_document_has_a_word() -> None:
     corpus = {"d0": {"title": "", "text": "\u65e5"}, "d1": {"title": "of", "text": "the"}}
     data = BeirData(corpus, {"q0": "\u65e5", "q1": "a word"}, {"q0": {"d0": 1}, "q1": {"d1": 1}})
     assert bm25_scores(data).per_item["ndcg_at_10"] == {"q0": 0.0, "q1": 0.0}
+
+
+def test_one_bar_shows_the_time_left_of_all_sets(
+    model: SentenceTransformer,
+    collection: BeirData,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """On a terminal, on stderr; it comes to its end with the last text, and mteb shows none of its own."""
+    done: list[Any] = []
+    advance, start = Bar.advance, Bar.start
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setattr(Bar, "advance", lambda bar, amount: (done.append(amount), advance(bar, amount)))
+    monkeypatch.setattr(Bar, "start", lambda bar, name: (done.append(name), start(bar, name)))
+    evaluate(model, data=[collection, replace(collection, name="again")], show_progress_bar=True)
+    sizes = [
+        sum(amount for amount in part) for part in (done[1 : done.index("again")], done[done.index("again") + 1 :])
+    ]
+    texts = [*QUERIES.values(), *(f"{fields['title']} {fields['text']}" for fields in CORPUS.values())]
+    assert sizes == [sum(map(len, texts))] * 2
+    out, err = capsys.readouterr()
+    assert (out, "again (2 of 2)" in err, "it/s" in err) == ("", True, False)
+
+
+@pytest.mark.parametrize("name", ["SciFact", "STS12", "Banking77Classification", "TwentyNewsgroupsClustering"])
+def test_the_size_of_a_task_is_known_before_it_is_fetched(name: str) -> None:
+    """From the statistics that mteb has of it."""
+    import mteb
+
+    from anchorvec.evaluation import _mteb
+
+    assert _mteb.characters(mteb.get_task(name)) > 100_000

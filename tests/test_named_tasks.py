@@ -13,6 +13,7 @@ from anchorvec.errors import AnchorvecError
 from anchorvec.evaluation import _mteb, _mteb_names, check_test_data, evaluate
 from anchorvec.model.embedder import build_embedder
 from anchorvec.model.loading import load_model
+from anchorvec.model.text_encoder import TextEncoder
 from support import MOCK_TASKS, register_mock_tasks
 
 PAPER_15 = {
@@ -280,7 +281,7 @@ def test_without_network_nothing_is_asked_twice(monkeypatch, capsys):
 )
 def test_a_task_has_its_own_instruction(model, task, instruction):
     """Where `{instruction}` stands in the instruction that is given."""
-    encoder = _mteb.Encoder(model, "Instruct: {instruction}\nQuery: ")
+    encoder = _mteb.Encoder(TextEncoder(model), "Instruct: {instruction}\nQuery: ")
     found = mteb.get_task(task).metadata
     side = mteb.types.PromptType.query if found.type == "Retrieval" else None
     assert encoder._prompt(found, side) == f"Instruct: {instruction}\nQuery: "

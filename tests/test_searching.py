@@ -188,7 +188,7 @@ def test_a_bar_is_shown_on_a_terminal_alone(
     monkeypatch.setattr("anchorvec.model.loading.load_encoder", lambda _: model)
     monkeypatch.setattr("sys.stderr.isatty", lambda: is_terminal)
     cli.search("model", notes, ["x"])
-    assert ("Batches" in capsys.readouterr().err) == is_terminal
+    assert ("encoding" in capsys.readouterr().err) == is_terminal
 
 
 def test_a_terminal_that_knows_ascii_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 import anchorvec
 from anchorvec.files import new_folder
-from anchorvec.terminal import say, terminal
+from anchorvec.terminal import Bar, say, terminal
 from support import QUICK, write_rows
 
 NAMES = ["[/b]", "[bold]x", "[v1]x", "a[red", ":smile:"]
@@ -61,3 +61,18 @@ def test_what_is_written_has_the_modes_of_new_files(tmp_path, umask, mode):
     for name in ("deep/weights", "config"):
         assert (tmp_path / "model" / name).stat().st_mode & 0o777 == mode
     assert (tmp_path / "model" / "deep").stat().st_mode & 0o777 == 0o777 & ~umask
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_one_bar_goes_over_all_pieces_of_work(capsys, monkeypatch, is_terminal):
+    """It names the piece, and its share of all; a size that is not known is the mean of the others."""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: is_terminal)
+    with Bar({"[b]": 100, "other": None, "last": 300}, shown=True) as bar:
+        bar.start("[b]")
+        bar.advance(1_000)  # no more than its size
+        bar.start("last")
+        bar.advance(150)
+    out, err = capsys.readouterr()
+    assert out == ""
+    shown = "75%" in err and "last (3 of 3)" in err and "left" in err
+    assert (shown, err == "") == (is_terminal, not is_terminal)

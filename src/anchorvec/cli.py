@@ -46,6 +46,9 @@ Instruction = Annotated[
         help="Put before each query, or text of a task without queries, in place of the prompt stored with the model."
     ),
 ]
+Cache = Annotated[
+    bool, typer.Option("--cache/--no-cache", help="Keep vectors on disk, and encode no text of which one is kept.")
+]
 ModelFolder = Annotated[str, typer.Argument(metavar="MODEL", help="A folder with an embedder, or a hub id.")]
 
 
@@ -174,6 +177,7 @@ def evaluate(
         ),
     ] = None,
     instruction: Instruction = None,
+    cache: Cache = True,
     json_file: JsonFile = None,
 ) -> None:
     """Score a model on local test sets (retrieval, re-ranking, STS, classification, clustering) and MTEB tasks."""
@@ -190,6 +194,7 @@ def evaluate(
         batch_size=batch_size,
         instruction=instruction,
         baselines=baseline or [],
+        cache=cache,
         show_progress_bar=True,
     )
     _finish(scores.comparison, json_file)
@@ -203,6 +208,7 @@ def search(
     query: Annotated[list[str] | None, typer.Option(help="Ask this; may be repeated. Without: a prompt.")] = None,
     top_k: Annotated[int, typer.Option(help="Passages shown per query.", min=1)] = 5,
     instruction: Instruction = None,
+    cache: Cache = True,
     json_file: JsonFile = None,
 ) -> None:
     """Ask a corpus in the terminal."""
@@ -212,7 +218,7 @@ def search(
     from anchorvec.commands.search import search as run
 
     _quiet()
-    found = run(model, corpus, query, top_k, instruction=instruction, show_progress_bar=sys.stderr.isatty())
+    found = run(model, corpus, query, top_k, instruction=instruction, cache=cache, show_progress_bar=True)
     if query:
         for text, hits in found.items():
             console.print(Text(text, style="bold"), soft_wrap=True)

@@ -5,7 +5,6 @@ first step. Both stages go through transformers' Trainer.
 """
 
 import platform
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -115,7 +114,8 @@ def run_stages(
     elif recipe.evaluation.bm25:
         _score(recipe, run, [*tests, *([whole.data] if whole else [])], scores, "bm25", None)
     # before training, so that a task that cannot be fetched costs nothing
-    scoring = Measured(_score(recipe, run, tests, scores, "untrained", stage))
+    # of a time to keep within, how long it takes is measured: no vectors of an earlier run
+    scoring = Measured(_score(recipe, run, tests, scores, "untrained", stage, cache=budget.minutes is None))
     if whole is not None and not budget.affords(whole.times * scoring.seconds):
         say(f"{whole.data.name}: scoring on the whole of it would take {whole.times * scoring.seconds:.0f} s; left out")
         whole = None
@@ -151,6 +151,7 @@ def _score(
     model: Path | None,
     *,
     tasks: bool = True,
+    cache: bool = True,
 ) -> float:
     """Add the scores of `model`, or of BM25, and write all; the seconds it took, 0 where nothing is scored."""
     settings = recipe.evaluation
@@ -169,7 +170,8 @@ def _score(
             data=tests,
             tasks=names,
             batch_size=settings.batch_size,
-            show_progress_bar=sys.stderr.isatty(),
+            cache=cache,
+            show_progress_bar=True,
         )
     scores[system] = {**scores.get(system, {}), **found}
     write_json(run.scores, _plain(scores))

@@ -1,19 +1,24 @@
 """Asks a corpus: the passages nearest to a query, in Python or at a prompt in the terminal."""
 
+import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from rich.console import Console
 from rich.text import Text
 
-from anchorvec.data.documents import Document, read_documents
+from anchorvec.data.documents import Corpus, Document, read_documents
 from anchorvec.data.passages import Passage, document_prompt, passages_of
 from anchorvec.errors import AnchorvecError
-from anchorvec.files import without_surrogates
-from anchorvec.terminal import say, terminal
+from anchorvec.files import user_path, without_surrogates
+from anchorvec.model.text_encoder import TextEncoder
+from anchorvec.model.vector_cache import vector_cache
+from anchorvec.terminal import Bar, say, terminal
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -34,8 +39,9 @@ class Index:
 
     `documents` maps ids to texts, which are read in passages where they are longer than `model` reads, or are such
     passages. They are encoded with the model's `document` prompt, queries with its `query` prompt or, in its place,
-    with `instruction`, and compared by the model's own similarity, `batch_size` texts at a time, with a bar if
-    `show_progress_bar`. All vectors stay on the model's device. Raises AnchorvecError if there is no text.
+    with `instruction`, and compared by the model's own similarity, `batch_size` texts at a time, with a bar on a
+    terminal if `show_progress_bar`. With `cache` their vectors are kept on disk, and no text is encoded of which one
+    is. All vectors stay on the model's device. Raises AnchorvecError if there is no text.
     """
 
     def __init__(
@@ -45,23 +51,25 @@ class Index:
         *,
         instruction: str | None = None,
         batch_size: int = 32,
+        cache: bool = True,
         show_progress_bar: bool = False,
     ) -> None:
         self.model = model
         self.instruction = None if instruction is None else without_surrogates(instruction)
         if isinstance(documents, Mapping):
-            texts = [Document(without_surrogates(text), id=key) for key, text in documents.items()]
-            documents = passages_of(texts, model)
+            whole = [Document(without_surrogates(text), id=key) for key, text in documents.items()]
+            documents = passages_of(whole, model)
         if not documents:
             raise AnchorvecError("the corpus is empty; there is nothing to search")
         self.passages = documents
-        self._embeddings = model.encode_document(
-            [passage.text for passage in documents],
-            prompt=document_prompt(model),
-            batch_size=batch_size,
-            show_progress_bar=show_progress_bar,
-            convert_to_tensor=True,
-        )  # (passages, dim)
+        encode = TextEncoder(model, batch_size=batch_size, cache=vector_cache() if cache else None)
+        texts = [passage.text for passage in documents]
+        with Bar({"encoding": sum(map(len, texts))}, shown=show_progress_bar) as bar:
+            bar.start("encoding")
+            encode.on_texts = bar.advance
+            vectors = encode(texts, prompt=document_prompt(model), side="document")
+        encode.say_kept()
+        self._embeddings = torch.from_numpy(vectors).to(model.device)  # (passages, dim)
 
     def __len__(self) -> int:
         """The number of passages."""
@@ -85,6 +93,7 @@ def search(
     *,
     instruction: str | None = None,
     batch_size: int = 32,
+    cache: bool = True,
     show_progress_bar: bool = False,
 ) -> dict[str, list[Hit]]:
     """Each query with its `top_k` nearest passages of the corpus, the nearest first.
@@ -96,7 +105,8 @@ def search(
     - `top_k`: passages for each query. A text is read in overlapping passages where it is longer than the model reads.
     - `instruction`: put before each query, in place of the model's stored query prompt.
     - `batch_size`: texts that are encoded at a time.
-    - `show_progress_bar`: shown while the corpus is encoded.
+    - `cache`: keeps vectors on disk, and encodes no passage again of which one is kept.
+    - `show_progress_bar`: shows a bar on a terminal while the corpus is encoded.
 
     How much is read, and what is left out, is said on stderr. Raises AnchorvecError for a model or a corpus that cannot
     be read.
@@ -107,22 +117,61 @@ def search(
     encoder = load_encoder(model)
     if instruction is None:
         warn_of_named_prompts(encoder)
-    passages = passages_of(corpus.documents, encoder)
-    say(
-        f"{corpus.path}: files: {corpus.files:,}, documents: {len(corpus.documents):,}, "
-        f"passages: {len(passages):,}, characters: {corpus.characters:,}"
-    )
-    if losses := corpus.losses():
-        say(f"{corpus.path}: {losses}")
-    index = Index(
-        encoder, passages, instruction=instruction, batch_size=batch_size, show_progress_bar=show_progress_bar
-    )
+
+    def index_of(corpus: Corpus) -> Index:
+        passages = passages_of(corpus.documents, encoder)
+        say(
+            f"{corpus.path}: files: {corpus.files:,}, documents: {len(corpus.documents):,}, "
+            f"passages: {len(passages):,}, characters: {corpus.characters:,}"
+        )
+        if losses := corpus.losses():
+            say(f"{corpus.path}: {losses}")
+        return Index(
+            encoder,
+            passages,
+            instruction=instruction,
+            batch_size=batch_size,
+            cache=cache,
+            show_progress_bar=show_progress_bar,
+        )
+
     if queries is None:
-        return prompt_loop(index, top_k)
+        return prompt_loop(_Watched(corpus_path, corpus, index_of), top_k)
+    index = index_of(corpus)
     return {without_surrogates(query): index.search(query, top_k) for query in queries}
 
 
-def prompt_loop(index: Index, top_k: int = 5, console: Console | None = None) -> dict[str, list[Hit]]:
+class _Watched:
+    """The index of the files under `path`, which were read as `corpus`; made again when one of them has changed."""
+
+    def __init__(self, path: str | Path, corpus: Corpus, index_of: Callable[[Corpus], Index]) -> None:
+        self._path, self._index_of = user_path(path), index_of
+        self._states = _file_states(self._path)
+        self._index = index_of(corpus)
+
+    def search(self, query: str, top_k: int = 5) -> list[Hit]:
+        states = _file_states(self._path)
+        if states != self._states:
+            self._states = states
+            try:
+                self._index = self._index_of(read_documents(self._path))
+            except AnchorvecError as error:
+                say(f"{error}; asked is what was read before")
+        return self._index.search(query, top_k)
+
+
+def _file_states(path: Path) -> dict[str, tuple[int, int]]:
+    """Each file at or under `path`, with the time of its last change and its size."""
+    states = {}
+    inside = (Path(place, name) for place, _, names in os.walk(path) for name in names)
+    for file in inside if path.is_dir() else [path]:
+        with suppress(OSError):  # gone meanwhile
+            found = file.stat()
+            states[str(file)] = (found.st_mtime_ns, found.st_size)
+    return states
+
+
+def prompt_loop(index: Index | _Watched, top_k: int = 5, console: Console | None = None) -> dict[str, list[Hit]]:
     """Answer queries from standard input until an empty line, its end, or Ctrl-C; return what was found.
 
     `index` is asked for `top_k` passages, which are shown on `console`, by default the terminal.

@@ -16,6 +16,7 @@ from sentence_transformers.sentence_transformer.modules import Transformer
 from anchorvec.data.documents import Document
 from anchorvec.errors import AnchorvecError
 from anchorvec.model.packing import token_ids
+from anchorvec.model.text_encoder import side_prompt
 
 OVERLAP = 0.2
 """Of a passage's tokens, the part that the next passage has too."""
@@ -49,9 +50,7 @@ class Passage:
 
 def document_prompt(model: SentenceTransformer) -> str:
     """The prompt that `model.encode_document` puts before a text."""
-    names = [name for name in ("document", "passage", "corpus") if name in model.prompts]
-    name = names[0] if names else model.default_prompt_name
-    return (model.prompts.get(name) if name is not None else None) or ""
+    return side_prompt(model, "document") or ""
 
 
 def passages_of(documents: Sequence[Document], model: SentenceTransformer) -> list[Passage]:

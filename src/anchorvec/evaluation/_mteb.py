@@ -10,16 +10,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import mteb
-from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from mteb.abstasks.aggregated_task import AbsTaskAggregate
 from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.models import EncoderProtocol, ModelMeta, SearchEncoderWrapper, SentenceTransformerEncoderWrapper
 from mteb.types import PromptType
-from sentence_transformers import SentenceTransformer
 
 from anchorvec.errors import AnchorvecError
 from anchorvec.evaluation.task_kind import LocalData, SubsetScores, TaskKind
 from anchorvec.evaluation.tasks import kind_of_mteb_type
+from anchorvec.model.text_encoder import TextEncoder, side_prompt
 
 _LOCAL = "local"
 
@@ -38,11 +38,8 @@ class Outcome:
     """What else scores say of the run: `seconds`, and what was kept with it."""
 
 
-def run(model: Any, task: Any, *, batch_size: int = 32, show_progress_bar: bool = False) -> Outcome:
-    """The outcome of `model` (an encoder or a searcher in mteb's sense) on `task`; nothing is cached.
-
-    `batch_size` texts are encoded at a time; `show_progress_bar` shows bars on stderr.
-    """
+def run(model: Any, task: Any) -> Outcome:
+    """The outcome of `model` (an encoder or a searcher in mteb's sense) on `task`; mteb caches and shows nothing."""
     # A task made of others (CQADupstackRetrieval) only averages their scores.
     kind = None if isinstance(task, AbsTaskAggregate) else kind_of_mteb_type(task.metadata.type)
     subsets = [] if kind is None else kind.record(task)
@@ -55,8 +52,8 @@ def run(model: Any, task: Any, *, batch_size: int = 32, show_progress_bar: bool 
             task,
             cache=None,
             co2_tracker=False,
-            encode_kwargs={"batch_size": batch_size, "show_progress_bar": show_progress_bar},
-            show_progress_bar=show_progress_bar,
+            encode_kwargs={"show_progress_bar": False},
+            show_progress_bar=False,
         )
     [result] = result.task_results
     seconds = time.perf_counter() - start
@@ -82,6 +79,23 @@ def local_task(kind: TaskKind, data: LocalData) -> Any:
     return task
 
 
+def characters(task: Any) -> int | None:
+    """Of all texts of `task`; None where that is not known before it is fetched."""
+    if task.data_loaded:
+        return _characters(task.dataset)
+    of_splits = task.metadata.descriptive_stats or {}
+    parts = [part for split in task.eval_splits for part in of_splits.get(split, {}).values() if isinstance(part, dict)]
+    return sum(part.get("total_text_length", 0) for part in parts) or None
+
+
+def _characters(data: Any) -> int:
+    """Of the texts in data sets, in mappings of whatever depth."""
+    if isinstance(data, Dataset):
+        columns = [name for name, feature in data.features.items() if getattr(feature, "dtype", None) == "string"]
+        return sum(len(text or "") for name in columns for text in data[name])
+    return sum(map(_characters, data.values())) if isinstance(data, Mapping) else 0
+
+
 def fingerprint(task: Any, *part: str) -> str:
     """A hash of what `task` is scored on, as 64 hexadecimal digits; `part` names the split and subset that is meant.
 
@@ -94,7 +108,7 @@ def fingerprint(task: Any, *part: str) -> str:
 
 
 class Encoder(SentenceTransformerEncoderWrapper):  # type: ignore[misc]  # mteb is not typed here
-    """`model` as mteb calls it, with the model's own prompts; `instruction` stands in for those of queries.
+    """The model of `encode` as mteb calls it, with its own prompts; `instruction` stands in for those of queries.
 
     In it `{instruction}` is replaced by mteb's own instruction of the task.
 
@@ -105,11 +119,12 @@ class Encoder(SentenceTransformerEncoderWrapper):  # type: ignore[misc]  # mteb 
     a query has.
     """
 
-    def __init__(self, model: SentenceTransformer, instruction: str | None) -> None:
+    def __init__(self, encode: TextEncoder, instruction: str | None) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the prompts that are put back below
-            super().__init__(model)
-        self._stored = {name: prompt for name, prompt in model.prompts.items() if prompt is not None}
+            super().__init__(encode.model)
+        self._encode = encode
+        self._stored = {name: prompt for name, prompt in encode.model.prompts.items() if prompt is not None}
         self._instruction = instruction
         self.read_as_queries: set[str] = set()
         """Tasks with texts that are neither queries nor documents, and had the query prompt that the model stores."""
@@ -139,9 +154,12 @@ class Encoder(SentenceTransformerEncoderWrapper):  # type: ignore[misc]  # mteb 
         `task_metadata`, `hf_split`, `hf_subset` and `prompt_type` are what mteb says of them, `options` go on to it.
         """
         prompt = self._prompt(task_metadata, prompt_type)
-        side = "text" if prompt_type is None else prompt_type.value
-        default = self.model.prompts.get(self.model.default_prompt_name, "")
-        self.prompts.setdefault(task_metadata.name, {})[side] = (default if prompt is None else prompt) or ""
+        side = None if prompt_type is None else prompt_type.value
+        read = side_prompt(self.model, side) if prompt is None else prompt
+        self.prompts.setdefault(task_metadata.name, {})[side or "text"] = read or ""
+        if not {"image", "audio", "video"} & set(inputs.dataset.features):
+            texts = [text for batch in inputs for text in batch["text"]]
+            return self._encode(texts, prompt=prompt, side=side)
         self.model_prompts = {} if prompt is None else {task_metadata.name: prompt}  # where mteb looks it up
         return super().encode(
             inputs,

@@ -129,16 +129,17 @@ def outcome_of(task: Any, result: Any, subsets: Iterable[SubsetScores] = ()) -> 
 def run(model: Any, task: Any, kept: Kept | None, about: Mapping[str, Any], **options: Any) -> _mteb.Outcome:
     """The outcome of `model` on `task`, which is in `kept` afterwards, with what is to be said `about` it.
 
-    A task made of others goes on where it was interrupted. `options` go on to `_mteb.run`.
+    A task made of others goes on where it was interrupted. `options` are those that it encodes with, which mteb
+    writes beside the result.
     """
     if kept is None:
-        return _mteb.run(model, fresh(task), **options)
+        return _mteb.run(model, fresh(task))
     if task.is_aggregate:
         done = [kept.outcome(part) or run(model, part, kept, about, **options) for part in parts(task)]
         seconds = {"seconds": sum(part.about["seconds"] for part in done)}
         outcome = replace(outcome_of(task, task.combine_task_results([part.result for part in done])), about=seconds)
     else:
-        outcome = _mteb.run(model, fresh(task), **options)
+        outcome = _mteb.run(model, fresh(task))
     outcome = replace(outcome, about={**about, **outcome.about})
     kept.save(task, outcome, model, options)
     return outcome

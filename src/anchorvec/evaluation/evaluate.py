@@ -21,6 +21,8 @@ from anchorvec.evaluation.comparison import Comparison
 from anchorvec.evaluation.scores import Scores
 from anchorvec.evaluation.task_kind import LocalData
 from anchorvec.evaluation.tasks import kind_of_data, kind_of_mteb_type, load_folder, sets_in
+from anchorvec.model.vector_cache import vector_cache
+from anchorvec.terminal import Bar
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -37,15 +39,16 @@ def evaluate(
     instruction: str | None = None,
     seed: int = 0,
     baselines: Sequence[str | Path] = (),
+    cache: bool = True,
     show_progress_bar: bool = False,
 ) -> "Evaluation":
     """The scores of `model` on every folder of `data` and every MTEB task of `tasks`.
 
     A registered task leaves out what mteb says, a folder each query's own document (`BeirData.own_documents`).
     The keys are names of folders and tasks; a task of several splits or subsets (languages) has one
-    entry for each, `TASK/SPLIT/SUBSET`. A folder is read and scored without network and writes nothing;
-    an MTEB task is fetched to the cache of Hugging Face. Tasks whose data cannot be had are named in a warning before
-    anything is encoded, and the others are run.
+    entry for each, `TASK/SPLIT/SUBSET`. A folder is read and scored without network and writes nothing but
+    the vectors that are kept; an MTEB task is fetched to the cache of Hugging Face. Tasks whose data cannot be had are
+    named in a warning before anything is encoded, and the others are run.
 
     - `model`: a SentenceTransformer, its folder, or its hub id. Its stored `query` and `document` prompts are used,
       and a prompt stored as `NAME-query` for the task or folder NAME. Texts that are neither queries nor documents, as
@@ -67,7 +70,8 @@ def evaluate(
       hub id, which are read with the prompts that are stored with them; `bm25`, on retrieval and re-ranking;
       `untrained`, the folder `base` of the run that `model` is in; an earlier run, or a file that `anchorvec evaluate
       --json` wrote, by the scores that are in it.
-    - `show_progress_bar`: shows mteb's bars on stderr.
+    - `cache`: keeps vectors on disk, and encodes no text of which one is kept (`model.vector_cache`).
+    - `show_progress_bar`: shows a bar over all of it on stderr, with the time left, where that is a terminal.
 
     Raises AnchorvecError for data that cannot be used, an unknown task, one of more than texts, and if the data of no
     task can be had.
@@ -76,9 +80,8 @@ def evaluate(
         raise AnchorvecError("there is nothing to score on; name a test set or an MTEB task")
     others = check_baselines(baselines, model)
     local = check_test_data(data=data, tasks=tasks, languages=languages)
-    asked = _Asked(
-        local, tasks, languages, results, seed, {"batch_size": batch_size, "show_progress_bar": show_progress_bar}
-    )
+    encoding = {"batch_size": batch_size, "cache": vector_cache() if cache else None}
+    asked = _Asked(local, tasks, languages, results, seed, encoding, show_progress_bar)
     found = _evaluate(model, asked, instruction)
     of_others = score_baselines(
         others,
@@ -107,14 +110,15 @@ class Evaluation(dict[str, Scores]):
 
 @dataclass(frozen=True)
 class _Asked:
-    """What `evaluate` was asked to score on, and how; `options` go to each run."""
+    """What `evaluate` was asked to score on, and how; `encoding` are options of a TextEncoder."""
 
     local: Sequence[LocalData]
     tasks: Sequence[str]
     languages: Sequence[str]
     kept_in: str | Path | None
     seed: int
-    options: dict[str, Any]
+    encoding: Mapping[str, Any]
+    show_progress_bar: bool
 
 
 def _evaluate(model: "SentenceTransformer | str | Path", asked: _Asked, instruction: str | None) -> Evaluation:
@@ -124,35 +128,43 @@ def _evaluate(model: "SentenceTransformer | str | Path", asked: _Asked, instruct
     with _side_effects_undone(), ExitStack() as stack:
         from anchorvec.evaluation import _mteb
         from anchorvec.evaluation.named import NamedTasks
-        from anchorvec.model.fingerprint import model_fingerprint
         from anchorvec.model.loading import load_encoder, warn_of_named_prompts
+        from anchorvec.model.text_encoder import TextEncoder
 
         # Names are looked up before anything is loaded or run, so that a misspelt one fails at once.
         all_tasks = {part.name: _mteb.local_task(kind_of_data(part), part) for part in local}
         named = NamedTasks(asked.tasks, asked.languages, model=model, results=asked.kept_in, instruction=instruction)
-        encoder, of_model = None, {}
+        encoder, encode, of_model = None, None, {}
         if local or named.to_run:
             stack.enter_context(named.network())
             model = load_encoder(model)
             if instruction is None:
                 warn_of_named_prompts(model, [*all_tasks, *named.to_run])
             dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-            of_model = {"device": str(model.device), "dtype": dtype, "model": model_fingerprint(model) or ""}
-            encoder = _mteb.Encoder(model, instruction)
+            encode = TextEncoder(model, **asked.encoding)
+            of_model = {"device": str(model.device), "dtype": dtype, "model": encode.fingerprint or ""}
+            encoder = _mteb.Encoder(encode, instruction)
             for task in named.to_run.values():
                 encoder.check(task)
             named.leave_out_without_data(alone=not local)
         prompts = {} if encoder is None else encoder.prompts  # by task, filled while it runs
         own = {part.name: kind_of_data(part).own_documents(part) for part in local}
-        for name, task in all_tasks.items():
-            system = _mteb.without_own(encoder, own.get(name, ()))
-            run = partial(_mteb.run, system, task, **asked.options)
-            results |= _scores(name, task, run, seed=seed, **of_model, prompts=prompts.setdefault(name, {}))
-        for name, task in named.tasks.items():
-            about = of_model | {"prompts": prompts.setdefault(name, {})}
-            run = partial(named.outcome, name, encoder, about, **asked.options)
-            results |= _scores(name, task, run, seed=seed, **about)
+        sizes = {name: _mteb.characters(task) for name, task in [*all_tasks.items(), *named.to_run.items()]}
+        with Bar(sizes, shown=asked.show_progress_bar) as bar:
+            if encode is not None:
+                encode.on_texts = bar.advance
+            for name, task in [*all_tasks.items(), *named.tasks.items()]:
+                if name in sizes:
+                    bar.start(name)
+                about = of_model | {"prompts": prompts.setdefault(name, {})}
+                if name in all_tasks:
+                    run = partial(_mteb.run, _mteb.without_own(encoder, own[name]), task)
+                else:
+                    run = partial(named.outcome, name, encoder, about, batch_size=asked.encoding["batch_size"])
+                results |= _scores(name, task, run, seed=seed, **about)
         results.averages = named.averages()
+    if encode is not None:
+        encode.say_kept()
     if encoder is not None and encoder.read_as_queries:
         warnings.warn(
             "the texts of these tasks are neither queries nor documents, and were read with the query prompt that is "
@@ -205,7 +217,7 @@ def bm25_scores(data: str | Path | LocalData, *, seed: int = 0) -> Scores:
     if kind_of_data(local) not in RANKED:
         layouts = " or ".join(kind.layout for kind in RANKED)
         raise AnchorvecError(f"{local.name}: BM25 is scored on retrieval and re-ranking; name a set with {layouts}")
-    return _bm25([local.name], _Asked([local], (), (), None, seed, {}))[local.name]
+    return _bm25([local.name], _Asked([local], (), (), None, seed, {}, False))[local.name]
 
 
 def _bm25(names: Sequence[str], asked: _Asked) -> dict[str, Scores]:

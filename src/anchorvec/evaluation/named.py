@@ -80,7 +80,7 @@ class NamedTasks:
         warnings.warn(f"left out, as their data cannot be had: {reasons}", stacklevel=4)
 
     def outcome(self, name: str, model: Any, about: Mapping[str, Any], **options: Any) -> _mteb.Outcome:
-        """The outcome of the task `name`: what is kept, or that of a run of `model` with `options`.
+        """The outcome of the task `name`: what is kept, or that of a run of `model`, which encodes with `options`.
 
         `about` are fields of its scores that are kept with it.
         """

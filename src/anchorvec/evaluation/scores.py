@@ -40,7 +40,7 @@ class Scores:
     device: str
     dtype: str
     seconds: float
-    """Wall time: encoding, search and metrics; of the whole task, where it has several subsets."""
+    """Wall time: encoding of what is not kept from before, search and metrics; of all subsets of a task together."""
     prompts: Mapping[str, str] = field(default_factory=dict)
     """What stood before each `query`, `document`, or `text` that is neither."""
     model: str = ""
