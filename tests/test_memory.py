@@ -12,14 +12,12 @@ import weakref
 import pytest
 import torch
 from datasets import Dataset
-from sentence_transformers import SentenceTransformer
 from transformers import AutoTokenizer, TrainingArguments
 
 import anchorvec.training.memory
 from anchorvec.data.stage_inputs import LENGTH_SAMPLE, large_step
 from anchorvec.device import default_device
 from anchorvec.errors import AnchorvecError
-from anchorvec.model.packing import use_packed_texts
 from anchorvec.objectives.reconstruction import TextReconstruction
 from anchorvec.pipeline import load_training_data
 from anchorvec.recipe import load_recipe
@@ -298,12 +296,11 @@ def test_a_large_step_is_the_mean_and_three_standard_deviations(tmp_path):
     file = write_rows(tmp_path / "pairs.jsonl", rows)
     overrides = [f"output={tmp_path / 'run'}", f"data.train=[{{path: {file}}}]", "stage_one=null"]
     recipe = load_recipe("debug", [*overrides, "stage_two.pairs_per_step=4"])
-    model = SentenceTransformer(str(build_base(recipe, tmp_path / "base")), device="cpu")
-    assert use_packed_texts(model)
+    tokenizer = AutoTokenizer.from_pretrained(build_base(recipe, tmp_path / "base"))
     inputs = load_training_data(recipe)
     tokens = [2 + 1 + (1 + i % 20) + 1 for i in range(60)]  # both texts are bytes and an end
     expected = 4 * statistics.mean(tokens) + 3 * 2 * statistics.pstdev(tokens)
-    found = large_step(model, inputs.contrastive["pairs"], inputs.prompts["pairs"], recipe)
+    found = large_step(tokenizer, inputs.contrastive["pairs"], inputs.prompts["pairs"], recipe, packed=True)
     assert found == pytest.approx(expected)
 
 

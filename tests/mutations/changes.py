@@ -160,7 +160,7 @@ CHANGES: list[tuple[str, str, str, str]] = [
     ("objectives", "objectives/pairs.py", "<= max_tokens:\n            groups", "<= 2 * max_tokens:\n            groups"),
     ("objectives", "objectives/reconstruction.py", "return {\"packed\": self.packed, \"alpha\": self.alpha,", "return {\"packed\": self.packed, \"alpha\": 0.5,"),
     ("wiring", "training/engine.py", "held = micro_batch_tokens or max", "held = max"),
-    ("wiring", "training/engine.py", "checkpointing = gradient_checkpointing is True", "checkpointing = False"),
+    ("wiring", "training/engine.py", "checkpointing = asked is True", "checkpointing = False"),
     ("wiring", "training/engine.py", "step_tokens > (micro_batch_tokens or fit)", "step_tokens > fit"),
     ("wiring", "training/engine.py", "if attention != \"auto\":", "if False:"),
     ("key model.attention", "model/embedder.py", "{} if attention == \"auto\" else {\"attn_implementation\": attention}", "{}"),

@@ -12,14 +12,12 @@ import numpy as np
 import pyarrow.compute
 from datasets import Dataset
 from numpy.typing import NDArray
-from sentence_transformers import SentenceTransformer
 from torch.utils.data import ConcatDataset
 
 from anchorvec.data import ContrastiveRows, Pairs, ReadReport, contrastive_rows, drawn_rows
 from anchorvec.data.samplers import steps_of_a_pass
 from anchorvec.errors import AnchorvecError
 from anchorvec.model.end import template_ids
-from anchorvec.model.packing import reads_packed
 from anchorvec.recipe import Recipe
 
 LENGTH_SAMPLE = 256
@@ -157,11 +155,11 @@ def check_instructions(recipe: Recipe, tokenizer: Any) -> None:
                 )
 
 
-def large_step(model: SentenceTransformer, dataset: Dataset, prompts: Mapping[str, str], recipe: Recipe) -> float:
+def large_step(tokenizer: Any, dataset: Dataset, prompts: Mapping[str, str], recipe: Recipe, *, packed: bool) -> float:
     """Tokens of a large step of the Stage II of `recipe` on `dataset`: their mean and three standard deviations.
 
-    `model` tokenizes, `prompts` are put before the texts of each column. With padding, what the longest text makes of
-    each column; all documents are padded to one length.
+    `tokenizer` reads the texts, `prompts` are put before those of each column. Unless `packed`, what the longest text
+    makes of each column; all documents are padded to one length.
     """
     assert recipe.stage_two is not None
     pairs = recipe.stage_two.pairs_per_step
@@ -169,9 +167,10 @@ def large_step(model: SentenceTransformer, dataset: Dataset, prompts: Mapping[st
     def lengths(texts: Iterable[tuple[str, str | None]]) -> list[int]:
         """Of texts with their columns; None is no text."""
         read = [prompts[column] + text for column, text in texts if text is not None]
-        return [len(ids) for ids in model.tokenizer(read, truncation=True)["input_ids"]]
+        limit = {"truncation": True, "max_length": recipe.training_tokens}
+        return [len(ids) for ids in tokenizer(read, **limit)["input_ids"]]
 
-    if not reads_packed(model):
+    if not packed:
         query, *documents = (max(lengths((column, text) for text in _longest(dataset, column))) for column in prompts)
         return float(pairs * (query + len(documents) * max(documents)))
     sample = sample_rows(dataset, LENGTH_SAMPLE, recipe.seed)

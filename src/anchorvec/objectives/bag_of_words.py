@@ -162,8 +162,11 @@ class BagOfWordsReconstruction(Reconstruction):
         to_query = self.bag_of_words(embeddings[split:], documents[:other], queries[:other], to="query")
         return to_document.sum(), to_query.sum()
 
-    def score_bytes(self, pairs_per_step: int, tokens: int) -> int:
-        """Similarities of both directions to all candidates, in a step of `pairs_per_step` pairs of any `tokens`."""
+    def score_bytes(self, pairs_per_step: int, tokens: int, device: torch.device) -> int:
+        """Similarities of both directions to all candidates, in a step of `pairs_per_step` pairs of any `tokens`.
+
+        The same on any `device`.
+        """
         return 4 * 4 * 2 * SAMPLE_PAIRS * pairs_per_step
 
 

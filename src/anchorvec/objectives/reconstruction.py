@@ -77,10 +77,10 @@ class Reconstruction(nn.Module):
         """
         raise NotImplementedError
 
-    def score_bytes(self, pairs_per_step: int, tokens: int) -> int:
+    def score_bytes(self, pairs_per_step: int, tokens: int, device: torch.device) -> int:
         """Bytes of the scores of targets that exist at one time, with their gradients.
 
-        In a step of `pairs_per_step` pairs, of texts of at most `tokens` tokens.
+        In a step of `pairs_per_step` pairs, of texts of at most `tokens` tokens, on `device`.
         """
         raise NotImplementedError
 
@@ -166,13 +166,13 @@ class TextReconstruction(Reconstruction):
         split = len(pairs) if self.alpha > 0 else 0
         return losses[:split].sum(), losses[split:].sum()
 
-    def score_bytes(self, pairs_per_step: int, tokens: int) -> int:
+    def score_bytes(self, pairs_per_step: int, tokens: int, device: torch.device) -> int:
         """Logits, their log-softmax and their gradients, in two number formats, of one chunk at most.
 
-        In a step of `pairs_per_step` pairs, of texts of at most `tokens` tokens.
+        In a step of `pairs_per_step` pairs, of texts of at most `tokens` tokens, on `device`.
         """
         vocabulary = int(self.model.config.get_text_config().vocab_size)
-        return 4 * 4 * min(head_chunk_bytes(self.model.device) // 4, vocabulary * tokens * pairs_per_step)
+        return 4 * 4 * min(head_chunk_bytes(device) // 4, vocabulary * tokens * pairs_per_step)
 
     def compile_layers(self) -> None:
         """Have the decoder layers, and the cross-entropy over the vocabulary, compiled when they are first used."""

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import torch
@@ -49,54 +48,81 @@ class Engine:
     slower: tuple[str, ...] = ()
 
 
-def choose_engine(
-    model: PreTrainedModel,
-    forward: Callable[[int], tuple[Tensor, int]],
-    *,
-    packed: bool,
-    precision: Literal["auto", "bf16", "fp32"],
-    gradient_checkpointing: bool | Literal["auto"],
-    micro_batch_tokens: int | None,
-    longest: int,
-    least_tokens: int,
-    logits_bytes: int = 0,
-    step_tokens: float | None = None,
-    long_enough: bool = False,
-    padded_because: str = "",
-) -> Engine:
-    """The way to compute a stage with the memory that is free now; sets gradient checkpointing on `model`.
+@dataclass(frozen=True)
+class Demand:
+    """What a stage wants to hold, and what its recipe leaves open.
 
-    `forward` and `longest`, the tokens of the longest text, are as in `kept_bytes`; `logits_bytes` exist beside what is
-    kept. `packed`, `precision`, `gradient_checkpointing` and `micro_batch_tokens` are the recipe's. Where it leaves
-    checkpointing open, that is used if `least_tokens` would not fit otherwise; cached gradients if the `step_tokens` of
-    a step do not fit. Layers are compiled on a GPU if the stage is `long_enough`. `padded_because`: why not `packed`.
+    `packed`, and `padded_because`, why not. `precision`, `gradient_checkpointing` and `micro_batch_tokens` are the
+    recipe's. `longest`: the tokens of the longest text; `least_tokens`: those that must be held at one time;
+    `logits_bytes` exist beside what is kept; `step_tokens`: those of a step that would best be held at once, with
+    cached gradients where they do not fit. `long_enough`: compiling the layers pays.
     """
-    device, bf16 = default_device(), resolve_precision(precision) == "bf16"
-    beside = logits_bytes + ADAM_BYTES * sum(p.numel() for p in model.parameters() if p.requires_grad)
-    kept_and_fit = partial(_kept_and_fit, model, forward, longest, beside, bf16)
-    checkpointing = gradient_checkpointing is True
+
+    packed: bool
+    precision: Literal["auto", "bf16", "fp32"]
+    gradient_checkpointing: bool | Literal["auto"]
+    micro_batch_tokens: int | None
+    longest: int
+    least_tokens: int
+    logits_bytes: int = 0
+    step_tokens: float | None = None
+    long_enough: bool = False
+    padded_because: str = ""
+
+
+def choose_engine(model: PreTrainedModel, forward: Callable[[int], tuple[Tensor, int]], demand: Demand) -> Engine:
+    """The way to compute a stage of `model` on this machine with the memory that is free now.
+
+    `forward` is as in `kept_bytes`. Sets gradient checkpointing on `model`.
+    """
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return decide_engine(lambda checkpointing: kept_by(model, forward, demand, checkpointing), demand, trained)
+
+
+def decide_engine(
+    kept: Callable[[bool], tuple[float, float]],
+    demand: Demand,
+    trained: float,
+    device: torch.device | None = None,
+    free: float | None = None,
+) -> Engine:
+    """The way to compute a stage that trains so many parameters, `trained`, on this machine or another `device`.
+
+    `kept`: the bytes kept for a token, and whatever their number, with gradient checkpointing or without. `free`: the
+    bytes that are free beside the weights; None: those of this machine, now. Where the recipe leaves checkpointing
+    open, that is used if the least that must be held would not fit otherwise.
+    """
+    device = device or default_device()
+    beside = demand.logits_bytes + ADAM_BYTES * trained
+
+    def kept_and_fit(checkpointing: bool) -> tuple[float, int]:
+        per_token, fixed = kept(checkpointing)
+        return per_token, tokens_that_fit(per_token, beside + fixed, device, free)
+
+    asked, micro_batch_tokens = demand.gradient_checkpointing, demand.micro_batch_tokens
+    checkpointing = asked is True
     if not checkpointing:
-        per_token, fit = _or_nothing_fits(kept_and_fit, gradient_checkpointing)
-        checkpointing = gradient_checkpointing == "auto" and fit < least_tokens
+        per_token, fit = _or_nothing_fits(kept_and_fit, asked)
+        checkpointing = asked == "auto" and fit < demand.least_tokens
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
         per_token, fit = kept_and_fit(True)
+    step_tokens = demand.step_tokens
     cached = step_tokens is not None and step_tokens > (micro_batch_tokens or fit)
     slower = {
-        f"texts are padded: {padded_because}": not packed,
-        _CHECKPOINTING: checkpointing and gradient_checkpointing == "auto",
+        f"texts are padded: {demand.padded_because}": not demand.packed,
+        _CHECKPOINTING: checkpointing and asked == "auto",
         f"{_CACHED}: a step of {step_tokens or 0:,.0f} tokens does not fit at once": cached,
-        _NOT_COMPILED: device.type == "cuda" and not long_enough,
+        _NOT_COMPILED: device.type == "cuda" and not demand.long_enough,
     }
     held = micro_batch_tokens or max(1, min(fit, ENOUGH_TOKENS.get(device.type, 1_536)))
     return Engine(
-        packed=packed,
+        packed=demand.packed,
         gradient_checkpointing=checkpointing,
         micro_batch_tokens=held,
         bytes_per_token=round(per_token),
-        fits=fit >= max(least_tokens, micro_batch_tokens or 0),
+        fits=fit >= max(demand.least_tokens, micro_batch_tokens or 0),
         cached_gradients=cached,
-        compiled=long_enough and device.type == "cuda" and packed and not checkpointing,
+        compiled=demand.long_enough and device.type == "cuda" and demand.packed and not checkpointing,
         slower=tuple(line for line, taken in slower.items() if taken),
     )
 
@@ -113,21 +139,21 @@ def _or_nothing_fits(
         return 0.0, -1
 
 
-def _kept_and_fit(
-    model: PreTrainedModel,
-    forward: Callable[[int], tuple[Tensor, int]],
-    longest: int,
-    beside: int,
-    bf16: bool,
-    checkpointing: bool,
-) -> tuple[float, int]:
-    """Bytes that are kept for a token, and the tokens that fit into the free memory `beside` so many bytes."""
-    device = default_device()
-    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        per_token, fixed = kept_bytes(model, forward, longest)
+def kept_by(
+    model: PreTrainedModel, forward: Callable[[int], tuple[Tensor, int]], demand: Demand, checkpointing: bool
+) -> tuple[float, float]:
+    """The bytes that `model` keeps for a token, and whatever their number, as `kept_bytes` finds them with `forward`.
+
+    In the format of `demand`. With `checkpointing` gradient checkpointing is set on `model`.
+    """
+    bf16 = resolve_precision(demand.precision) == "bf16"
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+        per_token, fixed = kept_bytes(model, forward, demand.longest)
     if checkpointing:
         per_token += _LAYER_STATES * model.config.get_text_config().hidden_size * (2 if bf16 else 4)
-    return per_token, tokens_that_fit(per_token, beside + fixed, device)
+    return per_token, fixed
 
 
 def compiling_pays(pairs: int, seconds: float | None) -> bool:
@@ -139,13 +165,13 @@ UNPACKABLE = "the model's layers do not keep packed texts apart"
 """Why texts are padded where only the model stands against packing."""
 
 
-def why_padded(attention: str, precision: Literal["auto", "bf16", "fp32"]) -> str:
+def why_padded(attention: str, precision: Literal["auto", "bf16", "fp32"], device: torch.device | None = None) -> str:
     """Why a stage must pad its texts; empty where it packs them, if the model can.
 
-    Packing must pay in its `precision` on this device, and the recipe name no `attention`.
+    Packing must pay in its `precision` on this `device`, or another one, and the recipe name no `attention`.
     """
     if attention != "auto":
         return f"model.attention is {attention}"
     dtype = torch.bfloat16 if resolve_precision(precision) == "bf16" else torch.float32
-    device = default_device()
+    device = device or default_device()
     return "" if packing_pays(device, dtype) else f"on {device.type} in {dtype} that is faster".replace("torch.", "")

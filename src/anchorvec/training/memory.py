@@ -21,10 +21,13 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 _CGROUP, _OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
-def tokens_that_fit(per_token: float, fixed: float, device: torch.device) -> int:
-    """Tokens whose activations, of `per_token` bytes each, may be held on `device` beside `fixed` bytes; 0 if none."""
+def tokens_that_fit(per_token: float, fixed: float, device: torch.device, free: float | None = None) -> int:
+    """Tokens whose activations, of `per_token` bytes each, may be held on `device` beside `fixed` bytes; 0 if none.
+
+    `free`: the bytes that are free on it; None: on this machine, now.
+    """
     share = _SHARE_OF_FREE.get(device.type, _SHARE_OF_FREE["cpu"])
-    return max(0, int(share * (free_memory(device) - fixed) / per_token))
+    return max(0, int(share * ((free_memory(device) if free is None else free) - fixed) / per_token))
 
 
 def keep_freed_memory() -> None:
@@ -101,13 +104,14 @@ def kept_bytes(model: nn.Module, forward: Callable[[int], tuple[Tensor, int]], l
 
 def _kept(model: nn.Module, forward: Callable[[int], tuple[Tensor, int]], n: int) -> tuple[int, int]:
     """Bytes that autograd keeps for the output of `forward(n)`, and the tokens of it."""
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    # Told apart by the storages' own addresses: a model without weights has no data.
+    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     storages: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            storages[storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in weights:
+            storages[storage._cdata] = storage.nbytes()
         return tensor.detach()  # the tensor itself would keep the graph that keeps it, for ever
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, TrainingArguments, set_seed
 
@@ -16,7 +17,7 @@ from anchorvec.objectives.bag_of_words import BagOfWordsReconstruction
 from anchorvec.objectives.reconstruction import Reconstruction, TextReconstruction
 from anchorvec.recipe import Recipe, StageOne
 from anchorvec.training.bag_of_words import bag_of_words_loss
-from anchorvec.training.engine import UNPACKABLE, Engine, choose_engine, why_padded
+from anchorvec.training.engine import UNPACKABLE, Demand, Engine, choose_engine, why_padded
 from anchorvec.training.memory import release_freed_memory
 from anchorvec.training.stage import Stage, run_trainer
 from anchorvec.training.trainers import ReconstructionTrainer
@@ -77,22 +78,32 @@ def stage_one_objective(stage: Stage, tokenize: PairTokenizer) -> tuple[Reconstr
     padded_because = why_padded(recipe.model.attention, recipe.model.precision)
     objective = OBJECTIVES[settings.target](stage, model, tokenize, not padded_because)
     part = [model.config.get_text_config().vocab_size - 1] * stage.part_tokens
-    engine = choose_engine(
-        model,
-        lambda n: (objective.encode([part * n]), n * len(part)),
-        packed=objective.packed,
+    demand = stage_one_demand(stage, objective, default_device(), objective.packed, padded_because or UNPACKABLE)
+    engine = choose_engine(model, lambda n: (objective.encode([part * n]), n * len(part)), demand)
+    if engine.compiled:
+        objective.compile_layers()
+    return objective, engine
+
+
+def stage_one_demand(
+    stage: Stage, objective: Reconstruction, device: torch.device, packed: bool, padded_because: str
+) -> Demand:
+    """What `stage` wants to hold on `device`: `objective` tells its passes and its scores.
+
+    `packed`, and `padded_because`, why not.
+    """
+    recipe, settings = stage.recipe, stage.one
+    return Demand(
+        packed=packed,
         precision=recipe.model.precision,
         gradient_checkpointing=settings.gradient_checkpointing,
         micro_batch_tokens=settings.micro_batch_tokens,
         longest=recipe.training_tokens,
         least_tokens=objective.passes * recipe.training_tokens,
-        logits_bytes=objective.score_bytes(settings.pairs_per_step, recipe.training_tokens),
+        logits_bytes=objective.score_bytes(settings.pairs_per_step, recipe.training_tokens, device),
         long_enough=stage.long_enough,
-        padded_because=padded_because or UNPACKABLE,
+        padded_because=padded_because,
     )
-    if engine.compiled:
-        objective.compile_layers()
-    return objective, engine
 
 
 def _text(stage: Stage, model: PreTrainedModel, tokenize: PairTokenizer, packed: bool) -> Reconstruction:

@@ -29,7 +29,7 @@ from anchorvec.model.portable import make_portable
 from anchorvec.objectives.bag_of_words import SAMPLE_PAIRS, BagOfWordsLoss
 from anchorvec.objectives.contrastive import Loss, contrastive_loss
 from anchorvec.training.bag_of_words import bag_of_words_loss
-from anchorvec.training.engine import UNPACKABLE, Engine, choose_engine, why_padded
+from anchorvec.training.engine import UNPACKABLE, Demand, Engine, choose_engine, why_padded
 from anchorvec.training.lora import lora_config
 from anchorvec.training.memory import release_freed_memory
 from anchorvec.training.stage import Stage, run_trainer
@@ -102,7 +102,7 @@ def stage_two_loss(stage: Stage, prepared: StageTwoModel) -> Loss:
 
 def stage_two_model(stage: Stage) -> StageTwoModel:
     """The embedder that `stage` starts from, with what it trains, set up as the engine says."""
-    recipe, settings, inputs = stage.recipe, stage.two, stage.inputs
+    recipe, settings = stage.recipe, stage.two
     model = _trained_model(stage)
     padded_because = why_padded(recipe.model.attention, recipe.model.precision)
     packed = not padded_because and use_packed_texts(model)
@@ -121,9 +121,16 @@ def stage_two_model(stage: Stage) -> StageTwoModel:
     if settings.bag_of_words_weight or settings.in_batch_negatives == "similar":
         bag_of_words = _bag_of_words(stage, model, embed)
     body: Any = model[0].model
-    engine = choose_engine(
-        body,
-        encode,
+    engine = choose_engine(body, encode, stage_two_demand(stage, model.tokenizer, packed, padded_because or UNPACKABLE))
+    if engine.compiled:
+        compile_decoder_layers(body)
+    return StageTwoModel(model, engine, bag_of_words)
+
+
+def stage_two_demand(stage: Stage, tokenizer: Any, packed: bool, padded_because: str) -> Demand:
+    """What `stage` wants to hold, of texts that `tokenizer` reads; `packed`, and `padded_because`, why not."""
+    recipe, settings, inputs = stage.recipe, stage.two, stage.inputs
+    return Demand(
         packed=packed,
         precision=recipe.model.precision,
         gradient_checkpointing=settings.gradient_checkpointing,
@@ -131,15 +138,13 @@ def stage_two_model(stage: Stage) -> StageTwoModel:
         longest=recipe.training_tokens,
         least_tokens=recipe.training_tokens,
         step_tokens=max(
-            large_step(model, rows, inputs.prompts[name], recipe) for name, rows in inputs.contrastive.items()
+            large_step(tokenizer, rows, inputs.prompts[name], recipe, packed=packed)
+            for name, rows in inputs.contrastive.items()
         ),
         logits_bytes=4 * 4 * 2 * SAMPLE_PAIRS * settings.pairs_per_step if settings.bag_of_words_weight else 0,
         long_enough=stage.long_enough,
-        padded_because=padded_because or UNPACKABLE,
+        padded_because=padded_because,
     )
-    if engine.compiled:
-        compile_decoder_layers(body)
-    return StageTwoModel(model, engine, bag_of_words)
 
 
 def _trained_model(stage: Stage) -> SentenceTransformer:
