@@ -61,7 +61,7 @@ def test_loss_and_gradient_do_not_depend_on_packing(family, tied):
     packed = objective(pairs, exchange=exchange_partners(pairs))
     torch.testing.assert_close(packed.loss, plain.loss, rtol=tolerance, atol=0)
     torch.testing.assert_close(
-        packed.exchanged_document_to_query, plain.exchanged_document_to_query, rtol=tolerance, atol=0
+        packed.exchanged["document_to_query"], plain.exchanged["document_to_query"], rtol=tolerance, atol=0
     )
     assert_same_gradients(gradients(model, packed.loss), expected, tolerance)
 
