@@ -51,6 +51,7 @@ def read_both_ways(model: PreTrainedModel, base: str | Path, *, writes: bool = F
         )
 
 
+@torch.enable_grad()
 def _sees_later_tokens(model: PreTrainedModel, **inputs: Any) -> bool:
     """Whether a state of `model`, called with `inputs`, depends on tokens that come after it."""
     embedded, training = model.get_input_embeddings()(_four_ids(model)).detach().requires_grad_(), model.training
