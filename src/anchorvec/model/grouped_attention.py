@@ -2,8 +2,8 @@
 
 Text by text the kernels of PyTorch are called hundreds of times a step, for sizes at which they are slow, the backward
 pass in bf16 above all. Here the texts of like length are rows of one batch, padded on the right, where a causal text
-sees nothing, and one that is read in both directions has a mask. Probabilities are computed in fp32 and again in the backward pass, so that no more is kept for it than
-query, key and value.
+sees nothing, and one that is read in both directions has a mask. Probabilities are computed in fp32 and again in the
+backward pass, so that no more is kept for it than query, key and value.
 """
 
 import itertools
