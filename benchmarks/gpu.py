@@ -160,10 +160,6 @@ def against_plain(shape: str, pairs: int, parts: int, peak: float) -> dict[str, 
     """Seconds of a Stage I step in the plain way and here, without the optimizer's."""
     model = make_model(shape, 0)
     step_pairs = draw_pairs(pairs, 0, model.config.vocab_size)
-    counts = {
-        "document_targets": sum(len(p.document_targets) for p in step_pairs),
-        "query_targets": sum(len(p.query_targets) for p in step_pairs),
-    }
 
     def plain() -> None:
         size = -(-pairs // parts)
@@ -174,12 +170,13 @@ def against_plain(shape: str, pairs: int, parts: int, peak: float) -> dict[str, 
 
     found: dict[str, Any] = {"plain": measured(model, plain)}
     objective = TextReconstruction(model, packed=True)
+    counts = objective.targets(step_pairs)
     working = WorkingWeights(objective)
 
     def here() -> None:
         with working.in_use():
             with torch.autocast(default_device().type, torch.bfloat16):
-                loss = objective(step_pairs, **counts).loss
+                loss = objective(step_pairs, targets=counts).loss
             loss.backward()
 
     tokens = sum(p.tokens() for p in step_pairs)
@@ -188,10 +185,10 @@ def against_plain(shape: str, pairs: int, parts: int, peak: float) -> dict[str, 
             objective.compile_layers()
         found[name] = measured(model, here)
         found[name]["ratio"] = found["plain"]["seconds"] / found[name]["seconds"]
-        flops = trained_flops(model, tokens, sum(counts.values()))
+        flops = trained_flops(model, tokens, sum(counts))
         found[name]["share_of_peak"] = flops / found[name]["seconds"] / peak / 1e12
         with working.in_use(), torch.autocast(default_device().type, torch.bfloat16):
-            products = matmul_seconds(model, tokens, sum(counts.values()))
+            products = matmul_seconds(model, tokens, sum(counts))
         found[name]["share_of_own_products"] = products / found[name]["seconds"]
     return found | {"tokens": tokens}
 

@@ -72,8 +72,9 @@ def plain_loss(model: nn.Module, pairs: list[TokenPair], step: list[TokenPair]) 
         logits = model(inputs_embeds=inputs, attention_mask=(labels != -100).long(), use_cache=False).logits.float()
         return cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum") / count
 
-    longest = {key: max(len(getattr(p, key)) for p in step) for key in vars(step[0])}
-    counts = {key: sum(len(getattr(p, key)) for p in step) for key in vars(step[0])}
+    texts = ("query", "document", "query_targets", "document_targets")
+    longest = {key: max(len(getattr(p, key)) for p in step) for key in texts}
+    counts = {key: sum(len(getattr(p, key)) for p in step) for key in texts}
     e_Q = embed([p.query for p in pairs], longest["query"])
     e_D = embed([p.document for p in pairs], longest["document"])
     q2d = write(e_Q, [p.document_targets for p in pairs], longest["document_targets"], counts["document_targets"])
@@ -113,10 +114,7 @@ def engine_side(settings: dict[str, Any]) -> dict[str, Any]:
     objective = TextReconstruction(model, alpha=ALPHA, packed=True)
     keep_freed_memory()  # as in training
     budget = settings["micro_batch_tokens"] or ENOUGH_TOKENS[default_device().type]
-    counts = {
-        "document_targets": sum(len(p.document_targets) for p in pairs),
-        "query_targets": sum(len(p.query_targets) for p in pairs),
-    }
+    counts = objective.targets(pairs)
     found: dict[str, Any] = {}
 
     def step() -> None:
@@ -124,7 +122,7 @@ def engine_side(settings: dict[str, Any]) -> dict[str, Any]:
         losses = []
         for part in micro_batches(pairs, budget, packed=objective.packed):
             with autocast(settings["precision"]):
-                loss = objective(part, **counts).loss
+                loss = objective(part, targets=counts).loss
             loss.backward()
             losses.append(loss.item())
         found["losses"] = [sum(losses)]
@@ -132,7 +130,7 @@ def engine_side(settings: dict[str, Any]) -> dict[str, Any]:
     result = {"seconds": timed(step, settings["repeats"]), **found, "gradient_norms": gradient_norms(model)}
     result |= {"tokens": sum(p.tokens() for p in pairs), "peak_memory": peak_memory()}
     with autocast(settings["precision"]):
-        products = matmul_seconds(model, result["tokens"], sum(counts.values()))
+        products = matmul_seconds(model, result["tokens"], sum(counts))
     return result | {"share_of_peak": products / result["seconds"]}
 
 

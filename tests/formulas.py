@@ -51,10 +51,21 @@ class Reading:
         return [*content, *([end] if whole else [])][:most]
 
 
-def embed(model: nn.Module, ids: Ids) -> Tensor:
-    """The state at the last token of a text, (dim,), read alone."""
-    states: Tensor = model.base_model(torch.tensor([list(ids)]), use_cache=False).last_hidden_state
-    return states[0, -1]
+def embed(
+    model: nn.Module, ids: Ids, *, pooling: str = "lasttoken", left_out: int = 0, bidirectional: bool = False
+) -> Tensor:
+    """The embedding of a text, (dim,), read alone: the state at its last token, or a mean.
+
+    A mean leaves out the first `left_out` states, and may weight each by its place from 1. `bidirectional`: no position
+    is masked from another.
+    """
+    n, dtype = len(ids), next(model.parameters()).dtype
+    mask = {"attention_mask": torch.zeros(1, 1, n, n, dtype=dtype)} if bidirectional else {}
+    states = model.base_model(torch.tensor([list(ids)]), use_cache=False, **mask).last_hidden_state[0]
+    if pooling == "lasttoken":
+        return states[-1]
+    weights = [(t + 1 if pooling == "weightedmean" else 1) * (t >= left_out) for t in range(n)]
+    return sum(w * state for w, state in zip(weights, states, strict=True)) / sum(weights)
 
 
 # Stage I

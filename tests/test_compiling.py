@@ -54,11 +54,10 @@ def test_nothing_is_asked_of_the_device_within_a_step_of_stage_one(gpu_path):
     model.set_attn_implementation(attention.PACKED_ATTENTION)
     objective = TextReconstruction(model)
     objective.packed = True
-    counts = {"document_targets": 50, "query_targets": 20}
     with HostReads(model.model.layers[0]) as reads:
         for part in (make_pairs(8)[:4], make_pairs(8)[4:]):
             with torch.autocast("cpu", torch.bfloat16):
-                loss = objective(part, **counts).loss
+                loss = objective(part, targets=(50, 20)).loss
             loss.backward()
     assert len(reads.at_calls) == 4
     assert reads.waits == 0

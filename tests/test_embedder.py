@@ -31,7 +31,6 @@ from anchorvec.model.embedder import (
     stored_prompt,
 )
 from anchorvec.model.end import with_end
-from anchorvec.model.readout import last_states_of_padded
 from support import END, END_PROMPT, FAMILIES, bare_ids, make_model, make_tokenizer
 
 
@@ -327,13 +326,6 @@ def test_a_used_folder_is_left_alone(used, tmp_path, save_base):
         build_embedder("no/such-base", tmp_path / used.split("/")[0])
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [kept]
     assert kept.read_text() == "keep me"
-
-
-def test_the_last_state_is_found_on_whatever_side_the_padding_is():
-    """By the mask."""
-    states = torch.arange(12.0).reshape(3, 4, 1)
-    mask = torch.tensor([[1, 1, 0, 0], [0, 0, 1, 1], [1, 1, 1, 1]])
-    assert last_states_of_padded(states, mask).flatten().tolist() == [1, 7, 11]
 
 
 # The real base model

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from anchorvec.model.embedder import build_embedder
-from anchorvec.model.end import template_ids, with_end
+from anchorvec.model.end import Template, template_of, with_end
 from support import BOS, END, END_PROMPT, TOKENIZERS, bare_ids, make_model, make_tokenizer
 
 ENDS = [None, END_PROMPT]
@@ -112,10 +112,10 @@ def test_what_a_tokenizer_was_used_with_is_forgotten():
 
 
 @pytest.mark.parametrize("max_tokens", [2, 3, 64])
-def test_template_ids_do_not_depend_on_the_limit(max_tokens):
+def test_a_template_does_not_depend_on_the_limit(max_tokens):
     """The ids around a text are found also where hardly any text fits between them."""
     ended = with_end(make_tokenizer(), max_tokens=max_tokens)
-    assert template_ids(ended) == ([], [END])
+    assert template_of(ended) == Template((), (END,))
 
 
 def test_an_embedder_as_base_gets_a_new_end():
@@ -123,7 +123,7 @@ def test_an_embedder_as_base_gets_a_new_end():
     first = with_end(make_tokenizer("bos"), max_tokens=64, end_prompt=END_PROMPT)
     again = with_end(first, max_tokens=64, end_prompt=END_PROMPT)
     assert again.backend_tokenizer.to_str() == first.backend_tokenizer.to_str()
-    assert template_ids(with_end(first, max_tokens=64)) == ([BOS], [END])
+    assert template_of(with_end(first, max_tokens=64)) == Template((BOS,), (END,))
 
 
 # The saved folder

@@ -246,7 +246,7 @@ def test_a_step_without_partners_has_no_gap(tmp_path):
 def test_a_direction_that_is_off_is_neither_logged_nor_counted(tmp_path, alpha, direction):
     """With one direction alone there is one loss, one gap, and two passes' tokens."""
     trainer = one_step(TextReconstruction(make_model(), alpha=alpha), tmp_path)[0]
-    assert trainer.directions[0].keys() == {direction}
+    assert trainer.parts[0].keys() == {direction}
     assert trainer.exchange.keys() == {f"exchange_{direction}"}
     one, other = ("query", "document_targets") if alpha else ("document", "query_targets")
     assert trainer.tokens_seen == sum(len(getattr(p, one)) + len(getattr(p, other)) for p in make_pairs(8))

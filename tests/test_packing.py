@@ -61,7 +61,7 @@ def test_loss_and_gradient_do_not_depend_on_packing(family, tied):
     packed = objective(pairs, exchange=exchange_partners(pairs))
     torch.testing.assert_close(packed.loss, plain.loss, rtol=tolerance, atol=0)
     torch.testing.assert_close(
-        packed.exchanged_document_to_query, plain.exchanged_document_to_query, rtol=tolerance, atol=0
+        packed.exchanged["document_to_query"], plain.exchanged["document_to_query"], rtol=tolerance, atol=0
     )
     assert_same_gradients(gradients(model, packed.loss), expected, tolerance)
 
@@ -109,9 +109,10 @@ def test_a_trained_model_passes_the_check(tmp_path, target):
         assert use_packed_attention(load_causal_lm(tmp_path / "run" / "stage_one").to(dtype))
 
 
+@pytest.mark.parametrize("causal", [None, False], ids=["causal", "bidirectional"])
 @pytest.mark.parametrize("window", [None, 7])
 @pytest.mark.parametrize("lengths", [[5, 17, 16, 40, 1], [33] * 3, [150, 20, 131, 3]])
-def test_short_texts_are_attended_to_together_as_alone(lengths, window):
+def test_short_texts_are_attended_to_together_as_alone(lengths, window, causal):
     """In fp64, value and gradient; heads are shared, values are wider than keys; longer texts go one by one."""
     torch.manual_seed(0)
     heads = [(6, 8), (2, 8), (2, 12)]  # of query, key, value
@@ -120,17 +121,18 @@ def test_short_texts_are_attended_to_together_as_alone(lengths, window):
 
     def together():
         starts = torch.tensor([0, *lengths]).cumsum(0).int()
-        out, _ = attention.packed_attention(
-            torch.nn.Identity(), *parts, None, cu_seq_lens_q=starts, max_length_q=max(lengths), sliding_window=window
-        )
+        options = {"max_length_q": max(lengths), "sliding_window": window, "is_causal": causal}
+        out, _ = attention.packed_attention(torch.nn.Identity(), *parts, None, cu_seq_lens_q=starts, **options)
         return out, *torch.autograd.grad(out, parts, towards)
 
     def alone():
         outs, begin = [], 0
         for length in lengths:
             q, k, v = (part[:, :, begin : begin + length] for part in parts)
-            seen = torch.ones(length, length, dtype=torch.bool).tril()
-            seen = seen if window is None else seen.triu(1 - window)
+            far = torch.arange(length)[:, None] - torch.arange(length)  # how far back a position looks
+            seen = far >= 0 if causal is None else far == far
+            if window is not None:
+                seen &= far < window if causal is None else far.abs() <= window
             k, v = k.repeat_interleave(3, dim=1), v.repeat_interleave(3, dim=1)
             products = (q @ k.transpose(2, 3) / 8**0.5).masked_fill(~seen, -torch.inf)
             outs.append((products.softmax(-1) @ v).transpose(1, 2))

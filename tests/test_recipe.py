@@ -141,7 +141,7 @@ def test_null_switches_a_stage_off(stage: str) -> None:
             "my.yaml: stage_two.lora.rnk: unknown key; the keys here are r,",
         ),
         ("sead: 1", "my.yaml: sead: unknown key; did you mean seed?"),
-        ("5: 1", "my.yaml: 5: unknown key; the keys here are model, data,"),
+        ("5: 1", "my.yaml: 5: unknown key; the keys here are about, model, data,"),
         (
             "stage_one: {steps: 0, warmup_steps: 0}",
             "my.yaml: stage_one.steps: should be greater than 0, not 0",
@@ -157,7 +157,7 @@ def test_null_switches_a_stage_off(stage: str) -> None:
         ("model: {revision: 1234}", "my.yaml: model.revision: should be text, not 1234; put it in quotes"),
         (
             "model: {end: eos}",
-            "my.yaml: model.end: should be `token`, or a section with `before`",
+            "my.yaml: model.end: should be `token`, `none`, or a section with `before`",
         ),
         ("model: {end: {before: x}}", "my.yaml: model.end.after: missing, and it has no default"),
         ("model: {end: {before: x, after: ''}}", "my.yaml: model.end.after: should not be empty"),

@@ -12,7 +12,8 @@ from transformers import AutoTokenizer
 
 from anchorvec.commands.plan import plan
 from anchorvec.data.negatives import text_hashes
-from anchorvec.data.stage_inputs import sample_rows, without_prompt_and_end
+from anchorvec.data.reading import without_prompt_and_end
+from anchorvec.data.stage_inputs import sample_rows
 from anchorvec.errors import AnchorvecError
 from anchorvec.model.embedder import build_embedder
 from anchorvec.model.packing import token_ids

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     )
     from anchorvec.exporting.folder import Exported, export
     from anchorvec.model.embedder import build_embedder
+    from anchorvec.model.readout import Readout
     from anchorvec.objectives.bag_of_words import BagOfWordsLoss, BagOfWordsReconstruction
     from anchorvec.objectives.pairs import TokenPair
     from anchorvec.objectives.reconstruction import Reconstruction, ReconstructionOutput, TextReconstruction
@@ -79,6 +80,7 @@ __all__ = [
     "Passage",
     "Plan",
     "QuickstartResult",
+    "Readout",
     "Recipe",
     "Reconstruction",
     "ReconstructionOutput",
@@ -132,6 +134,7 @@ _HOMES = {
     "Exported": "exporting.folder",
     "export": "exporting.folder",
     "build_embedder": "model.embedder",
+    "Readout": "model.readout",
     "BagOfWordsLoss": "objectives.bag_of_words",
     "BagOfWordsReconstruction": "objectives.bag_of_words",
     "TokenPair": "objectives.pairs",

@@ -2,21 +2,23 @@
 
 import shutil
 from pathlib import Path
+from typing import Any, get_args
 
+from pydantic import ValidationError
 from transformers import AutoTokenizer
 
-from anchorvec.data.stage_inputs import check_instructions
+from anchorvec.data.reading import check_instructions, readout_of
 from anchorvec.errors import AnchorvecError
 from anchorvec.files import user_path
 from anchorvec.model.embedder import build_embedder
-from anchorvec.model.end import stored_end
+from anchorvec.model.end import stored_between, stored_end
 from anchorvec.model.folders import ModelFolder, identify, reading
 from anchorvec.recipe import EndPrompt, ModelSettings, Recipe, TrainData
 from anchorvec.terminal import say
 
 
 def with_settings_of_base(recipe: Recipe) -> Recipe:
-    """`recipe` with the length limit, end and prompts of its base, where that is an embedder and it names no others.
+    """`recipe` with the limit, way to read and prompts of its base, where that is an embedder and it names no others.
 
     Of any base it takes a limit within its positions, where the recipe names none. One line on stderr says what is
     kept, and what of an embedder is replaced or left out. Raises AnchorvecError where texts would be longer in training
@@ -29,7 +31,7 @@ def with_settings_of_base(recipe: Recipe) -> Recipe:
     if found.kind not in ("embedder", "LoRA stage"):
         return _within_positions(recipe, found)
     kept: list[str] = []
-    replaced = [f"{found.pooling} pooling, by the last token's"] if found.pooling not in (None, "lasttoken") else []
+    replaced: list[str] = []
     model = _kept_model(found, asked, kept, replaced)
     sources = [_with_prompts(source, found.prompts) for source in recipe.data.train]
     if sources != recipe.data.train:
@@ -65,7 +67,7 @@ def _check_data_limit(recipe: Recipe, model: ModelSettings) -> None:
 
 
 def _kept_model(found: ModelFolder, asked: ModelSettings, kept: list[str], replaced: list[str]) -> ModelSettings:
-    """`asked` with the limit and the end of the embedder `found`; what was done is added to the two lists."""
+    """`asked` with the limit of the embedder `found`, and its way to read; what was done is added to the two lists."""
     update: dict[str, object] = {}
     if found.max_tokens is not None and "max_tokens" not in asked.model_fields_set:
         update["max_tokens"] = found.max_tokens
@@ -73,14 +75,50 @@ def _kept_model(found: ModelFolder, asked: ModelSettings, kept: list[str], repla
     elif found.max_tokens not in (None, asked.max_tokens):
         replaced.append(f"its limit of {found.max_tokens} tokens, by model.max_tokens = {asked.max_tokens}")
     with reading(asked.base):
-        end = stored_end(AutoTokenizer.from_pretrained(str(user_path(asked.base)), revision=asked.revision))
-    ours = "token" if asked.end == "token" else (asked.end.before, asked.end.after)
+        tokenizer = AutoTokenizer.from_pretrained(str(user_path(asked.base)), revision=asked.revision)
+    end = stored_end(tokenizer)
+    ours = asked.end if isinstance(asked.end, str) else (asked.end.before, asked.end.after)
     if end is not None and "end" not in asked.model_fields_set:
-        update["end"] = end if end == "token" else EndPrompt(before=end[0], after=end[1])
-        kept.append("its end token" if end == "token" else f"its end prompt {end[0]!r} TEXT {end[1]!r}")
+        update["end"] = end if isinstance(end, str) else EndPrompt(before=end[0], after=end[1])
+        kept.append(_words_for_end(end))
     elif end != ours:
-        replaced.append(f"the end of its texts, by {'the end token' if ours == 'token' else 'an end prompt'}")
-    return asked.model_copy(update=update)
+        replaced.append(f"the end of its texts, by {'an end prompt' if isinstance(ours, tuple) else _ENDS[ours]}")
+    for key, value in _own_reading(found, stored_between(tokenizer), asked).items():
+        default = ModelSettings.model_fields[key].default
+        if key not in asked.model_fields_set and value != default:
+            update[key] = value
+            kept.append(f"{key} {value!r}")
+        elif value != getattr(asked, key):
+            replaced.append(f"its {key} {value!r}, by {getattr(asked, key)!r}")
+    try:
+        return ModelSettings.model_validate(asked.model_dump() | update)
+    except ValidationError as error:
+        key, reason = error.errors()[0]["ctx"]["keys"][0], error.errors()[0]["msg"]
+        raise AnchorvecError(f"model.{'.'.join(key)}: {reason}; {asked.base} reads texts so") from None
+
+
+_ENDS = {"token": "the end token", "none": "nothing"}
+
+
+def _words_for_end(end: tuple[str, str] | str) -> str:
+    if isinstance(end, tuple):
+        return f"its end prompt {end[0]!r} TEXT {end[1]!r}"
+    return "its end token" if end == "token" else "no end"
+
+
+def _own_reading(found: ModelFolder, between: str | None, asked: ModelSettings) -> dict[str, Any]:
+    """The keys of `model` that say how the embedder `found` reads texts, with `between` its copies; but for its end.
+
+    A pooling that a recipe can't ask for is left out, and so is what stands between copies that are not `asked` for.
+    """
+    poolings = get_args(ModelSettings.model_fields["pooling"].annotation)
+    not_twice = asked.read == "once" and "read" in asked.model_fields_set
+    return {
+        "attention_direction": "causal" if found.is_causal else "bidirectional",
+        "read": "once" if between is None else "twice",
+        **({} if between is None or not_twice else {"between": between}),
+        **({"pooling": found.pooling, "pool_prompt": found.pool_prompt} if found.pooling in poolings else {}),
+    }
 
 
 def _with_prompts(source: TrainData, prompts: dict[str, str]) -> TrainData:
@@ -119,8 +157,7 @@ def build_base(recipe: Recipe, folder: Path) -> Path:
     build_embedder(
         settings.base,
         folder,
-        max_tokens=settings.max_tokens,
-        end_prompt=None if settings.end == "token" else (settings.end.before, settings.end.after),
+        readout=readout_of(recipe),
         prompts=stored_prompts(recipe),
         revision=settings.revision,
         seed=recipe.seed,

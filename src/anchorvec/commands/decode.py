@@ -10,7 +10,9 @@ from rich.text import Text
 from transformers import GenerationConfig
 
 from anchorvec.device import default_device
+from anchorvec.model.decoder import is_bidirectional
 from anchorvec.model.embedder import load_causal_lm, load_tokenizer, stored_prompt
+from anchorvec.model.readout import prompt_length, stored_readout
 from anchorvec.objectives.reconstruction import TextReconstruction
 from anchorvec.recipe import stored_recipe
 from anchorvec.run import Run
@@ -57,10 +59,14 @@ def decode(
         )
     model = model.to(default_device())
     tokenizer: Any = load_tokenizer(folder)
-    ids = tokenizer(stored_prompt(folder, side) + text, truncation=True, max_length=tokenizer.model_max_length)
+    prompt = stored_prompt(folder, side)
+    ids = tokenizer(prompt + text, truncation=True, max_length=tokenizer.model_max_length)
     with torch.no_grad():
-        prefix = TextReconstruction(model).encode([ids["input_ids"]])[:, None]  # (1, 1, dim)
+        reads = TextReconstruction(model, readout=stored_readout(folder))
+        prefix = reads.encode([ids["input_ids"]], [prompt_length(tokenizer, prompt)])[:, None]  # (1, 1, dim)
         prefix = prefix.to(model.get_input_embeddings().weight.dtype)
+        if is_bidirectional(model):
+            model.config.is_causal = True  # it writes one token after another
         logits = model(inputs_embeds=prefix, use_cache=False).logits[0, -1].float()
         written = model.generate(
             inputs_embeds=prefix,

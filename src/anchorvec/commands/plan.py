@@ -13,6 +13,7 @@ from rich.text import Text
 from torch import nn
 from transformers import AutoTokenizer
 
+from anchorvec.data.reading import readout_of
 from anchorvec.data.stage_inputs import LENGTH_SAMPLE, StageInputs, reconstructs, sample_rows
 from anchorvec.data.tokens import PairTokenizer
 from anchorvec.device import check_one_device, default_device, resolve_precision
@@ -21,6 +22,7 @@ from anchorvec.model.embedder import can_write, load_causal_lm
 from anchorvec.objectives.pairs import TokenPair
 from anchorvec.pipeline import load_training_data
 from anchorvec.recipe import Recipe, dump_recipe, load_recipe
+from anchorvec.recipe.description import describe_stage_one, describe_stage_two
 from anchorvec.run import Run
 from anchorvec.start import build_base, with_settings_of_base
 from anchorvec.training.engine import Engine
@@ -50,6 +52,7 @@ class Plan:
     """The resolved recipe and what it costs. Sizes in bytes; tokens counted over all passes of the shown batch."""
 
     recipe: str
+    description: dict[str, str]
     device: str
     precision: str
     rows: dict[str, int]
@@ -77,6 +80,8 @@ class Plan:
 
     def __rich__(self) -> Group:
         table = Table(show_header=False, title="Plan")
+        for name, words in self.description.items():
+            table.add_row(name, Text(words))
         table.add_row("device", f"{self.device}, {self.precision}")
         for name, rows in self.rows.items():
             shown = f"{rows:,}"
@@ -146,6 +151,7 @@ def plan(recipe: Recipe | str | Path, *, step: bool = True) -> Plan:
     trained = {name: stage.trained for name, stage in prepared.stages.items()}
     return Plan(
         recipe=dump_recipe(recipe),
+        description=_described(recipe),
         device=str(default_device()),
         precision=resolve_precision(recipe.model.precision),
         rows={name: report.rows for name, report in inputs.reports.items()},
@@ -167,6 +173,17 @@ def plan(recipe: Recipe | str | Path, *, step: bool = True) -> Plan:
         in_batch_negatives=stage_two.in_batch_negatives if stage_two else None,
         pairs=[_decoded(pair, tokenizer) for pair in batch[:SHOWN_PAIRS]],
     )
+
+
+def _described(recipe: Recipe) -> dict[str, str]:
+    """What the recipe is, how it reads a text, and what its stages train, by the titles of rows."""
+    rows = {"what it is": recipe.about} if recipe.about else {}
+    rows["a text is"] = str(readout_of(recipe))
+    if recipe.stage_one is not None:
+        rows["stage_one"] = describe_stage_one(recipe.stage_one)
+    if recipe.stage_two is not None:
+        rows["stage_two"] = describe_stage_two(recipe.stage_two)
+    return rows
 
 
 @dataclass(frozen=True)

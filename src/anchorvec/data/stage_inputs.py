@@ -3,7 +3,7 @@
 import heapq
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -17,7 +17,6 @@ from torch.utils.data import ConcatDataset
 from anchorvec.data import ContrastiveRows, Pairs, ReadReport, contrastive_rows, drawn_rows
 from anchorvec.data.samplers import steps_of_a_pass
 from anchorvec.errors import AnchorvecError
-from anchorvec.model.end import template_ids
 from anchorvec.recipe import Recipe
 
 LENGTH_SAMPLE = 256
@@ -135,26 +134,6 @@ def reconstructs(recipe: Recipe) -> Literal["text", "bag_of_words"] | None:
     return "bag_of_words" if recipe.stage_two is not None and recipe.stage_two.bag_of_words_weight else None
 
 
-def check_instructions(recipe: Recipe, tokenizer: Any) -> None:
-    """Raise AnchorvecError for a length limit in training, or an instruction, that leaves no room for a text.
-
-    `recipe` has them, `tokenizer`, the embedder's, adds what stands around every text.
-    """
-    limit = recipe.training_tokens
-    key = "model.max_tokens" if recipe.data.max_tokens is None else "data.max_tokens"
-    around = len(tokenizer("")["input_ids"])
-    if around >= limit:
-        raise AnchorvecError(f"{key}: {limit} leaves no room for a text; the {around} tokens around it count too")
-    for i, source in enumerate(recipe.data.train):
-        for name in ("instruction", "document_instruction"):
-            tokens = len(tokenizer(getattr(source, name))["input_ids"])
-            if tokens >= limit:
-                raise AnchorvecError(
-                    f"data.train.{i}.{name}: it leaves no room for a text within {key} = {limit}; "
-                    "shorten it, or raise the limit"
-                )
-
-
 def large_step(tokenizer: Any, dataset: Dataset, prompts: Mapping[str, str], recipe: Recipe, *, packed: bool) -> float:
     """Tokens of a large step of the Stage II of `recipe` on `dataset`: their mean and three standard deviations.
 
@@ -192,28 +171,3 @@ def _longest(dataset: Dataset, column: str) -> list[str]:
         found = zip(sizes.take(top).to_pylist(), texts.take(top).to_pylist(), strict=True)
         longest = heapq.nlargest(LENGTH_SAMPLE, [*longest, *found])
     return [text for _, text in longest]
-
-
-def without_prompt_and_end(tokenizer: Any, recipe: Recipe) -> Callable[[list[int]], list[int]]:
-    """The function that leaves of the ids of a text those of the text alone.
-
-    `tokenizer` reads it, with an instruction of `recipe` before it. A tokenizer may join the first word with the space
-    before it, so these ids may differ from those of the text read without a prompt. A text that has no instruction, but
-    begins with the words of one, loses these.
-    """
-    prompts = {text for source in recipe.data.train for text in (source.instruction, source.document_instruction)}
-    before, after = template_ids(tokenizer)
-    heads = [before + tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in sorted(prompts)]
-
-    def shared(body: list[int], head: list[int]) -> int:
-        """How many ids of `head` are at the beginning of a text that has its words there; else 0."""
-        n = next((i for i, (a, b) in enumerate(zip(body, head, strict=False)) if a != b), min(len(body), len(head)))
-        rest = "".join(tokenizer.convert_ids_to_tokens(head[n:]))
-        joined = "".join(tokenizer.convert_ids_to_tokens(body[n : n + len(rest)]))
-        return n if joined.startswith(rest) else 0
-
-    def content(ids: list[int]) -> list[int]:
-        body = ids[: len(ids) - len(after)]
-        return body[max(len(before), *(shared(body, head) for head in heads)) :]
-
-    return content

@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+from anchorvec.model.end import template_of
+from anchorvec.model.readout import prompt_length
 from anchorvec.objectives.pairs import TokenPair
 
 
@@ -31,6 +33,7 @@ class PairTokenizer:
         content: Callable[[list[int]], list[int]] | None = None,
     ) -> None:
         self.tokenizer = tokenizer
+        self.template = template_of(tokenizer)
         self.content = content
         self.end_token_target = end_token_target
         self.max_target_tokens = max_target_tokens
@@ -44,7 +47,12 @@ class PairTokenizer:
         documents, document_targets = self.read_and_write(
             [row["positive"] for row in rows], [row["document_prompt"] for row in rows]
         )
-        columns = zip(queries, documents, query_targets, document_targets, strict=True)
+        lengths = {
+            prompt: prompt_length(self.tokenizer, prompt)
+            for prompt in {row[name] for row in rows for name in ("query_prompt", "document_prompt")}
+        }
+        prompts = [[lengths[row[name]] for row in rows] for name in ("query_prompt", "document_prompt")]
+        columns = zip(queries, documents, query_targets, document_targets, *prompts, strict=True)
         return {"pairs": [TokenPair(*column) for column in columns]}
 
     def read_and_write(self, texts: Sequence[str], prompts: Sequence[str]) -> tuple[list[list[int]], list[list[int]]]:
@@ -66,7 +74,9 @@ class PairTokenizer:
             seen = _characters_read(read["offset_mapping"][i], read["special_tokens_mask"][i]) - len(prompt)
             ids = [
                 token
-                for token, (_, stop) in zip(alone["input_ids"][i], alone["offset_mapping"][i], strict=True)
+                for token, (_, stop) in self.template.once(
+                    [*zip(alone["input_ids"][i], alone["offset_mapping"][i], strict=True)]
+                )
                 if stop <= seen
             ]
             if self.end_token_target and seen >= len(text.rstrip()):

@@ -6,7 +6,11 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 from sentence_transformers import SentenceTransformer
 
+from anchorvec.model.end import template_of
+from anchorvec.model.portable import BOTH_WAYS_READ_BY
+from anchorvec.model.readout import Readout
 from anchorvec.recipe import Recipe, dump_recipe, stored_recipe
+from anchorvec.recipe.description import kind_of_stage_one, kind_of_stage_two
 from anchorvec.run import Run
 
 _TEMPLATE = """\
@@ -15,9 +19,18 @@ _TEMPLATE = """\
 ---
 
 # {{ name }}
-
+{% if warning %}
+**{{ warning }}**
+{% endif %}
 A text embedder made from `{{ base }}` with anchorvec: {{ stages }}. It maps a text of up to {{ max_tokens }} tokens to
-{{ dimensions }} numbers, read at the last token of the text, which the tokenizer itself adds. Similarity is the cosine.
+{{ dimensions }} numbers, and similarity is the cosine. A text is {{ readout }}.
+The tokenizer itself adds what stands around it.
+{%- if tokens_read != max_tokens %}
+The decoder reads up to {{ tokens_read }} tokens of it, both copies counted.
+{%- endif %}
+{%- if about %}
+{{ about }}
+{%- endif %}
 {%- if training_tokens %}
 In training, texts were cut to {{ training_tokens }} tokens.
 {%- endif %}
@@ -64,11 +77,11 @@ None were taken in this run.
 """
 
 
-def model_card(stage: Path, model: SentenceTransformer, *, name: str, writes: bool) -> str:
+def model_card(stage: Path, model: SentenceTransformer, *, name: str, readout: Readout, writes: bool) -> str:
     """The card of the model that was trained in the folder `stage` of a run, with the run's recipe, data and scores.
 
-    `model` is what it trained, `name` what the card calls it. `writes` says whether the folder still holds the LM head
-    that `anchorvec decode` needs (T26).
+    `model` is what it trained, `name` what the card calls it, `readout` how it reads texts. `writes` says whether the
+    folder still holds the LM head that `anchorvec decode` needs (T26).
     """
     run = Run(stage.parent)
     run_text = _read(run.record) or "{}"
@@ -85,7 +98,11 @@ def model_card(stage: Path, model: SentenceTransformer, *, name: str, writes: bo
         name=name,
         base=recipe.model.base if recipe else "a decoder LLM",
         stages=", then ".join(trained) or "not trained yet",
+        about=recipe.about if recipe and trained else "",
+        readout=readout,
+        warning=_warning(readout),
         max_tokens=model.max_seq_length,
+        tokens_read=template_of(model.tokenizer).tokens(model.max_seq_length or 0),
         training_tokens=recipe.data.max_tokens if recipe and trained else None,
         dimensions=model.get_embedding_dimension(),
         prompts=model.prompts,
@@ -105,11 +122,9 @@ def _trained(stage: Path, recipe: Recipe) -> list[str]:
     """What each stage up to the folder `stage` was, in words."""
     done = []
     if recipe.stage_one is not None and stage.name != "base":
-        of_words = " of bags of words" if recipe.stage_one.target == "bag_of_words" else ""
-        done.append(f"Stage I, bidirectional reconstruction{of_words}")
+        done.append(f"Stage I, {kind_of_stage_one(recipe.stage_one)}")
     if recipe.stage_two is not None and stage.name not in ("base", "stage_one"):
-        beside = " with bag-of-words reconstruction beside it" if recipe.stage_two.bag_of_words_weight else ""
-        done.append(f"Stage II, contrastive learning{beside}")
+        done.append(f"Stage II, {kind_of_stage_two(recipe.stage_two)}")
     return done
 
 
@@ -119,6 +134,13 @@ def _ability(stage: Path, recipe: Recipe | None, writes: bool) -> str:
     if recipe and recipe.stage_one and recipe.stage_one.target == "text" and stage.name == "stage_one":
         return "This folder is also a causal LM: `anchorvec decode` writes texts back from their embeddings."
     return "This folder is also a causal LM, but it was not trained to write texts back from their embeddings."
+
+
+def _warning(readout: Readout) -> str:
+    """What a reader must know before all else; empty where there is nothing."""
+    if readout.attention_direction == "causal":
+        return ""
+    return f"Read it with {BOTH_WAYS_READ_BY}, and gives other vectors without a word."
 
 
 def _describe_score_set(score_set: dict[str, object] | None) -> str:

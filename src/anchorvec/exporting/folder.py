@@ -17,8 +17,8 @@ from anchorvec.exporting.card import model_card
 from anchorvec.files import new_folder, user_path, write_text
 from anchorvec.model.embedder import can_write, load_causal_lm, save_tokenizer
 from anchorvec.model.loading import load_model
-from anchorvec.model.portable import READ_BY, make_portable
-from anchorvec.model.readout import last_states_of_padded
+from anchorvec.model.portable import BOTH_WAYS_READ_BY, READ_BY, make_portable
+from anchorvec.model.readout import stored_readout
 from anchorvec.recipe import stored_recipe
 from anchorvec.run import Run, is_embedder
 
@@ -74,8 +74,8 @@ def export(run: str | Path, out: str | Path, *, texts: Sequence[str] = ()) -> Ex
 
     `run` is the folder of a finished run, or one of its embedder folders. Before `out` appears, three programs encode
     the probes and `texts` in fp32: the run's own model, the new folder loaded afresh by sentence-transformers, and by
-    plain transformers with last-token pooling (T18, T24). Raises AnchorvecError if any cosine is below 0.9999, if `out`
-    is in use, or if there is nothing to export; nothing is ever deleted or written over.
+    plain transformers with the folder's pooling (T18, T24). Raises AnchorvecError if any cosine is below 0.9999, if
+    `out` is in use, or if there is nothing to export; nothing is ever deleted or written over.
     """
     stage, out, probes = last_stage(user_path(run)), user_path(out), [*PROBES, *texts]
     with new_folder(out) as scratch:
@@ -89,7 +89,8 @@ def export(run: str | Path, out: str | Path, *, texts: Sequence[str] = ()) -> Ex
                 weights.unlink()
             load_causal_lm(stage).save_pretrained(scratch)
         make_portable(scratch)
-        write_text(scratch / "README.md", model_card(stage, model, name=out.name, writes=can_write(scratch)))
+        readout, writes = stored_readout(scratch), can_write(scratch)
+        write_text(scratch / "README.md", model_card(stage, model, name=out.name, readout=readout, writes=writes))
 
         cosines = {
             f"{program} {version(program)}": _least_cosine(expected, read(scratch, probes))
@@ -101,8 +102,8 @@ def export(run: str | Path, out: str | Path, *, texts: Sequence[str] = ()) -> Ex
                     f"{stage}: the exported model differs from the run: in {program} the vectors of some text have "
                     f"cosine {cosine:.6f}, less than {LEAST_COSINE}; nothing was written to {out}"
                 )
-        writes = can_write(scratch)
-    return Exported(str(out), str(stage), len(probes), cosines, not_compared=READ_BY, can_write=writes)
+    others = BOTH_WAYS_READ_BY if readout.attention_direction == "bidirectional" else READ_BY
+    return Exported(str(out), str(stage), len(probes), cosines, not_compared=others, can_write=writes)
 
 
 def last_stage(run: Path) -> Path:
@@ -126,7 +127,7 @@ def last_stage(run: Path) -> Path:
 def encode_with_transformers(folder: str | Path, texts: Sequence[str]) -> Tensor:
     """The vectors of `texts` (texts, dim) that plain transformers gives, loaded from `folder` afresh.
 
-    The last hidden state at each text's last real token.
+    They are pooled as the folder says, from the final states at each text's real tokens.
     """
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval()
@@ -135,7 +136,8 @@ def encode_with_transformers(folder: str | Path, texts: Sequence[str]) -> Tensor
     )
     with torch.no_grad():
         states = model(**batch, use_cache=False).last_hidden_state  # (texts, length, dim)
-    return last_states_of_padded(states, batch["attention_mask"])
+    mask = batch["attention_mask"]
+    return stored_readout(folder).pool(states[mask.bool()], mask.sum(dim=1).tolist())
 
 
 def encode_with_sentence_transformers(folder: str | Path, texts: Sequence[str]) -> Tensor:

@@ -54,13 +54,15 @@ def packed_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each text: `query` (1, heads, tokens, dim) to (1, tokens, heads, dim).
+    """Attention within each text: `query` (1, heads, tokens, dim) to (1, tokens, heads, dim).
 
     The arguments are those of transformers' attention functions: `module` is the layer, `key` and `value` are like
     `query`, with as many heads or fewer, `scaling`, `dropout`, `sliding_window` (tokens) and `softcap` those of the
-    layer; `max_length_q` are the tokens of the longest text. `cu_seq_lens_q`: where each text starts, and the number of
+    layer; `max_length_q` are the tokens of the longest text. It is causal unless `is_causal` is False, which comes from
+    the configuration or the call of the model (T34). `cu_seq_lens_q`: where each text starts, and the number of
     tokens, (texts + 1,). In half precision on a GPU it is one kernel, PyTorch's own for texts of different lengths. On
     a CPU short texts of like length are computed together, but for a soft cap or dropout. Everything else runs text by
     text. Without `cu_seq_lens_q` every row is a text, `attention_mask` says what it may see.
@@ -71,29 +73,31 @@ def packed_attention(
     asked = cu_seq_lens_q is not None and sliding_window is None and not torch.compiler.is_compiling()
     if asked and _has_window(module):
         raise NotImplementedError("this layer's window is in its mask only; packed texts have none")
+    causal = is_causal is not False
     if cu_seq_lens_q is not None and not dropout and (dtype := _kernel_dtype(query, value)) is not None:
         if softcap is not None:
             raise NotImplementedError("no kernel for packed texts with a soft cap")
-        return _kernel(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window, dtype), None
+        size = _window_size(sliding_window, causal)
+        return _kernel(query, key, value, cu_seq_lens_q, max_length_q, scaling, size, dtype), None
     if cu_seq_lens_q is None:
         key, value = _for_each_head(query, key, value)
-        out = _attend(query, key, value, scaling, dropout, sliding_window, softcap, attention_mask)
+        out = _attend(query, key, value, scaling, dropout, sliding_window, softcap, causal, attention_mask)
         return out.transpose(1, 2), None
     lengths = cu_seq_lens_q.diff().tolist()
     together = query.device.type == "cpu" and not dropout and softcap is None
     short = [i for i, length in enumerate(lengths) if together and length <= GROUPED_TOKENS]
     if len(short) == len(lengths):
-        return attend_in_groups(query, key, value, lengths, scaling, sliding_window), None
+        return attend_in_groups(query, key, value, lengths, scaling, sliding_window, causal), None
     texts = list(zip(*(torch.split(part, lengths, dim=2) for part in (query, key, value)), strict=True))
     outs = {}
     if short:
         q, k, v = (torch.cat(parts, dim=2) for parts in zip(*(texts[i] for i in short), strict=True))
-        out = attend_in_groups(q, k, v, [lengths[i] for i in short], scaling, sliding_window)
+        out = attend_in_groups(q, k, v, [lengths[i] for i in short], scaling, sliding_window, causal)
         outs = dict(zip(short, torch.split(out, [lengths[i] for i in short], dim=1), strict=True))
     for i in set(range(len(lengths))) - set(short):
         q, k, v = texts[i]
         k, v = _for_each_head(q, k, v)
-        outs[i] = _attend(q, k, v, scaling, dropout, sliding_window, softcap).transpose(1, 2)
+        outs[i] = _attend(q, k, v, scaling, dropout, sliding_window, softcap, causal).transpose(1, 2)
     return torch.cat([outs[i] for i in range(len(lengths))], dim=1), None
 
 
@@ -110,16 +114,26 @@ def _kernel(
     starts: Tensor,
     longest: int,
     scaling: float | None,
-    window: int | None,
+    size: tuple[int, int],
     dtype: torch.dtype,
 ) -> Tensor:
     """Attention over all packed texts at once, in half precision: (1, tokens, heads, dim)."""
     # (tokens, heads, dim); rotary embedding leaves query and key in fp32 under autocast
     q, k, v = (part[0].transpose(0, 1).to(dtype).contiguous() for part in (query, key, value))
-    size = (-1 if window is None else window - 1, 0)
     together = varlen_attn(q, k, v, starts, starts, longest, longest, scale=scaling, window_size=size, **_GROUPED_HEADS)
     assert isinstance(together, Tensor)
     return together[None].to(value.dtype)
+
+
+def _window_size(window: int | None, causal: bool) -> tuple[int, int]:
+    """How many tokens before and after it a token sees; -1: all.
+
+    transformers' own masks count the token itself among its `window` where they are causal, and not where they go in
+    both directions.
+    """
+    if causal:
+        return (-1 if window is None else window - 1, 0)
+    return (-1, -1) if window is None else (window, window)
 
 
 def _kernel_dtype(query: Tensor, value: Tensor) -> torch.dtype | None:
@@ -147,18 +161,20 @@ def _attend(
     dropout: float,
     window: int | None,
     softcap: float | None,
+    causal: bool,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Attention of (texts, heads, length, dim): causal, unless a `mask` says what is seen (True, or 0 to be added)."""
+    """Attention of (texts, heads, length, dim), unless a `mask` says what is seen (True, or 0 to be added)."""
     length, keys = q.shape[2], k.shape[2]
-    banded = window is not None and keys > window
-    if mask is None and (banded or softcap is not None):
-        mask = torch.ones(length, keys, dtype=torch.bool, device=q.device).tril(keys - length)
-        if window is not None and banded:
-            mask = mask.triu(keys - length + 1 - window)
+    if mask is None and (softcap is not None or (window is not None and keys > window)):
+        mask = torch.ones(length, keys, dtype=torch.bool, device=q.device)
+        before, after = _window_size(window, causal)
+        mask = mask if before < 0 else mask.triu(keys - length - before)
+        mask = mask if after < 0 else mask.tril(keys - length + after)
     if mask is None or softcap is None:
-        causal = mask is None and length == keys  # a single query after cached keys sees all of them
-        return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scaling, dropout_p=dropout)
+        # a single query after cached keys sees all of them
+        flag = causal and mask is None and length == keys
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=flag, scale=scaling, dropout_p=dropout)
     scores = q @ k.transpose(2, 3) * (q.shape[3] ** -0.5 if scaling is None else scaling)
     scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask

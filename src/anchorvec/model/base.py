@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from anchorvec.errors import AnchorvecError
-from anchorvec.model.end import template_ids
+from anchorvec.model.end import template_of
 from anchorvec.model.folders import faulty_weights, identify, instead, origin, positions_of, read_json
 from anchorvec.model.loading import load_model
 
@@ -135,8 +135,8 @@ def _check_loaded(model: PreTrainedModel, report: dict[str, Any], base: str) -> 
 def check_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base: str | Path) -> None:
     """Raise AnchorvecError if `model`, called `base`, lacks an embedding that `tokenizer` needs, or positions."""
     rows = len(model.get_input_embeddings().get_parameter("weight"))
-    before, after = template_ids(tokenizer)
-    if outside := [i for i in [*before, *after, tokenizer.pad_token_id] if i >= rows]:
+    template = template_of(tokenizer)
+    if outside := [i for i in [*template.ids, tokenizer.pad_token_id] if i >= rows]:
         raise AnchorvecError(
             f"model.base: the token {tokenizer.convert_ids_to_tokens(outside[0])} (id {outside[0]}) is not "
             f"among the {rows} embeddings of {base}; set `eos_token` and `pad_token` in its "
@@ -148,9 +148,10 @@ def check_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base: 
             "tokenizer that it was trained with, or give it as many (resize_token_embeddings of transformers)"
         )
     positions = positions_of(model.config.to_dict())
-    if positions and tokenizer.model_max_length > positions:
+    if positions and (most := template.tokens(tokenizer.model_max_length)) > positions:
+        twice = f", with which {most} are read in two copies," if template.copies == 2 else ""
         raise AnchorvecError(
-            f"model.max_tokens: {tokenizer.model_max_length} is more than the {positions} positions of {base}"
+            f"model.max_tokens: {tokenizer.model_max_length}{twice} is more than the {positions} positions of {base}"
         )
 
 

@@ -29,6 +29,42 @@ def final_states(model: PreTrainedModel, **inputs: Any) -> Tensor:
     return states
 
 
+def is_bidirectional(model: PreTrainedModel) -> bool:
+    """Whether `model` is set to read in both directions."""
+    return getattr(model.config, "is_causal", True) is False  # most configurations don't name it
+
+
+def read_both_ways(model: PreTrainedModel, base: str | Path, *, writes: bool = False) -> None:
+    """Set `model`, read from `base`, to attend to tokens on both sides, as its saved folder will say.
+
+    `writes`: whether it must still write, one token after another, in a call that asks for it. Raises AnchorvecError
+    for a model that takes no notice of the one or the other.
+    """
+    name = f"model.attention_direction: {base} ({model.config.model_type})"
+    model.config.is_causal = False
+    seen = _sees_later_tokens(model)
+    if not seen:
+        raise AnchorvecError(f"{name} has no attention that can be set to both directions; take causal")
+    if writes and _sees_later_tokens(model, is_causal=True):
+        raise AnchorvecError(
+            f"{name} cannot write any more when it is set to both directions, and this recipe has it write; take causal"
+        )
+
+
+@torch.enable_grad()
+def _sees_later_tokens(model: PreTrainedModel, **inputs: Any) -> bool:
+    """Whether a state of `model`, called with `inputs`, depends on tokens that come after it."""
+    embedded, training = model.get_input_embeddings()(_four_ids(model)).detach().requires_grad_(), model.training
+    try:
+        states = final_states(model.eval(), inputs_embeds=embedded.clone(), **inputs)
+    except TypeError:  # it does not take them
+        return True
+    finally:
+        model.train(training)
+    (gradient,) = torch.autograd.grad(states[0, 0].float().sin().sum(), embedded)
+    return bool(gradient[0, 1:].any())
+
+
 def check_decoder(model: PreTrainedModel, base: str | Path) -> None:
     """Raise AnchorvecError if `model`, read from `base`, is no decoder that both stages can train.
 
@@ -36,6 +72,8 @@ def check_decoder(model: PreTrainedModel, base: str | Path) -> None:
     embedding can stand in the place of a token and be written from.
     """
     name = f"model.base: {base} ({model.config.model_type})"
+    if is_bidirectional(model):  # an embedder's decoder; it is a decoder all the same
+        model.config.is_causal = True
     classes = _auto_classes(model)
     if not classes:
         raise AnchorvecError(f"{name} has no decoder that transformers' AutoModel loads without the head; {_ADVICE}")
@@ -61,9 +99,8 @@ def check_decoder(model: PreTrainedModel, base: str | Path) -> None:
 
 def _check_states(model: PreTrainedModel, name: str) -> None:
     """Raise AnchorvecError if four tokens show that states or logits come from something else."""
-    table: nn.Module = model.get_input_embeddings()
-    ids = (torch.arange(4, device=model.device) * 7919 % len(table.get_parameter("weight")))[None]
-    tokens = table(ids).detach()
+    ids = _four_ids(model)
+    tokens = model.get_input_embeddings()(ids).detach()
     embedded = (tokens + 0.01).requires_grad_()  # no token's, as a text's embedding is none
     model.train()  # as the stages do; some go another way then
     with torch.random.fork_rng(devices=[]):
@@ -107,6 +144,12 @@ def _check_pieces(model: PreTrainedModel, name: str, tokens: Tensor) -> None:
         raise AnchorvecError(
             f"{name} reads texts in pieces of {size} tokens, and cannot read one of {size + 1} ({reason}); {_ADVICE}"
         ) from error
+
+
+def _four_ids(model: PreTrainedModel) -> Tensor:
+    """The ids of four tokens of a text: (1, 4)."""
+    table: nn.Module = model.get_input_embeddings()
+    return (torch.arange(4, device=model.device) * 7919 % len(table.get_parameter("weight")))[None]
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:

@@ -5,7 +5,6 @@ sentence-transformers model `[Transformer, Pooling("lasttoken")]`. What ends a t
 tokenizer's own post-processor, so `tokenizer.json` carries it into every program that reads the folder.
 """
 
-import itertools
 import json
 import shutil
 import tempfile
@@ -28,8 +27,8 @@ from transformers import (
 from anchorvec.errors import AnchorvecError
 from anchorvec.files import new_folder, write_json
 from anchorvec.model.base import check_fit, load_base, without_rowless_tokens
-from anchorvec.model.decoder import check_decoder
-from anchorvec.model.end import EndPrompt, template_ids
+from anchorvec.model.decoder import check_decoder, read_both_ways
+from anchorvec.model.end import EndPrompt, template_of
 from anchorvec.model.folders import reading
 from anchorvec.model.portable import make_portable
 from anchorvec.model.readout import Readout
@@ -42,27 +41,31 @@ def build_embedder(
     *,
     max_tokens: int = 512,
     end_prompt: EndPrompt | None = None,
+    readout: Readout | None = None,
     prompts: Mapping[str, str] | None = None,
     revision: str | None = None,
     seed: int = 0,
     head: bool = True,
+    writes: bool = False,
 ) -> Path:
     """Write `base` as an untrained embedder into `folder` and return the folder.
 
     `base` is a hub id (of which `revision` names a branch, tag or commit), a local folder, a GGUF file, `smollm2`, or
-    `tiny` (a random model for trials).
-    `max_tokens` counts everything: what the tokenizer adds, the prompt, the text and its end.
-    With `end_prompt` None each text ends in the tokenizer's end token; otherwise in the prompt's words.
-    `prompts` are stored with the model under sentence-transformers' names (`query`, `document`, ...).
-    `seed` matters for `tiny` alone. Without `head` an embedder that has no LM head will do as base, and has none then.
-    Raises AnchorvecError if the base is no decoder, has no end token or
-    fewer positions than `max_tokens`, or if `folder` is in use.
+    `tiny` (a random model for trials). `max_tokens` counts everything: what the tokenizer adds, the prompt, the text
+    and its end. With `end_prompt` None each text ends in the tokenizer's end token; otherwise in the prompt's words. A
+    `readout` says all of how texts are read, in place of these two. `prompts` are stored with the model under
+    sentence-transformers' names (`query`, `document`, ...). `seed` matters for `tiny` alone. Without `head` an embedder
+    that has no LM head will do as base, and has none then. `writes`: whether it is to write texts too, which a decoder
+    that reads in both directions must be able to do in one. Raises AnchorvecError if the base is no decoder, has no end
+    token or fewer positions than `max_tokens`, or if `folder` is in use.
     """
     folder = Path(folder)
     with new_folder(folder) as scratch:
         model, tokenizer = load_base(base, revision=revision, seed=seed, head=head)
         check_decoder(model, base)
-        readout = Readout(max_tokens, end_prompt)
+        readout = readout or Readout(max_tokens, end_prompt)
+        if readout.attention_direction == "bidirectional":
+            read_both_ways(model, base, writes=writes)
         tokenizer = readout.tokenizer(without_rowless_tokens(model, tokenizer, base))
         check_fit(model, tokenizer, base)
         _drop_pad_token(model, tokenizer, base)
@@ -80,7 +83,7 @@ def _drop_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, 
         config.pad_token_id = None
     except StrictDataclassError as error:  # the family must have one
         config.pad_token_id = before
-        if before in [*itertools.chain(*template_ids(tokenizer))]:
+        if before in template_of(tokenizer).ids:
             raise AnchorvecError(
                 f"model.base: the pad token of {base} (id {before}) stands in every text, and its embedding is never "
                 "trained; set pad_token_id in its config.json to another id"
@@ -181,7 +184,7 @@ def _add_sentence_transformers_files(folder: Path, readout: Readout, prompts: Ma
         model_kwargs={"dtype": "auto"},
     )
     model = SentenceTransformer(
-        modules=[transformer, readout.module(transformer.get_embedding_dimension())],
+        modules=[transformer, *readout.modules(transformer.get_embedding_dimension())],
         prompts={"query": "", "document": "", **prompts},
         similarity_fn_name="cosine",
         device="cpu",
@@ -190,5 +193,6 @@ def _add_sentence_transformers_files(folder: Path, readout: Readout, prompts: Ma
         model.save_pretrained(scratch, create_model_card=False)
         for name in ["modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"]:
             shutil.copy2(Path(scratch) / name, folder / name)
-        shutil.copytree(Path(scratch) / "1_Pooling", folder / "1_Pooling")
+        for module in Path(scratch).glob("[0-9]_*"):
+            shutil.copytree(module, folder / module.name)
     make_portable(folder)

@@ -43,11 +43,13 @@ def encode_packed(
     embeddings: list[Tensor] = []
     places: list[int] = []
     with torch.inference_mode():
+        read: dict[str, Any] = model.preprocess(["a text"], prompt=prompt)
+        left_out = {"prompt_length": read["prompt_length"]} if "prompt_length" in read else {}
         for start in range(0, len(order), _TOKENIZED_AT_ONCE):
             rows = order[start : start + _TOKENIZED_AT_ONCE]
             ids = model.tokenizer([prompt + texts[i] for i in rows], truncation=True)["input_ids"]
             for group in _groups([len(text) for text in ids], BATCH_TOKENS.get(device.type, 2_048)):
-                features = packed_row([ids[i] for i in group], device)
+                features = packed_row([ids[i] for i in group], device) | left_out
                 embeddings.append(model(features)["sentence_embedding"])
                 places += [rows[i] for i in group]
         if not embeddings:

@@ -34,15 +34,18 @@ _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "consolidated*")
 class ModelFolder:
     """A model by its folder or hub id, and what its files say of it.
 
-    `architectures` are those of its configuration, `positions` the tokens that it has positions for, `pooling`,
-    `prompts` and `max_tokens` (a length limit) an embedder's own; None or empty where it says nothing.
+    `architectures` are those of its configuration, `positions` the tokens that it has positions for, `is_causal`
+    whether its attention is; `pooling`, `pool_prompt` (whether a prompt is a part of it), `prompts` and `max_tokens` (a
+    length limit) are an embedder's own; None or empty where it says nothing.
     """
 
     name: str
     kind: Kind
     architectures: tuple[str, ...] = ()
     positions: int | None = None
+    is_causal: bool = True
     pooling: str | None = None
+    pool_prompt: bool = True
     other_modules: tuple[str, ...] = ()
     prompts: dict[str, str] = field(default_factory=dict)
     max_tokens: int | None = None
@@ -101,12 +104,15 @@ def _of_files(model: str, read: Callable[[str], Any]) -> ModelFolder:
         types = [module["type"].rpartition(".")[2] for module in modules]
         pooling = next((module["path"] for module in modules if module["type"].endswith("Pooling")), None)
         settings = read("config_sentence_transformers.json") or {}
+        of_pooling = {} if pooling is None else read(f"{pooling}/config.json") or {}
         return ModelFolder(
             model,
             kind,
             architectures,
             positions=positions,
-            pooling=None if pooling is None else _pooling(read(f"{pooling}/config.json") or {}),
+            is_causal=config.get("is_causal", True),
+            pooling=None if pooling is None else _pooling(of_pooling),
+            pool_prompt=of_pooling.get("include_prompt", True),
             other_modules=tuple(name for name in types if name not in ("Transformer", "Pooling", "Normalize")),
             prompts={key: prompt for key, prompt in (settings.get("prompts") or {}).items() if prompt},
             max_tokens=_limit(read("sentence_bert_config.json") or {}, read("tokenizer_config.json") or {}),

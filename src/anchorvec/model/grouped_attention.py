@@ -2,8 +2,8 @@
 
 Text by text the kernels of PyTorch are called hundreds of times a step, for sizes at which they are slow, the backward
 pass in bf16 above all. Here the texts of like length are rows of one batch, padded on the right, where a causal text
-sees nothing. Probabilities are computed in fp32 and again in the backward pass, so that no more is kept for it than
-query, key and value.
+sees nothing, and one that is read in both directions has a mask. Probabilities are computed in fp32 and again in the
+backward pass, so that no more is kept for it than query, key and value.
 """
 
 import itertools
@@ -33,18 +33,20 @@ def attend_in_groups(
     lengths: Sequence[int],
     scaling: float | None = None,
     window: int | None = None,
+    causal: bool = True,
 ) -> Tensor:
-    """Causal attention within each of the packed texts, (1, tokens, heads, dim), differentiable.
+    """Attention within each of the packed texts, (1, tokens, heads, dim), differentiable.
 
     `query` is (1, heads, tokens, dim), `key` and `value` are like it, with as many heads or fewer; the texts have
     `lengths` tokens. `scaling` multiplies the products of query and key (default: dim ** -0.5); a position sees
-    `window` positions, itself included (default: all before it). Under autocast it computes in autocast's format.
+    those before it, or, if it is not `causal`, all; with a `window`, so many positions, itself included, or so many to
+    each side and itself. Under autocast it computes in autocast's format.
     """
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else value.dtype
     q, k, v = (part[0].transpose(0, 1).to(dtype) for part in (query, key, value))  # (tokens, heads, dim)
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     with torch.autocast("cpu", enabled=False):
-        out: Tensor = _Attention.apply(q, k, v, tuple(lengths), scale, window)  # type: ignore[no-untyped-call]
+        out: Tensor = _Attention.apply(q, k, v, tuple(lengths), scale, window, causal)  # type: ignore[no-untyped-call]
     return out[None]
 
 
@@ -55,12 +57,12 @@ class _Group:
     query: Tensor  # (rows * length,): the (token, head) that stands at each position
     key: Tensor  # the same of the key's head that a query's head looks at
     absent: Tensor | None  # (rows, length, 1): the positions without a token, if there are any
-    bias: Tensor  # (length, length), fp32: -inf where a position is not seen
+    bias: Tensor  # (length, length), or one for each row or for all positions of a row, fp32: -inf what is not seen
 
     def of(self, places: Tensor, tokens: Tensor) -> Tensor:
         """The `tokens` (tokens, their heads, dim) at `places`: (rows, length, dim)."""
         dim = tokens.shape[-1]
-        return tokens.reshape(-1, dim).index_select(0, places).view(-1, self.bias.shape[0], dim)
+        return tokens.reshape(-1, dim).index_select(0, places).view(-1, self.bias.shape[-1], dim)
 
     def probabilities(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
         """Which keys `k` the queries `q` see, both (rows, length, dim): (rows, length, length), computed in fp32."""
@@ -86,7 +88,7 @@ class _Plan:
 
 
 @lru_cache(maxsize=64)
-def _plan(lengths: tuple[int, ...], heads: int, shared: int, window: int | None) -> _Plan:
+def _plan(lengths: tuple[int, ...], heads: int, shared: int, window: int | None, causal: bool) -> _Plan:
     """How texts of these `lengths` are put together; all layers of a pass ask for the same.
 
     `shared` are the heads of key and value, each looked at by `heads // shared` heads.
@@ -104,14 +106,12 @@ def _plan(lengths: tuple[int, ...], heads: int, shared: int, window: int | None)
             begin[starts[text] : starts[text + 1]] = before + row * width
             width_of[starts[text] : starts[text + 1]] = width
         head = torch.arange(heads)[:, None]
-        seen = torch.ones(width, width, dtype=torch.bool).tril()
-        seen = seen if window is None else seen.triu(1 - window)
         groups.append(
             _Group(
                 query=(token * heads + head).flatten(),
                 key=(token * shared + head // (heads // shared)).flatten(),
                 absent=absent.expand(-1, heads, -1).reshape(-1, width, 1) if absent.any() else None,
-                bias=torch.zeros(width, width).masked_fill(~seen, -torch.inf),
+                bias=_bias(absent.expand(-1, heads, -1).reshape(-1, width), window, causal),
             )
         )
         before += len(texts) * width
@@ -121,6 +121,24 @@ def _plan(lengths: tuple[int, ...], heads: int, shared: int, window: int | None)
         return (begin[:, None] * n + width_of[:, None] * torch.arange(n) + offset[:, None]).flatten()
 
     return _Plan(starts[-1], tuple(groups), places(heads), places(shared))
+
+
+def _bias(absent: Tensor, window: int | None, causal: bool) -> Tensor:
+    """0 where a position is seen and -inf elsewhere, for rows with `absent` positions (rows, length) at their end.
+
+    What stands at these is not read, whatever they see; but they must see something.
+    """
+    width = absent.shape[1]
+    seen = torch.ones(width, width, dtype=torch.bool)
+    if causal:
+        seen = seen.tril() if window is None else seen.tril().triu(1 - window)
+    else:
+        seen = seen if window is None else seen.tril(window).triu(-window)
+        if absent.any() and window is None:
+            seen = ~absent[:, None]  # (rows, 1, length)
+        elif absent.any():
+            seen = (seen & ~absent[:, None]) | absent[:, :, None]  # (rows, length, length)
+    return torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
 
 
 def _like_length(lengths: Sequence[int]) -> list[tuple[list[int], int]]:
@@ -142,11 +160,18 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scale: float, window: int | None
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lengths: tuple[int, ...],
+        scale: float,
+        window: int | None,
+        causal: bool,
     ) -> Tensor:
         ctx.save_for_backward(q, k, v)
         ctx.scale = scale
-        ctx.plan = plan = _plan(lengths, q.shape[1], k.shape[1], window)
+        ctx.plan = plan = _plan(lengths, q.shape[1], k.shape[1], window, causal)
         parts = []
         for group in plan.groups:
             Q, K, V = group.of(group.query, q), group.of(group.key, k), group.of(group.key, v)
@@ -170,4 +195,4 @@ class _Attention(torch.autograd.Function):
             dQs.append(dS @ K)
             dKs.append((dS.transpose(1, 2) @ Q).unflatten(0, (-1, repeats)).sum(1))
             dVs.append((P.transpose(1, 2) @ dO).unflatten(0, (-1, repeats)).sum(1))
-        return plan.back(plan.query, dQs), plan.back(plan.key, dKs), plan.back(plan.key, dVs), None, None, None
+        return plan.back(plan.query, dQs), plan.back(plan.key, dKs), plan.back(plan.key, dVs), None, None, None, None

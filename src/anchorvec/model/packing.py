@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
 from anchorvec.model.attention import PACKED_ATTENTION, packed_attentions, reads_no_mask
-from anchorvec.model.decoder import final_states
+from anchorvec.model.decoder import final_states, is_bidirectional
 
 _CHECKED_LENGTHS = (16, 5, 24, 37, 64, 100, 128, 256)
 """Tokens of the texts with which a packed attention is checked; on a CPU, which goes text by text, the first three."""
@@ -31,25 +31,36 @@ _ROUNDING = 1.5
 """How much further from the states in fp32 packed texts may be than padded ones in the same format."""
 
 
-def packed_states(model: PreTrainedModel, embedded: Tensor, lengths: Sequence[int]) -> Tensor:
+def packed_states(model: PreTrainedModel, embedded: Tensor, lengths: Sequence[int], *, writing: bool = False) -> Tensor:
     """The final states (tokens, dim) that the decoder of `model` has of texts of so many tokens, `lengths`.
 
-    They stand one after another in `embedded` (tokens, dim).
+    They stand one after another in `embedded` (tokens, dim). `writing`: each token sees those before it alone, also in
+    a model that reads in both directions.
     """
-    return final_states(model, inputs_embeds=embedded[None], **_packed_arguments(lengths, embedded.device))[0]
+    direction = {"is_causal": True} if writing and is_bidirectional(model) else {}
+    arguments = _packed_arguments(lengths, embedded.device)
+    return final_states(model, inputs_embeds=embedded[None], **arguments, **direction)[0]
 
 
-def padded_states(model: PreTrainedModel, embedded: Tensor, lengths: Sequence[int]) -> Tensor:
+def padded_states(model: PreTrainedModel, embedded: Tensor, lengths: Sequence[int], *, writing: bool = False) -> Tensor:
     """The same as `packed_states` the plain way: a row for each text, with texts of like length, padded on the right.
 
-    `model`, `embedded` and `lengths` are as there.
-    A causal decoder cannot see what stands on the right, so no mask is needed and no state depends on the batch.
+    `model`, `embedded`, `lengths` and `writing` are as there.
+    A causal decoder cannot see what stands on the right, so no mask is needed and no state depends on the batch; one
+    that reads in both directions has a mask of what is padding (T34).
     """
     texts = torch.split(embedded, list(lengths))
     states: list[Tensor] = [embedded] * len(texts)
     for group in _of_like_length(lengths):
         rows = nn.utils.rnn.pad_sequence([texts[i] for i in group], batch_first=True)  # (texts, longest, dim)
-        for row, i in zip(final_states(model, inputs_embeds=rows), group, strict=True):
+        options: dict[str, Any] = {}
+        if is_bidirectional(model) and writing:
+            options["is_causal"] = True
+        elif is_bidirectional(model):
+            sizes = to_device(np.asarray([lengths[i] for i in group]), rows.device)
+            places = torch.arange(rows.shape[1], device=rows.device)
+            options["attention_mask"] = (places < sizes[:, None]).long()
+        for row, i in zip(final_states(model, inputs_embeds=rows, **options), group, strict=True):
             states[i] = row[: lengths[i]]
     return torch.cat(states)
 
@@ -96,8 +107,9 @@ def _reads_packed_as_alone(model: PreTrainedModel, attention: str) -> bool:
 
     In fp32 they are the same to 1e-5. In half precision each of both ways has rounding of its own, and a trained model
     has more of it than a new one: the packed texts may be no further from the texts in fp32 than `_ROUNDING` times what
-    padded texts in the same format are (T35).
+    padded texts in the same format are (T35). A model that reads in both directions is asked as it writes, too.
     """
+    directions = (False, True) if is_bidirectional(model) else (False,)
     training, dtype = model.training, model.dtype
     on_gpu = model.device.type == "cuda"  # where packed texts are read in half precision alone
     half = on_gpu or dtype in (torch.bfloat16, torch.float16)
@@ -111,10 +123,14 @@ def _reads_packed_as_alone(model: PreTrainedModel, attention: str) -> bool:
         inputs = (embedded.to(dtype) if half and dtype != torch.float32 else embedded).requires_grad_()
         with torch.enable_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=half and on_gpu):
             if packed:
-                states = packed_states(model, inputs, lengths)
+                found = [packed_states(model, inputs, lengths, writing=writing) for writing in directions]
             else:
-                alone = zip(torch.split(inputs, list(lengths)), lengths, strict=True)
-                states = torch.cat([padded_states(model, text, [length]) for text, length in alone])
+                alone = list(zip(torch.split(inputs, list(lengths)), lengths, strict=True))
+                found = [
+                    torch.cat([padded_states(model, text, [length], writing=writing) for text, length in alone])
+                    for writing in directions
+                ]
+            states = torch.cat(found, dim=1)
             score = states.float().sin().sum()  # not of their norm, which is fixed
         [gradient] = torch.autograd.grad(score, inputs)
         return torch.split(torch.cat([states.float(), gradient.float()], dim=1).detach(), list(lengths))

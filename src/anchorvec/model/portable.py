@@ -12,6 +12,8 @@ from typing import Any
 from anchorvec.files import write_json, write_text
 
 READ_BY = "sentence-transformers 5.1 and transformers 4.57 or newer"
+BOTH_WAYS_READ_BY = "transformers 5 and sentence-transformers 6 or newer; transformers 4.57 reads this folder as causal"
+"""What reads a folder alike whose attention goes in both directions: older versions take no notice of that."""
 
 _MODULES = "sentence_transformers.models."
 _POOLINGS = {

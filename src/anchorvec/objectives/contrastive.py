@@ -20,6 +20,7 @@ from sentence_transformers.sentence_transformer.losses import (
 )
 from torch import Tensor
 
+from anchorvec.model.end import template_of
 from anchorvec.model.packing import part_of_row, reads_packed, side_by_side, token_ids
 from anchorvec.objectives.bag_of_words import BagOfWordsLoss
 
@@ -39,10 +40,11 @@ def contrastive_loss(
     """InfoNCE with in-batch negatives over cosine similarities divided by `temperature`.
 
     Texts of at most `micro_batch_tokens`, padding included, are held in memory at a time through cached gradients
-    (GradCache), which encode every text twice; None encodes the whole step once. Loss and gradient are the same.
-    With `bag_of_words`, `bag_of_words_weight` times that loss is added, of each embedding and the pair's other text.
+    (GradCache), which encode every text twice; None encodes the whole step once. Loss and gradient are the same. With
+    `bag_of_words`, `bag_of_words_weight` times that loss is added, of each embedding and the pair's other text.
     `content` takes the ids of a text as it is read, and leaves out its prompt and its end. With `one_pass` the columns
-    of a batch, if they are packed, go through `model` together instead of one after another.
+    of a batch, if they are packed, go through `model` together instead of one after another; the library takes one
+    length of all their prompts then, so it is for a pooling that leaves none out.
     """
     options: dict[str, Any] = {"scale": 1 / temperature, "directions": ("query_to_doc",)}
     loss: _Plain | _Cached
@@ -53,7 +55,8 @@ def contrastive_loss(
         loss = cached(model, mini_batch_num_tokens=micro_batch_tokens, **options)
     else:
         # The library's count of tokens leaves padding out, which takes memory too: as many texts as always fit.
-        texts = max(1, micro_batch_tokens // (model.max_seq_length or micro_batch_tokens))
+        longest = template_of(model.tokenizer).tokens(model.max_seq_length or micro_batch_tokens)
+        texts = max(1, micro_batch_tokens // longest)
         loss = cached(model, mini_batch_size=texts, **options)
     loss.one_pass = one_pass
     if isinstance(loss, _BagOfWords) and bag_of_words is not None:

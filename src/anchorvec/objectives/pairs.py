@@ -9,16 +9,25 @@ from anchorvec.model.packing import padded_tokens
 
 @dataclass(frozen=True)
 class TokenPair:
-    """One pair as token ids: each text as it is read (closed by its end) and as it is written."""
+    """One pair as token ids: each text as it is read (closed by its end) and as it is written.
+
+    And the tokens of each text's prompt, which a mean may leave out, as `prompt_length` counts them.
+    """
 
     query: list[int]
     document: list[int]
     query_targets: list[int]
     document_targets: list[int]
+    query_prompt: int = 0
+    document_prompt: int = 0
 
     def read(self, alpha: float = 0.5) -> list[list[int]]:
         """The texts that are read, in the directions that `alpha` trains."""
         return [*([self.query] if alpha > 0 else []), *([self.document] if alpha < 1 else [])]
+
+    def prompts(self, alpha: float = 0.5) -> list[int]:
+        """The tokens of the prompts of `read`, by `alpha`."""
+        return [*([self.query_prompt] if alpha > 0 else []), *([self.document_prompt] if alpha < 1 else [])]
 
     def written(self, alpha: float = 0.5) -> list[list[int]]:
         """The targets that are written from the embeddings of `read`, by `alpha`."""

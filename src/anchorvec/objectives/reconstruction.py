@@ -15,7 +15,7 @@ may be cut into micro-batches in any way without changing its gradient.
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -29,19 +29,19 @@ from anchorvec.model.packing import packed_states, padded_states, to_device, use
 from anchorvec.model.readout import Readout
 from anchorvec.objectives.pairs import TokenPair
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class ReconstructionOutput:
-    """The loss of a micro-batch, and its two parts as sums over targets (detached): tokens, or texts.
+    """The loss of a micro-batch, and its parts as sums over targets (detached): tokens, or texts.
 
-    `exchanged_*` are the same sums with the embeddings of other pairs, or None.
+    `exchanged` are the same sums with the embeddings of other pairs, or None.
     """
 
     loss: Tensor
-    query_to_document: Tensor
-    document_to_query: Tensor
-    exchanged_query_to_document: Tensor | None = None
-    exchanged_document_to_query: Tensor | None = None
+    sums: dict[str, Tensor]
+    exchanged: dict[str, Tensor] | None = None
 
 
 class Reconstruction(nn.Module):
@@ -49,33 +49,55 @@ class Reconstruction(nn.Module):
 
     Encoding and what is read from the embeddings both happen inside `forward`, so a wrapper (DDP, FSDP2, compile) sees
     one ordinary module (T7, T8). `alpha` weighs query-to-document; 1 or 0 trains one direction alone and skips the
-    other. With `packed` no arithmetic is spent on padding; it sets the model's attention, and falls back to padded rows
-    for a family that cannot be packed. Loss and gradient are the same.
+    other. `readout` says how a text becomes an embedding; None: its last state does. With `packed` no arithmetic is
+    spent on padding; it sets the model's attention, and falls back to padded rows for a family that cannot be packed.
+    Loss and gradient are the same.
 
-    A subclass says what is reconstructed from an embedding: its targets and their losses.
+    A subclass says what is reconstructed from an embedding: its targets and their losses. Its loss may have other parts
+    than the two directions, and need no embedding.
     """
 
     writes: bool
     """Whether the decoder writes texts: a second pass over each."""
 
-    readout = Readout()
-
-    def __init__(self, model: PreTrainedModel, *, alpha: float = 0.2, packed: bool = False) -> None:
+    def __init__(
+        self, model: PreTrainedModel, *, alpha: float = 0.2, packed: bool = False, readout: Readout | None = None
+    ) -> None:
         super().__init__()
         self.model = model
+        self.readout = readout or Readout()
         self.alpha = alpha
         self.packed = packed and use_packed_attention(model)
 
-    def targets(self, pairs: Sequence[TokenPair]) -> tuple[int, int]:
-        """N_D and N_Q of `pairs`: the targets in their documents, and in their queries."""
+    @property
+    def parts(self) -> dict[str, float]:
+        """The weights of the parts of the loss, by their names in the log."""
+        return {"query_to_document": self.alpha, "document_to_query": 1 - self.alpha}
+
+    @property
+    def exchanges(self) -> tuple[str, ...]:
+        """The parts that are read from an embedding, so that one of another pair can be put in its place."""
+        return tuple(self.parts)
+
+    def draw(self, pairs: Sequence[TokenPair], step: int) -> Sequence[TokenPair]:
+        """The `pairs` of the optimizer step number `step`, with what is random in them; here they stay as they are."""
+        return pairs
+
+    def targets(self, pairs: Sequence[TokenPair]) -> tuple[int, ...]:
+        """N of each part: the targets in the documents of `pairs`, and in their queries."""
         raise NotImplementedError
 
-    def losses(self, embeddings: Tensor, pairs: Sequence[TokenPair]) -> tuple[Tensor, Tensor]:
-        """The sums of query-to-document and document-to-query over the targets of `pairs`; 0 for one that is off.
+    def losses(self, embeddings: Tensor, pairs: Sequence[TokenPair]) -> tuple[Tensor, ...]:
+        """The sum of each part over the targets of `pairs`; 0 for one that is off.
 
         `embeddings`: those of all queries, then of all documents, of the directions that are on: (texts, dim).
         """
         raise NotImplementedError
+
+    def sums(self, pairs: Sequence[TokenPair], read: Sequence[TokenPair]) -> tuple[Tensor, ...]:
+        """The sum of each part over the targets of `pairs`, from the embeddings of the pairs `read`."""
+        texts = _by_direction([pair.read(self.alpha) for pair in read])
+        return self.losses(self.encode(texts, _by_direction([pair.prompts(self.alpha) for pair in read])), pairs)
 
     def score_bytes(self, pairs_per_step: int, tokens: int, device: torch.device) -> int:
         """Bytes of the scores of targets that exist at one time, with their gradients.
@@ -102,53 +124,53 @@ class Reconstruction(nn.Module):
         self,
         pairs: Sequence[TokenPair],
         *,
-        document_targets: int | None = None,
-        query_targets: int | None = None,
+        targets: Sequence[int] | None = None,
         exchange: Sequence[TokenPair] | None = None,
     ) -> ReconstructionOutput:
         """The loss of `pairs`, as their share of a step with the given counts of targets.
 
-        `document_targets` and `query_targets` are N_D and N_Q of the whole optimizer step, over all micro-batches
-        and devices (T10); None counts these pairs alone. With `exchange`, another pair for each one, both sums are
-        also computed from the embeddings of those: an embedding that the decoder ignores changes nothing.
+        `targets` are those of the whole optimizer step, part by part, over all micro-batches and devices (T10); None
+        counts these pairs alone. With `exchange`, another pair for each one, the sums are also computed from the
+        embeddings of those: an embedding that the decoder ignores changes nothing.
         """
-        own = self.targets(pairs)
-        N_D, N_Q = max(1, document_targets or own[0]), max(1, query_targets or own[1])
-        embeddings = self.encode(_by_direction([pair.read(self.alpha) for pair in pairs]))
-        query_to_document, document_to_query = self.losses(embeddings, pairs)
-        loss = self.alpha * query_to_document / N_D + (1 - self.alpha) * document_to_query / N_Q
-        output = ReconstructionOutput(loss, query_to_document.detach(), document_to_query.detach())
+        counts = self.targets(pairs) if targets is None else targets
+        sums = self.sums(pairs, pairs)
+        of_parts = zip(self.parts.values(), sums, counts, strict=True)
+        loss = torch.stack([weight * part / max(1, N) for weight, part, N in of_parts]).sum()
+        output = ReconstructionOutput(loss, dict(zip(self.parts, (part.detach() for part in sums), strict=True)))
         if exchange is None:
             return output
         with torch.no_grad():
-            others = self.encode(_by_direction([pair.read(self.alpha) for pair in exchange]))
-            exchanged = self.losses(others, pairs)
-        return replace(output, exchanged_query_to_document=exchanged[0], exchanged_document_to_query=exchanged[1])
+            exchanged = dict(zip(self.parts, self.sums(pairs, exchange), strict=True))
+        return replace(output, exchanged={name: exchanged[name] for name in self.exchanges})
 
-    def encode(self, texts: Sequence[Sequence[int]]) -> Tensor:
-        """The raw embedding of each text, given as token ids: (texts, dim), no L2 norm."""
+    def encode(self, texts: Sequence[Sequence[int]], prompts: Sequence[int] | None = None) -> Tensor:
+        """The raw embedding of each text, given as token ids: (texts, dim), no L2 norm.
+
+        `prompts`: the tokens of each one's prompt, which the readout may leave out; None: there are none.
+        """
         lengths = [len(text) for text in texts]
         embedded = self._embed(list(itertools.chain.from_iterable(texts)))
-        return self.readout.pool(self._states(embedded, lengths), lengths)
+        return self.readout.pool(self._states(embedded, lengths), lengths, prompts)
 
     def _embed(self, ids: Sequence[int]) -> Tensor:
         embedded: Tensor = self.model.get_input_embeddings()(to_device(np.asarray(ids), self.model.device))
         return embedded  # (tokens, dim)
 
-    def _states(self, embedded: Tensor, lengths: Sequence[int]) -> Tensor:
-        return (packed_states if self.packed else padded_states)(self.model, embedded, lengths)
+    def _states(self, embedded: Tensor, lengths: Sequence[int], *, writing: bool = False) -> Tensor:
+        return (packed_states if self.packed else padded_states)(self.model, embedded, lengths, writing=writing)
 
 
 class TextReconstruction(Reconstruction):
     """The paper's objective: each text of a pair is written, token by token, from the other's embedding.
 
-    `model`, `alpha` and `packed` are as in `Reconstruction`.
+    `model` and `options` are those of `Reconstruction`.
     """
 
     writes = True
 
-    def __init__(self, model: PreTrainedModel, *, alpha: float = 0.2, packed: bool = False) -> None:
-        super().__init__(model, alpha=alpha, packed=packed)
+    def __init__(self, model: PreTrainedModel, **options: Any) -> None:
+        super().__init__(model, **options)
         self._head = output_head(model)  # runs the model once, which is to be before its layers are compiled
         self._token_losses = token_losses
 
@@ -196,7 +218,7 @@ class TextReconstruction(Reconstruction):
         starts, index = (to_device(rows, embedded.device) for rows in (sizes.cumsum() - sizes, np.asarray(written)))
         embedded = embedded.index_copy(0, starts, embeddings[index].to(embedded.dtype))
         labels = to_device(np.asarray([token for i in written for token in targets[i]]), embedded.device)
-        losses = self._negative_log_likelihood(self._states(embedded, lengths), labels)  # (tokens,)
+        losses = self._negative_log_likelihood(self._states(embedded, lengths, writing=True), labels)  # (tokens,)
         sums = torch.segment_reduce(losses, "sum", lengths=to_device(sizes, embedded.device))
         return totals.to(sums.dtype).index_add(0, index, sums)
 
@@ -217,6 +239,6 @@ class TextReconstruction(Reconstruction):
         return torch.cat([checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks])
 
 
-def _by_direction(texts: Sequence[Sequence[list[int]]]) -> list[list[int]]:
-    """The texts of each pair, ordered: all of the first direction, then all of the second."""
-    return [text for direction in zip(*texts, strict=True) for text in direction]
+def _by_direction(of_pairs: Sequence[Sequence[T]]) -> list[T]:
+    """What each pair has, ordered: all of the first direction, then all of the second."""
+    return [text for direction in zip(*of_pairs, strict=True) for text in direction]

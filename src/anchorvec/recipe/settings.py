@@ -21,6 +21,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from anchorvec.files import user_path
+from anchorvec.recipe.checks import check_reading, check_recipe
 from anchorvec.run import STAGES, StageName
 
 END_FORM_TAGS = TOKEN, PROMPT = "<token>", "<prompt>"
@@ -45,7 +46,7 @@ class EndPrompt(_Section):
 
 
 def _end_form(value: object) -> str | None:
-    if value == "token":
+    if value in ("token", "none"):
         return TOKEN
     return PROMPT if isinstance(value, dict | EndPrompt) else None
 
@@ -63,15 +64,30 @@ class ModelSettings(_Section):
     """Length limit of one text in tokens, everything counted: prefix, instruction, text, end. The text is cut
     to fit, never the end. 512 is the paper's."""
     end: Annotated[
-        Annotated[Literal["token"], Tag(TOKEN)] | Annotated[EndPrompt, Tag(PROMPT)],
+        Annotated[Literal["token", "none"], Tag(TOKEN)] | Annotated[EndPrompt, Tag(PROMPT)],
         Discriminator(
             _end_form,
             custom_error_type="end_form",
-            custom_error_message="Input should be `token`, or a section with `before` and `after`",
+            custom_error_message="Input should be `token`, `none`, or a section with `before` and `after`",
         ),
     ] = "token"
     """How a text ends, which is where it is pooled: `token` is the tokenizer's own end token (the paper's);
-    an end prompt gives a useful embedding before any training, so it needs far fewer steps."""
+    an end prompt gives a useful embedding before any training, so it needs far fewer steps; `none` is for means,
+    of which an end would be a part."""
+    attention_direction: Literal["causal", "bidirectional"] = "causal"
+    """What a token of a text that is read sees: those before it (`causal`, the paper's), or all (`bidirectional`; the
+    folder then needs transformers 5, older versions read it as causal). Texts are written causally either way."""
+    read: Literal["once", "twice"] = "once"
+    """`twice`: a text stands there twice, so that the second copy is read by a decoder that has seen all of it (Echo).
+    It costs twice the tokens; `max_tokens` counts it once."""
+    between: str = "\n"
+    """Words between the two copies of a text that is read `twice`."""
+    pooling: Literal["lasttoken", "mean", "weightedmean"] = "lasttoken"
+    """Which final states make the embedding, in sentence-transformers' words: the last one (the paper's), the mean, or
+    the mean with each state weighted by its place."""
+    pool_prompt: bool = True
+    """Whether a mean takes in the instruction before a text, with what the tokenizer puts before it. `false` needs
+    instructions that do not end in white space, which would be a part of the text's first word."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """`bf16`: autocast over fp32 master weights. `auto` measures, and takes bf16 where the device multiplies
     it faster."""
@@ -79,6 +95,11 @@ class ModelSettings(_Section):
     """The attention implementation of transformers for training. `auto`: texts side by side without padding, on a CPU
     and on a GPU in bf16, where the model allows it; else transformers' own choice. Loss and gradient are the
     same."""
+
+    @model_validator(mode="after")
+    def _can_be_read(self) -> Self:
+        check_reading(self)
+        return self
 
 
 class TrainData(_Section):
@@ -261,6 +282,8 @@ class EvaluationSettings(_Section):
 class Recipe(_Section):
     """A whole run. A section that is not written has its defaults."""
 
+    about: str = ""
+    """What the recipe is, in a sentence, for the plan and the model card. One that extends another has its sentence."""
     model: ModelSettings = ModelSettings()
     """What the run starts from."""
     data: DataSettings
@@ -283,27 +306,17 @@ class Recipe(_Section):
 
     @property
     def training_tokens(self) -> int:
-        """The length limit of one text in training, everything counted."""
+        """The length limit of one text in training, everything counted, and the text once."""
         return self.data.max_tokens or self.model.max_tokens
 
-    @model_validator(mode="after")
-    def _reads_what_it_trains_on(self) -> Self:
-        if self.training_tokens > self.model.max_tokens:
-            raise PydanticCustomError(
-                "trains_on_more",
-                "{training} is more than the {limit} of model.max_tokens; lower it, or raise that",
-                {"training": self.training_tokens, "limit": self.model.max_tokens, "keys": [("data", "max_tokens")]},
-            )
-        return self
+    @property
+    def longest_read(self) -> int:
+        """The most tokens that are read of one text in training, of all its copies."""
+        return self.training_tokens * (2 if self.model.read == "twice" else 1)
 
     @model_validator(mode="after")
-    def _one_stage_is_on(self) -> Self:
-        if self.stage_one is None and self.stage_two is None:
-            raise PydanticCustomError(
-                "no_stage",
-                "both are null, so there is nothing to train; leave one on",
-                {"keys": [("stage_one",), ("stage_two",)]},
-            )
+    def _can_be_done(self) -> Self:
+        check_recipe(self)
         return self
 
 

@@ -21,14 +21,14 @@ def bag_of_words_loss(
     tokenize: PairTokenizer,
     *,
     seed: int,
-    encode: Callable[[list[list[int]]], Tensor] | None,
+    encode: Callable[[list[list[int]], list[int]], Tensor] | None,
     bf16: bool,
 ) -> BagOfWordsLoss:
     """The loss with the token embeddings of `model`, and candidates that `seed` draws from the rows of `inputs`.
 
-    `tokenize` makes pairs of rows. `encode` gives the embeddings (texts, dim) of texts before the stage, under autocast
-    with `bf16`. Without it the loss has no origin, and is there for its vectors alone. Raises AnchorvecError where the
-    texts of the data don't differ in their words.
+    `tokenize` makes pairs of rows. `encode` gives the embeddings (texts, dim) of texts before the stage, from their ids
+    and the tokens of their prompts, under autocast with `bf16`. Without it the loss has no origin, and is there for its
+    vectors alone. Raises AnchorvecError where the texts of the data don't differ in their words.
     """
     sample = sample_rows(inputs.reconstruction, SAMPLE_PAIRS, seed)
     pairs = [pair for i in range(0, len(sample), 256) for pair in tokenize(sample[i : i + 256])["pairs"]]
@@ -37,7 +37,9 @@ def bag_of_words_loss(
         training = model.training
         model.eval()  # without dropout
         with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-            origin = encode([text for pair in pairs[:ORIGIN_PAIRS] for text in pair.read()]).mean(dim=0)
+            first = pairs[:ORIGIN_PAIRS]
+            texts, prompts = ([t for pair in first for t in pair.read()], [n for pair in first for n in pair.prompts()])
+            origin = encode(texts, prompts).mean(dim=0)
         model.train(training)
     try:
         return BagOfWordsLoss(

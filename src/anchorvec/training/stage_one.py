@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, TrainingArguments, set_seed
 
-from anchorvec.data.stage_inputs import reconstructs, without_prompt_and_end
+from anchorvec.data.reading import readout_of, without_prompt_and_end
+from anchorvec.data.stage_inputs import reconstructs
 from anchorvec.data.tokens import PairTokenizer
 from anchorvec.device import default_device
 from anchorvec.files import new_folder
@@ -98,8 +99,8 @@ def stage_one_demand(
         precision=recipe.model.precision,
         gradient_checkpointing=settings.gradient_checkpointing,
         micro_batch_tokens=settings.micro_batch_tokens,
-        longest=recipe.training_tokens,
-        least_tokens=objective.passes * recipe.training_tokens,
+        longest=recipe.longest_read,
+        least_tokens=objective.passes * recipe.longest_read,
         logits_bytes=objective.score_bytes(settings.pairs_per_step, recipe.training_tokens, device),
         long_enough=stage.long_enough,
         padded_because=padded_because,
@@ -107,11 +108,12 @@ def stage_one_demand(
 
 
 def _text(stage: Stage, model: PreTrainedModel, tokenize: PairTokenizer, packed: bool) -> Reconstruction:
-    return TextReconstruction(model, alpha=stage.one.alpha, packed=packed)
+    return TextReconstruction(model, alpha=stage.one.alpha, packed=packed, readout=readout_of(stage.recipe))
 
 
 def _bag_of_words(stage: Stage, model: PreTrainedModel, tokenize: PairTokenizer, packed: bool) -> Reconstruction:
-    objective = BagOfWordsReconstruction(model, alpha=stage.one.alpha, packed=packed)
+    options: dict[str, Any] = {"packed": packed, "readout": readout_of(stage.recipe)}
+    objective = BagOfWordsReconstruction(model, alpha=stage.one.alpha, **options)
     objective.bag_of_words = bag_of_words_loss(
         model, stage.inputs, tokenize, seed=stage.recipe.seed, encode=objective.encode, bf16=stage.bf16
     )

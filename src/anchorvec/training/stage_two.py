@@ -16,8 +16,9 @@ from sentence_transformers.sentence_transformer.training_args import (
 from torch import Tensor
 from transformers import set_seed
 
+from anchorvec.data.reading import without_prompt_and_end
 from anchorvec.data.samplers import DifferentTexts, SimilarPairs
-from anchorvec.data.stage_inputs import large_step, without_prompt_and_end
+from anchorvec.data.stage_inputs import large_step
 from anchorvec.data.tokens import PairTokenizer
 from anchorvec.device import default_device, keep_frozen_in_bf16
 from anchorvec.files import new_folder, write_json
@@ -96,7 +97,8 @@ def stage_two_loss(stage: Stage, prepared: StageTwoModel) -> Loss:
         bag_of_words=prepared.bag_of_words if settings.bag_of_words_weight else None,
         bag_of_words_weight=settings.bag_of_words_weight,
         content=without_prompt_and_end(prepared.model.tokenizer, stage.recipe),
-        one_pass=default_device().type == "cuda",  # on a CPU, which computes text by text, it brings nothing
+        # on a CPU, which computes text by text, it brings nothing
+        one_pass=default_device().type == "cuda" and stage.recipe.model.pool_prompt,
     )
 
 
@@ -108,8 +110,8 @@ def stage_two_model(stage: Stage) -> StageTwoModel:
     packed = not padded_because and use_packed_texts(model)
     _add_lora(stage, model)
 
-    def embed(ids: Tensor, mask: Tensor) -> Tensor:
-        features = {"input_ids": ids, "attention_mask": mask}
+    def embed(ids: Tensor, mask: Tensor, prompt: int = 0) -> Tensor:
+        features = {"input_ids": ids, "attention_mask": mask, "prompt_length": prompt}
         embedding: Tensor = model(packed_features(features) if packed else features)["sentence_embedding"]
         return embedding
 
@@ -135,8 +137,8 @@ def stage_two_demand(stage: Stage, tokenizer: Any, packed: bool, padded_because:
         precision=recipe.model.precision,
         gradient_checkpointing=settings.gradient_checkpointing,
         micro_batch_tokens=settings.micro_batch_tokens,
-        longest=recipe.training_tokens,
-        least_tokens=recipe.training_tokens,
+        longest=recipe.longest_read,
+        least_tokens=recipe.longest_read,
         step_tokens=max(
             large_step(tokenizer, rows, inputs.prompts[name], recipe, packed=packed)
             for name, rows in inputs.contrastive.items()
@@ -171,14 +173,18 @@ def _add_lora(stage: Stage, model: SentenceTransformer) -> None:
 
 
 def _bag_of_words(
-    stage: Stage, model: SentenceTransformer, embed: Callable[[Tensor, Tensor], Tensor]
+    stage: Stage, model: SentenceTransformer, embed: Callable[[Tensor, Tensor, int], Tensor]
 ) -> BagOfWordsLoss:
     """The bag-of-words loss; with an origin where it is a part of the stage's loss."""
     tokenizer = model.tokenizer
 
-    def encode(texts: list[list[int]]) -> Tensor:
-        padded = tokenizer.pad({"input_ids": texts}, return_tensors="pt").to(model.device)
-        return embed(padded["input_ids"], padded["attention_mask"])
+    def encode(texts: list[list[int]], prompts: list[int]) -> Tensor:
+        found = []
+        for length in sorted(set(prompts)):  # the library takes one length of the prompts of a batch
+            ids = [text for text, prompt in zip(texts, prompts, strict=True) if prompt == length]
+            padded = tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(model.device)
+            found.append(embed(padded["input_ids"], padded["attention_mask"], length))
+        return torch.cat(found)
 
     tokenize = PairTokenizer(
         tokenizer,

@@ -76,7 +76,7 @@ class ReconstructionTrainer(TimedTrainer):
         self.micro_batch_tokens = micro_batch_tokens
         self.exchange_every = exchange_every
         self.tokens_seen = 0
-        self.directions: list[dict[str, float]] = []  # of each step since the last record
+        self.parts: list[dict[str, float]] = []  # of each step since the last record
         self.exchange: dict[str, float] = {}
 
     def training_step(
@@ -87,8 +87,8 @@ class ReconstructionTrainer(TimedTrainer):
         Raises AnchorvecError if not even one pair at a time fits into the memory.
         """
         model.train()
-        pairs: list[TokenPair] = inputs["pairs"]
         objective = self.accelerator.unwrap_model(model)
+        pairs: list[TokenPair] = objective.draw(inputs["pairs"], self.state.global_step)
         while True:
             parts = micro_batches(pairs, self.micro_batch_tokens, **objective.cut)
             largest = max(tokens_at_once(part, **objective.cut) for part in parts)
@@ -118,55 +118,50 @@ class ReconstructionTrainer(TimedTrainer):
     def _step(self, model: nn.Module, parts: Sequence[Sequence[TokenPair]]) -> Tensor:
         """Backpropagate the micro-batches of one step."""
         step = self.state.global_step + 1
-        exchanges = step == 1 or step % self.exchange_every == 0
+        objective = self.accelerator.unwrap_model(model)
+        exchanges = bool(objective.exchanges) and (step == 1 or step % self.exchange_every == 0)
         pairs = [pair for part in parts for pair in part]  # by length: a partner is about as long, whatever the cut
         partners = exchange_partners(pairs) if exchanges else None
-        objective = self.accelerator.unwrap_model(model)
         partner_of = {id(pair): partner for pair, partner in zip(pairs, partners or (), strict=False)}
         counts = torch.tensor(
             [*objective.targets(pairs), partners is None],  # without partners on any device there is no gap
             device=self.args.device,
         )
-        document_targets, query_targets, without_partners = self.accelerator.reduce(counts, "sum").tolist()
-        sums = torch.zeros(4, device=self.args.device)
+        *targets, without_partners = self.accelerator.reduce(counts, "sum").tolist()
+        sums = torch.zeros(2, len(targets), device=self.args.device)  # own, with other pairs' embeddings
         for i, part in enumerate(parts):
             last = i == len(parts) - 1
             with nullcontext() if last else self.accelerator.no_sync(model):
                 with self.compute_loss_context_manager():
                     out = model(
                         part,
-                        document_targets=document_targets,
-                        query_targets=query_targets,
+                        targets=targets,
                         exchange=[partner_of[id(pair)] for pair in part] if partners else None,
                     )
                 # DDP averages over processes; the loss is already this process's share of the step.
                 self.accelerator.backward(out.loss * self.accelerator.num_processes)
-            sums[0] += out.query_to_document
-            sums[1] += out.document_to_query
+            sums[0] += torch.stack([*out.sums.values()])
             if partners:
-                sums[2] += out.exchanged_query_to_document
-                sums[3] += out.exchanged_document_to_query
+                sums[1] += torch.stack([out.exchanged.get(name, own) for name, own in out.sums.items()])
         sums = self.accelerator.reduce(sums, "sum")
-        counts = torch.tensor([document_targets, query_targets] * 2, device=sums.device)
-        per_target = (sums / counts.clamp(min=1)).tolist()
-        alpha = objective.alpha
+        own, exchanged = (sums / torch.tensor(targets, device=sums.device).clamp(min=1)).tolist()
         self.tokens_seen += tokens_at_once(pairs, **objective.cut | {"packed": True})
-        trained = {"query_to_document": alpha > 0, "document_to_query": alpha < 1}
-        losses = zip(trained.items(), per_target[:2], strict=True)
-        self.directions.append({name: loss for (name, on), loss in losses if on})
+        weights = objective.parts
+        self.parts.append({name: loss for (name, weight), loss in zip(weights.items(), own, strict=True) if weight})
         if exchanges:
             self.exchange = {}
         if not without_partners:
-            gaps = zip(trained.items(), per_target[:2], per_target[2:], strict=True)
-            self.exchange = {f"exchange_{name}": exchanged - own for (name, on), own, exchanged in gaps if on}
-        return torch.tensor(alpha * per_target[0] + (1 - alpha) * per_target[1], device=self.args.device)
+            gaps = {name: b - a for name, a, b in zip(weights, own, exchanged, strict=True)}
+            self.exchange = {f"exchange_{name}": gaps[name] for name in objective.exchanges if weights[name]}
+        loss = sum(weight * part for weight, part in zip(weights.values(), own, strict=True))
+        return torch.tensor(loss, device=self.args.device)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the directions that are trained, their exchange gaps and the tokens so far to a training record."""
+        """Add the parts of the loss, their exchange gaps and the tokens so far to a training record."""
         if "loss" in logs:
-            parts = {name: statistics.mean(step[name] for step in self.directions) for name in self.directions[0]}
+            parts = {name: statistics.mean(step[name] for step in self.parts) for name in self.parts[0]}
             logs = {**logs, **parts, **self.exchange, "tokens": self.tokens_seen}
-            self.directions = []
+            self.parts = []
         super().log(logs, start_time)
 
 

@@ -73,9 +73,9 @@ def try_stage_two(
     def features(group: Sequence[Row]) -> list[dict[str, Any]]:
         columns = []
         for column, prompt in prompts.items():
-            texts = [prompt + text for row in group if (text := row[column]) is not None]
+            texts = [text for row in group if (text := row[column]) is not None]
             if texts:
-                columns.append(model.preprocess(texts))
+                columns.append(model.preprocess(texts, prompt=prompt))
         return columns
 
     def tokens(group: Sequence[Row]) -> int:

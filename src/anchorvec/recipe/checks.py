@@ -1,0 +1,52 @@
+"""What a recipe can't ask for: combinations of keys that are refused before any work."""
+
+from typing import TYPE_CHECKING, Any
+
+from pydantic_core import PydanticCustomError
+
+if TYPE_CHECKING:
+    from anchorvec.recipe.settings import ModelSettings, Recipe
+
+_Key = tuple[str, ...]
+
+
+def check_reading(model: "ModelSettings") -> None:
+    """Raise PydanticCustomError for a way to read texts that can't be, or that no plain folder can say."""
+    means = model.pooling != "lasttoken"
+    if model.end == "none" and not means:
+        _refuse("`none` leaves nothing to pool the last token's state at; take token, or another model.pooling", "end")
+    if model.read == "twice" and means:
+        _refuse(
+            "{pooling} would pool both copies of a text that is read twice; take lasttoken",
+            "pooling",
+            pooling=model.pooling,
+        )
+    if model.read == "once" and model.between != "\n":
+        _refuse("there are no copies to stand between; it needs model.read: twice", "between")
+    if not model.pool_prompt and not means:
+        _refuse("false is for means; lasttoken pools one token, which is never the prompt's", "pool_prompt")
+    if not model.pool_prompt and not isinstance(model.end, str):
+        _refuse(
+            "sentence-transformers takes the words after a text for a part of its prompt, and would leave out as many "
+            "of the text; take `token` or `none`, or model.pool_prompt: true",
+            "end",
+        )
+
+
+def check_recipe(recipe: "Recipe") -> None:
+    """Raise PydanticCustomError for keys of different sections that don't go together."""
+    if recipe.training_tokens > recipe.model.max_tokens:
+        _refuse(
+            "{training} is more than the {limit} of model.max_tokens; lower it, or raise that",
+            "data.max_tokens",
+            training=recipe.training_tokens,
+            limit=recipe.model.max_tokens,
+        )
+    if recipe.stage_one is None and recipe.stage_two is None:
+        _refuse("both are null, so there is nothing to train; leave one on", "stage_one", "stage_two")
+
+
+def _refuse(message: str, *keys: str, **values: Any) -> None:
+    """Raise PydanticCustomError with the `message`, filled with `values`, at the dotted `keys`."""
+    places: list[_Key] = [tuple(key.split(".")) for key in keys]
+    raise PydanticCustomError("combination", message, {**values, "keys": places})
