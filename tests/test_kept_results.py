@@ -199,6 +199,19 @@ def test_an_adapters_revision_is_also_that_of_its_start(run):
     assert changed != revision == name_and_revision(run / "stage_two")[1]
 
 
+def test_a_model_of_the_hub_has_its_commit_as_revision(folder, tmp_path, monkeypatch):
+    """And its id as its name."""
+    commit = "b" * 40
+    repository = tmp_path / "models--org--tiny"
+    shutil.copytree(folder, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert name_and_revision("org/tiny") == ("org/tiny", commit)
+    with pytest.raises(AnchorvecError, match="org/none"):
+        name_and_revision("org/none")
+
+
 def test_an_instruction_is_an_experiment_of_its_own(folder, tmp_path, ran):
     """As mteb calls what changes a model's scores and is no part of it."""
     for instruction in (None, "Say: ", "Instruct: {instruction}\nQuery: ", "Say: "):

@@ -118,8 +118,6 @@ def without_data(tasks: Iterable[Any]) -> dict[str, str]:
     """Of `tasks` those whose data cannot be had, and why; the others' are in the cache of Hugging Face afterwards."""
     reasons = {}
     for task in tasks:
-        if task.data_loaded:
-            continue
         try:
             task.load_data()
         except (MemoryError, AnchorvecError):
