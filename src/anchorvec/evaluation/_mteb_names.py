@@ -16,9 +16,11 @@ from mteb.get_tasks import TASK_LIST
 from mteb.results import ModelResult
 
 from anchorvec.errors import AnchorvecError
-from anchorvec.evaluation.averages import PAPER_15, Averages
+from anchorvec.evaluation.averages import Averages
 from anchorvec.terminal import say
 
+PAPER_15 = "paper-15"
+"""The name of the 15 tasks of MTEB(eng, v1) that LLM2Vec, and the paper after it, try their choices on."""
 _PAPER_15_TASKS = (
     *("ArguAna", "NFCorpus", "SciFact"),
     *("StackOverflowDupQuestions", "SciDocsRR"),
@@ -116,15 +118,13 @@ def without_data(tasks: Iterable[Any]) -> dict[str, str]:
     """Of `tasks` those whose data cannot be had, and why; the others' are in the cache of Hugging Face afterwards."""
     reasons = {}
     for task in tasks:
-        if task.data_loaded:
-            continue
         try:
             task.load_data()
         except (MemoryError, AnchorvecError):
             raise
         except Exception as error:  # whatever a library says of a host, a file, a format
-            lines = str(error).strip().split("\n")
-            reasons[task.metadata.name] = f"{type(error).__name__}: {lines[0]}"
+            line = str(error).strip().split("\n")[0].replace(repr(task.metadata.dataset["path"]), "it")
+            reasons[task.metadata.name] = f"{type(error).__name__}: {line}"
         else:
             task.unload_data()
     return reasons

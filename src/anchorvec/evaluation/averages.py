@@ -7,9 +7,6 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-PAPER_15 = "paper-15"
-"""The name of the 15 tasks of MTEB(eng, v1) that LLM2Vec, and the paper after it, try their choices on."""
-
 
 @dataclass(frozen=True)
 class Averages:

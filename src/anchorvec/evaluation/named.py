@@ -65,10 +65,14 @@ class NamedTasks:
         Raises AnchorvecError if no task is left, and they stand `alone`, without local data to score on.
         """
         missing: dict[str, list[str]] = {}
+        to_load = {}
         for name, task in self.to_run.items():
-            parts = _mteb_names.parts(task)
-            to_load = [part for part in parts if self._kept is None or self._kept.outcome(part) is None]
-            for reason in list(_mteb_names.without_data(to_load).values())[:1]:
+            parts = [part for part in _mteb_names.parts(task) if self._kept is None or not self._kept.outcome(part)]
+            to_load[name] = [part for part in parts if not part.data_loaded]
+        if count := sum(map(len, to_load.values())):
+            say(f"fetching the data of MTEB tasks: {count}")
+        for name, parts in to_load.items():
+            for reason in list(_mteb_names.without_data(parts).values())[:1]:
                 missing.setdefault(reason, []).append(name)
         if not missing:
             return

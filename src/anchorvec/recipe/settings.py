@@ -270,7 +270,7 @@ class EvaluationSettings(_Section):
     """Test sets: folders in BEIR layout (`corpus.jsonl`, `queries.jsonl`, `qrels/test.tsv`), files `NAME.jsonl` of
     re-ranking, STS, classification or clustering, or folders of such sets."""
     tasks: list[str] = []
-    """MTEB tasks by name."""
+    """MTEB tasks, types of them and benchmarks by name, or `paper-15` ([which](mteb.md))."""
     batch_size: PositiveInt = 32
     """Texts encoded at a time."""
     precision: Literal["auto", "bf16", "fp32"] = "fp32"
