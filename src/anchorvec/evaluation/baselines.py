@@ -54,7 +54,7 @@ def _baseline(name: str, model: "SentenceTransformer | str | Path | None") -> Ba
         return Baseline(name)
     if name == UNTRAINED:
         return Baseline(name, model=_base_of(model))
-    if path.is_file():
+    if path.is_file() or path.suffix == ".json":
         return Baseline(name, earlier=_read(path))
     found = identify(name)
     if found.kind == "run":

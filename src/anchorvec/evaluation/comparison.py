@@ -135,20 +135,28 @@ class Comparison:
         metric = next((headings()[row.metric] for row in rows), "main score")
         table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True)
         table.add_column("", overflow="fold")
-        for heading in (metric, "model minus it", "p", "interval"):
+        for heading in (metric, "model minus it", "p (Holm)", "interval"):
             table.add_column(heading, justify="right", no_wrap=True)
         for task in tasks:
             table.add_row(escape(task), _score(self.scores[task]))
             for name, of_baseline in self.baselines.items():
                 found = next((row for row in rows if row.baseline == name and row.sets == (task,)), None)
                 if task in of_baseline:
-                    table.add_row(f"  {escape(name)}", _score(of_baseline[task]), *_difference(found))
+                    table.add_row(f"  {escape(self._short(name))}", _score(of_baseline[task]), *_difference(found))
             table.add_section()
-        for row in (row for row in rows if len(row.sets) > 1):
-            table.add_row(f"average of {len(row.sets)}", str(row.model_score))
-            table.add_row(f"  {escape(row.baseline)}", str(row.baseline_score), *_difference(row))
+        averages = [row for row in rows if len(row.sets) > 1]
+        for sets in dict.fromkeys(row.sets for row in averages):
+            of_sets = [row for row in averages if row.sets == sets]
+            table.add_row(f"average of {len(sets)}", str(of_sets[0].model_score))
+            for row in of_sets:
+                table.add_row(f"  {escape(self._short(row.baseline))}", str(row.baseline_score), *_difference(row))
         table.caption = self._caption(kind, rows) if rows else None
         return table
+
+    def _short(self, baseline: str) -> str:
+        """A baseline's name, of a long path its last two parts where they tell it from the others."""
+        ends = {name: "/".join(name.rsplit("/", 2)[-2:]) for name in self.baselines}
+        return ends[baseline] if list(ends.values()).count(ends[baseline]) == 1 else baseline
 
     def _caption(self, kind: str, rows: Sequence[Compared]) -> str:
         """How a table's intervals and p-values were found."""
@@ -156,10 +164,10 @@ class Comparison:
         assert of_kind is not None  # it has compared the rows
         lines = [of_kind.method]
         if any(len(row.sets) > 1 for row in rows):
-            lines.append("of an average within each set")
+            lines.append("of an average both within each set")
         if any(row.difference.method == PERCENTILE for row in rows):
             lines.append(f"{PERCENTILE}: all differences are the same, and have no BCa")
-        lines.append(f"p: corrected for all {rows[0].difference.comparisons} differences (Holm)")
+        lines.append(f"p is corrected for all {rows[0].difference.comparisons} differences (Holm)")
         return "; ".join(lines)
 
 

@@ -64,7 +64,8 @@ class Difference(Interval):
         """The smallest true difference that such a comparison shows with this `power`, from the spread that was seen.
 
         By the power of Student's test at `alpha`, of several `comparisons` at their share of it, which is Holm's first
-        step. inf where no spread could be seen, as of one item.
+        step; where seeds and items are sources of chance, with the degrees of freedom of Satterthwaite (1946). It is
+        inf where no spread could be seen, as of one item.
         """
         from scipy.optimize import brentq
         from statsmodels.stats.power import ttest_power
@@ -72,9 +73,11 @@ class Difference(Interval):
         if not 0 < self.standard_error < np.inf:
             return self.standard_error
 
+        level = alpha / self.comparisons / 2  # of one tail; the other one adds nothing to such a power
+
         def missing(errors: float) -> float:
             """The power that a difference of so many standard errors lacks."""
-            found = ttest_power(errors, nobs=1, alpha=alpha / self.comparisons, df=self.degrees_of_freedom)
+            found = ttest_power(errors, nobs=1, alpha=level, df=self.degrees_of_freedom, alternative="larger")
             return float(power - found)
 
         enough = 4.0
@@ -107,7 +110,7 @@ def interval(samples: Sequence[Sample], *, resamples: int = RESAMPLES, seed: int
     """
     mean = float(np.mean([sample.figure for sample in samples]))
     if any(sample.seeds is not None for sample in samples):
-        return _ends_of(_student(mean, _spread(samples, resamples, seed)))
+        return _ends_of(_student(mean, _spread(samples, resamples, seed), resamples, seed))
     low, high, method, _ = _ends(samples, mean, resamples, seed)
     return Interval(mean, low, high, method=method)
 
@@ -123,7 +126,7 @@ def student_interval(values: ArrayLike) -> Interval:
     mean = float(array.mean())
     if array.size == 1:
         return Interval(mean, -np.inf, np.inf, method=STUDENT)
-    return _ends_of(_student(mean, [(_of_mean(array), array.size - 1)]))
+    return _ends_of(_student(mean, [(_of_mean(array), array.size - 1)], RESAMPLES, 0))
 
 
 def paired_difference(
@@ -170,12 +173,11 @@ def difference(pairs: Sequence[Pair], *, resamples: int = RESAMPLES, seed: int =
     share of `resamples` such exchanges, with 1 added to both counts, whose difference is as far from 0 on the same
     side; of all 2^n exchanges where there are no more (`scipy.stats.permutation_test`). Both draw by `seed`.
 
-    Where a figure is a mean over seeds (of a clustering), both are Student's, over seeds and items: their variances are
-    added, with the degrees of freedom of Satterthwaite (1946).
+    Where a figure is a mean over seeds (of a clustering), both are over seeds and items, as in `difference_over_seeds`.
     """
     mean = float(np.mean([pair.figure for pair in pairs]))
     if any(pair.seeds is not None for pair in pairs):
-        return _student(mean, _spread(pairs, resamples, seed))
+        return _student(mean, _spread(pairs, resamples, seed), resamples, seed)
     low, high, method, error = _ends(pairs, mean, resamples, seed)
     return Difference(
         mean,
@@ -194,14 +196,14 @@ def difference_over_seeds(
     """`difference` of two systems that were trained with several seeds each, over items and seeds.
 
     Seeds and items are crossed: each seed's two models are scored on the same items. A difference that is shown holds
-    for other seeds and other items. Its variance is that between seeds, and that of the mean over seeds between items,
-    less what both count, which is the seeds' noise in single items (Cornfield and Tukey 1956); the interval and the
-    p-value are Student's with the degrees of freedom of Satterthwaite (1946). The part of the items is a bootstrap that
-    draws the same items for all seeds and both systems. Seeds are not drawn again: three of them would show differences
+    for other seeds and other items. Its error has two parts, each of which is Student's: of the items, whose variance
+    is that of a bootstrap which draws the same items for all seeds and both systems; and of the seeds, whose variance
+    is that between them, less the noise of single items, which the first part has counted (Cornfield and Tukey 1956).
+    Their sum is the distribution of Behrens and Fisher. Seeds are not drawn again: three of them would show differences
     that are not there (docs/statistics.md).
 
     - `by_seed`: for each seed the pairs, a test set each, in the same order. A single seed is `difference` over items.
-    - `resamples`, `seed`: of the bootstrap.
+    - `resamples`, `seed`: of the bootstrap, and of the errors.
 
     Raises AnchorvecError if the seeds were scored on different items.
     """
@@ -217,9 +219,8 @@ def difference_over_seeds(
     covariance = np.zeros((seeds, seeds)) if drawn is None else np.cov(drawn.bootstrap_distribution)
     items = float(covariance.mean())
     both = (float(np.trace(covariance)) / seeds - items) / (seeds - 1)
-    total = max(between + items - both, between, items)
-    parts = [(between, seeds - 1), (items, _degrees(by_seed[0]))]
-    return _student(float(of_seed.mean()), parts, total)
+    parts = [(between - both, seeds - 1), (items, _degrees(by_seed[0]))]
+    return _student(float(of_seed.mean()), parts, resamples, seed)
 
 
 def holm(differences: Sequence[Difference]) -> list[Difference]:
@@ -327,24 +328,37 @@ def _spread(samples: Sequence[Sample], resamples: int, seed: int) -> list[tuple[
     return [(items, _degrees(samples)), *((_of_mean(of) / len(samples) ** 2, of.size - 1) for of in seeds)]
 
 
-def _student(mean: float, parts: Sequence[tuple[float, float]], variance: float | None = None) -> Difference:
-    """`mean` against 0, where its `variance` (default: their sum) has these `parts`, each with degrees of freedom."""
+def _student(mean: float, parts: Sequence[tuple[float, float]], resamples: int, seed: int) -> Difference:
+    """`mean` against 0, where its variance is the sum of `parts`, each with its degrees of freedom.
+
+    Of one part this is Student's test. The error of several is a sum of Student's, each of its own width (Behrens and
+    Fisher), of which ten times `resamples` are drawn.
+    """
     from scipy.stats import t
 
-    variance = sum(part for part, _ in parts) if variance is None else variance
-    if variance == 0:
+    parts = [(variance, freedom) for variance, freedom in parts if variance > 0]
+    total = sum(variance for variance, _ in parts)
+    if total == 0:
         return Difference(mean, mean, mean, float(mean == 0), method=STUDENT, standard_error=0.0)
-    freedom = variance**2 / sum(part**2 / degrees for part, degrees in parts)
-    error = float(np.sqrt(variance))
-    reach = float(t.ppf((1 + CONFIDENCE) / 2, freedom)) * error
+    error = float(np.sqrt(total))
+    satterthwaite = total**2 / sum(variance**2 / freedom for variance, freedom in parts)
+    if len(parts) == 1:
+        reach = float(t.ppf((1 + CONFIDENCE) / 2, satterthwaite)) * error
+        p_value = float(2 * t.sf(abs(mean) / error, satterthwaite))
+    else:
+        rng = np.random.default_rng(seed)
+        drawn = [np.sqrt(variance) * rng.standard_t(freedom, 10 * resamples) for variance, freedom in parts]
+        errors = np.abs(np.sum(drawn, axis=0))
+        reach = float(np.quantile(errors, CONFIDENCE))
+        p_value = float((np.sum(errors >= abs(mean)) + 1) / (errors.size + 1))
     return Difference(
         mean,
         mean - reach,
         mean + reach,
-        float(2 * t.sf(abs(mean) / error, freedom)),
+        p_value,
         method=STUDENT,
         standard_error=error,
-        degrees_of_freedom=freedom,
+        degrees_of_freedom=satterthwaite,
     )
 
 
