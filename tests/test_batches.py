@@ -91,7 +91,7 @@ def test_a_pair_waits_for_a_batch_without_its_texts():
     """The batches are those of sentence-transformers' own sampler, which compares the texts themselves."""
     draw = np.random.default_rng(0)
     columns = draw.integers(1, 300, (3, 500)) + np.array([[0], [1000], [1100]])  # the last two share some texts
-    dataset = Dataset.from_dict({name: map(str, column) for name, column in zip("abc", columns, strict=True)})
+    dataset = Dataset.from_dict({name: list(map(str, column)) for name, column in zip("abc", columns, strict=True)})
     for epoch in (0, 1):
         own = numbered(columns.T)(batch_size=20, seed=3)
         theirs = NoDuplicatesBatchSampler(dataset, batch_size=20, drop_last=True, seed=3, generator=torch.Generator())
