@@ -71,6 +71,24 @@ def hub(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="session")
+def interrupted_values(tmp_path_factory):
+    """The recipe's values of the runs that tests interrupt."""
+    import interrupting
+
+    return interrupting.values(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(interrupted_values, tmp_path_factory):
+    """The folder of a run with these values that nothing interrupted."""
+    from support import recipe
+
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+    train(recipe({**interrupted_values, "output": str(folder)}))
+    return folder
+
+
+@pytest.fixture(scope="session")
 def texts_run(tmp_path_factory):
     """The run with the values `wiring.TEXTS`, and what it must have done."""
     return _watched_run(tmp_path_factory.mktemp("texts"), "TEXTS")

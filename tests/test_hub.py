@@ -62,7 +62,7 @@ def test_a_run_that_goes_on_asks_for_no_other_commit(repositories, tmp_path):
 
 
 def test_the_export_is_pushed(hub, tmp_path):
-    """All of its folder, in one commit, to a repository that is made before the training; the result has its address."""
+    """All of its folder, in one commit, to a repository that is made before training; the result has its address."""
     asked = anchorvec.load_recipe("debug", [f"output={tmp_path / 'run'}", *QUICK, "stage_two=null"])
     records = []
     result = anchorvec.train(asked, push="someone/embedder", on_log=lambda _: records.append(list(hub.made)))

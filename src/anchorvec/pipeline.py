@@ -23,6 +23,7 @@ from rich.text import Text
 from anchorvec.data import read_pairs
 from anchorvec.data.stage_inputs import StageInputs, stage_inputs
 from anchorvec.device import check_one_device, device_name, resolve_precision
+from anchorvec.disk import check_disk
 from anchorvec.evaluation import LocalData, Scores, bm25_scores, check_test_data, evaluate, scores_table
 from anchorvec.exporting.folder import Exported, export
 from anchorvec.exporting.hub import make_repository, push_folder
@@ -140,6 +141,7 @@ def run_stages(
     command = command or shlex.join(["anchorvec", "train", str(run.recipe), "--resume"])
     with run.locked(), Interrupts(command) as interrupts:
         _begin(recipe, run, inputs, budget, record)
+        check_disk(recipe, run, timed=budget.minutes is not None)
         checkpoint = _checkpoint_under_way(recipe, run)
         budget = time_left(run, budget, checkpoint)
         as_begun, scores = _with_number_formats(recipe, run), _stored_scores(run)

@@ -1,6 +1,7 @@
 """A run: the folder of one training, where each thing lies in it, and its record."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -117,6 +118,7 @@ class Run:
             output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise AnchorvecError(f"output: {output} cannot be made: {error.strerror}") from error
+        _check_writable(output)
         return run
 
     @classmethod
@@ -132,6 +134,7 @@ class Run:
         before = {found.pairs.name, found.score_set.name, found.score_set_part.name}  # the quickstart's
         if not found.recipe.is_file() and others - before:
             raise AnchorvecError(f"output: {output} is in use, and no run is in it; name a run's folder, or a new one")
+        _check_writable(output)
         return found
 
     @contextmanager
@@ -141,13 +144,12 @@ class Run:
         What such a process has left behind that was killed is removed.
         """
         lock = FileLock(self.folder / ".lock")
-        try:
-            with writing(self.folder):
+        with writing(self.folder):
+            try:
                 lock.acquire(blocking=False)
-        except Timeout as error:
-            raise AnchorvecError(
-                f"output: another process is at work in {self.folder}; wait for it, or end it"
-            ) from error
+            except Timeout as error:
+                message = f"output: another process is at work in {self.folder}; wait for it, or end it"
+                raise AnchorvecError(message) from error
         try:
             remove_scratch(self.folder)
             yield
@@ -207,6 +209,11 @@ class Run:
         """The last logged step of each stage."""
         records = [json.loads(line) for line in self.log.read_text(encoding="utf-8").splitlines()]
         return {record["stage"]: record["step"] for record in records}
+
+
+def _check_writable(output: Path) -> None:
+    if not os.access(output, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise AnchorvecError(f"output: {output} cannot be written; name a folder of your own on a disk that can be")
 
 
 def is_embedder(folder: Path) -> bool:

@@ -18,9 +18,13 @@ from xxhash import xxh3_128
 
 from anchorvec.errors import AnchorvecError
 from anchorvec.files import sync, sync_folder, write_json, writing
+from anchorvec.recipe import StageOne, StageTwo
 from anchorvec.terminal import say
 
 MANIFEST = "manifest.json"
+
+WEIGHT_BYTES, CHECKPOINT_BYTES = 4, 12
+"""Of a parameter that is trained: its weight, in fp32, and in a checkpoint the two moments of AdamW beside it."""
 
 _READ_AT_ONCE = 2**24
 
@@ -89,6 +93,17 @@ class Checkpoints:
         names = (path.name for path in self.folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
         numbers = (name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-") for name in names)
         return sorted(int(number) for number in numbers if number.isdecimal())
+
+
+def most_at_once(settings: StageOne | StageTwo, *, timed: bool = False) -> int:
+    """How many checkpoints of a stage with these `settings` are there at one time, at most.
+
+    With `timed` it makes any number of steps. One where none is planned: a signal has one written.
+    """
+    if settings.save_steps is None:
+        return 1
+    planned = settings.save_total_limit + 1 if timed else (settings.steps - 1) // settings.save_steps
+    return max(1, min(settings.save_total_limit + 1, planned))
 
 
 def step_of(checkpoint: Path) -> int:
