@@ -38,6 +38,56 @@ def cheap_collections():
     gc.freeze()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def disk_is_not_waited_for():
+    """What a process that is killed has written stays; only a power cut needs more, which no test makes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("anchorvec.files.os.fsync", lambda descriptor: None)
+        yield
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A stand-in for the Hugging Face hub, which all libraries ask in its place; their caches are empty."""
+    import datasets
+    import huggingface_hub.constants as constants
+
+    from hub import hub_here
+
+    with hub_here() as (found, address):
+        for name, value in {
+            "ENDPOINT": address,
+            "HUGGINGFACE_CO_URL_TEMPLATE": address + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_XET": True,
+            "HF_HUB_CACHE": str(tmp_path / "hub_cache"),
+        }.items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", address)
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "data_cache")
+        monkeypatch.setenv("HF_TOKEN", "hf_of_someone")
+        yield found
+
+
+@pytest.fixture(scope="session")
+def interrupted_values(tmp_path_factory):
+    """The recipe's values of the runs that tests interrupt."""
+    import interrupting
+
+    return interrupting.values(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(interrupted_values, tmp_path_factory):
+    """The folder of a run with these values that nothing interrupted."""
+    from support import recipe
+
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+    train(recipe({**interrupted_values, "output": str(folder)}))
+    return folder
+
+
 @pytest.fixture(scope="session")
 def texts_run(tmp_path_factory):
     """The run with the values `wiring.TEXTS`, and what it must have done."""

@@ -380,3 +380,14 @@ def bare_ids(tokenizer, text):
 
 
 QUICK = ["stage_one.steps=3", "stage_two.steps=3", "stage_one.warmup_steps=1", "stage_two.warmup_steps=1"]
+
+
+class Clock:
+    """A second passes whenever it is asked."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        """The seconds so far."""
+        self.now += 1.0
+        return self.now

@@ -22,17 +22,7 @@ from anchorvec.training.stage import Stage
 from anchorvec.training.stage_one import train_stage_one
 from anchorvec.training.stage_two import train_stage_two
 from anchorvec.training.trainers import ReconstructionTrainer
-from support import QUICK
-
-
-class Clock:
-    """A second passes whenever it is asked."""
-
-    now = 0.0
-
-    def monotonic(self):
-        self.now += 1.0
-        return self.now
+from support import QUICK, Clock
 
 
 @pytest.mark.parametrize("stage", ["stage_one", "stage_two"])

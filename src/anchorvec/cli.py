@@ -2,6 +2,8 @@
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -9,7 +11,7 @@ import typer
 from rich.text import Text
 
 import anchorvec
-from anchorvec.errors import AnchorvecError
+from anchorvec.errors import AnchorvecError, Interrupted
 from anchorvec.terminal import replace_unshown, terminal
 
 app = typer.Typer(
@@ -40,6 +42,12 @@ JsonFile = Annotated[
     Path | None,
     typer.Option("--json", metavar="FILE", help="Write the result to FILE as JSON.", callback=_writable),
 ]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on with the run in the output folder, however it ended; or begin it.")
+]
+Push = Annotated[
+    str | None, typer.Option(metavar="REPO", help="Upload the exported model to this repository of the hub.")
+]
 Instruction = Annotated[
     str | None,
     typer.Option(
@@ -64,6 +72,16 @@ def main() -> None:
     except AnchorvecError as error:
         terminal(stderr=True).print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
         sys.exit(2)
+
+
+@contextmanager
+def _told_how_to_go_on() -> Iterator[None]:
+    """A context that ends with one line and the signal's exit code where it is interrupted."""
+    try:
+        yield
+    except Interrupted as interrupted:
+        terminal(stderr=True).print(str(interrupted), highlight=False, soft_wrap=True)
+        raise typer.Exit(128 + interrupted.signal) from None
 
 
 def _show_version(wanted: bool) -> None:
@@ -93,6 +111,7 @@ def quickstart(
             help="Stage I, and its loss beside Stage II's; without: contrastive steps alone.",
         ),
     ] = True,
+    resume: Resume = False,
     json_file: JsonFile = None,
 ) -> None:
     """The whole job on this machine: train, score before and after, export, and a search prompt to try it."""
@@ -103,7 +122,8 @@ def quickstart(
 
     _quiet()
     started = psutil.Process().create_time()
-    result = run(output, minutes=minutes, seed=seed, stage_one=stage_one, started=started)
+    with _told_how_to_go_on():
+        result = run(output, minutes=minutes, seed=seed, stage_one=stage_one, started=started, resume=resume)
     _finish(result, json_file)
     console.print(f"The model is in {result.model}, the whole run took {result.minutes:.1f} minutes.")
     console.print(
@@ -122,6 +142,8 @@ def train(
     minutes: Annotated[
         float | None, typer.Option(help="Wall time for everything, scoring included, instead of the recipe's steps.")
     ] = None,
+    resume: Resume = False,
+    push: Push = None,
     json_file: JsonFile = None,
 ) -> None:
     """Stage I, then Stage II, then the export, as the recipe says; KEY=null switches a stage off."""
@@ -130,7 +152,8 @@ def train(
     from anchorvec.training.budget import Budget
 
     _quiet()
-    result = run(load_recipe(recipe, overrides or []), budget=Budget(minutes))
+    with _told_how_to_go_on():
+        result = run(load_recipe(recipe, overrides or []), budget=Budget(minutes), resume=resume, push=push)
     _finish(result, json_file)
 
 

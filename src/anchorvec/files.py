@@ -3,6 +3,7 @@
 What is read names its `file:line`; a file or a folder that is written appears whole, or not at all.
 """
 
+import errno
 import gzip
 import json
 import os
@@ -14,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from anchorvec.errors import AnchorvecError
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_TORCH_CANNOT_WRITE = ("PytorchStreamWriter failed writing", "unexpected pos")
 
 
 def user_path(path: str | Path) -> Path:
@@ -78,16 +82,21 @@ def read_lines(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` in UTF-8, replacing what was there in one move. Raises AnchorvecError if it cannot."""
+    """Write `text` to `path` in UTF-8, replacing what was there in one move. Raises AnchorvecError if it cannot.
+
+    The text is on the disk before the move: what is there after a power cut is the old text or the new one.
+    """
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch.write_text(text, encoding="utf-8")
-        scratch.replace(path)
-    except OSError as error:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            scratch.write_text(text, encoding="utf-8")
+            sync(scratch)
+            scratch.replace(path)
+    except AnchorvecError:
         with suppress(OSError):
             scratch.unlink(missing_ok=True)
-        raise AnchorvecError(f"{path} cannot be written: {error.strerror}") from error
+        raise
 
 
 def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -100,6 +109,58 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """A context in which `path` is written, by a library perhaps: what the system refuses becomes an AnchorvecError."""
+    try:
+        yield
+    except Exception as error:
+        if no_room(error):
+            raise AnchorvecError(f"{path} cannot be written: the disk is full; make room on it") from error
+        if isinstance(error, OSError):
+            raise AnchorvecError(f"{path} cannot be written: {error.strerror or error}") from error
+        raise
+
+
+def no_room(error: Exception) -> bool:
+    """Whether `error` says that the disk is full, or a quota or the limit on a file's size reached.
+
+    safetensors and torch pass on what the system said as a part of their own messages.
+    """
+    if isinstance(error, OSError):
+        return error.errno in _NO_ROOM
+    said = str(error)
+    return any(words in said for words in (*(f"(os error {code})" for code in _NO_ROOM), *_TORCH_CANNOT_WRITE))
+
+
+def sync(path: Path) -> None:
+    """Wait until what was written to the file or folder `path` is on the disk."""
+    if os.name == "nt" and path.is_dir():
+        return  # a folder cannot be opened there
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until all files below `folder`, the folder itself and its name are on the disk."""
+    for path in folder.rglob("*"):
+        sync(path)
+    sync(folder)
+    sync(folder.parent)
+
+
+def remove_scratch(folder: Path) -> None:
+    """Remove what processes that were killed have left in `folder` of files and folders that they were writing."""
+    for path in folder.glob(".*.tmp"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
 def _follow_umask(folder: Path) -> None:
     """Give all that is in `folder` the modes that new files have here; some libraries keep theirs to one user."""
     umask = os.umask(0)
@@ -110,9 +171,9 @@ def _follow_umask(folder: Path) -> None:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A scratch folder that becomes `folder` when the block ends, and vanishes if it fails.
+    """A scratch folder that becomes `folder` when the block ends and it is on the disk; it vanishes if that fails.
 
-    Raises AnchorvecError at once if `folder` is in use: nothing is ever written over.
+    Raises AnchorvecError at once if `folder` is in use: nothing is ever written over; and where the disk is full.
     """
     folder = user_path(folder).absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -125,9 +186,13 @@ def new_folder(folder: Path) -> Iterator[Path]:
     try:
         yield scratch
         _follow_umask(scratch)
+        sync_folder(scratch)
         if folder.exists():
             folder.rmdir()
         scratch.rename(folder)
-    except BaseException:
+        sync(folder.parent)
+    except BaseException as error:
         shutil.rmtree(scratch, ignore_errors=True)
+        if isinstance(error, Exception) and no_room(error):
+            raise AnchorvecError(f"{folder} cannot be written: the disk is full; make room on it") from error
         raise

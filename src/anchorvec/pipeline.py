@@ -4,34 +4,45 @@
 first step. Both stages go through transformers' Trainer.
 """
 
+import json
 import platform
+import shlex
+import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Group
+from rich.text import Text
 
 from anchorvec.data import read_pairs
 from anchorvec.data.stage_inputs import StageInputs, stage_inputs
 from anchorvec.device import check_one_device, device_name, resolve_precision
+from anchorvec.disk import check_disk
 from anchorvec.evaluation import LocalData, Scores, bm25_scores, check_test_data, evaluate, scores_table
 from anchorvec.exporting.folder import Exported, export
+from anchorvec.exporting.hub import make_repository, push_folder
 from anchorvec.files import write_json
+from anchorvec.interrupts import Interrupts
 from anchorvec.model.loading import load_encoder
 from anchorvec.recipe import Recipe, StageOne, StageTwo, load_recipe, save_recipe
-from anchorvec.run import STAGE_TITLES, Run, StageName
+from anchorvec.resuming import check_same_data, opened, time_left
+from anchorvec.run import STAGE_TITLES, Run, StageName, is_embedder
 from anchorvec.start import build_base, with_settings_of_base
 from anchorvec.terminal import say
 from anchorvec.training.budget import Budget, Measured
+from anchorvec.training.checkpoints import Checkpoints
 from anchorvec.training.memory import release_freed_memory
 from anchorvec.training.progress import OnLog
 from anchorvec.training.stage import Stage
 from anchorvec.training.stage_one import train_stage_one
 from anchorvec.training.stage_two import train_stage_two
+from anchorvec.training.trackers import check_trackers
 
 TITLES: dict[str, str] = {
     "bm25": "BM25",
@@ -48,7 +59,8 @@ Scored = dict[str, dict[str, Scores]]
 class TrainResult:
     """What a run made: its folder, the exported model, the scores that its recipe asked for by system and task.
 
-    `steps` are those that each stage made, `minutes` is the wall time of it all.
+    `steps` are those that each stage made, `minutes` is the wall time of it all, without that of interruptions.
+    `pushed` is the address of the model on the hub; empty where it was not asked for.
     """
 
     output: str
@@ -56,6 +68,7 @@ class TrainResult:
     scores: Scored
     steps: dict[str, int]
     minutes: float
+    pushed: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain JSON values."""
@@ -63,22 +76,40 @@ class TrainResult:
 
     def __rich__(self) -> Group:
         tables = [scores_table(of_system, title=system) for system, of_system in self.scores.items()]
-        return Group(*tables, self.export)
+        pushed = [Text(f"pushed to {self.pushed}", no_wrap=True, overflow="ignore")] if self.pushed else []
+        return Group(*tables, self.export, *pushed)
 
 
-def train(recipe: Recipe | str | Path, *, budget: Budget | None = None, on_log: OnLog | None = None) -> TrainResult:
+def train(
+    recipe: Recipe | str | Path,
+    *,
+    budget: Budget | None = None,
+    resume: bool = False,
+    push: str | None = None,
+    on_log: OnLog | None = None,
+) -> TrainResult:
     """Run the stages that `recipe` switches on, score them, and export the last one to `model` in the run folder.
 
-    The run folder is `recipe.output`. The `budget` is a time, or by default the steps of the recipe. `on_log` is called
-    with every record that is also appended to `log.jsonl`. Raises AnchorvecError if the folder already holds a run, if
-    the recipe or its data cannot be used, or if the time is too short.
+    The run folder is `recipe.output`. The `budget` is a time, or by default the steps of the recipe. With `resume` the
+    run in that folder goes on where it was left, however it ended; what is finished is not done again. `push` names a
+    repository of the hub for the export, which is made before anything is trained. `on_log` is called with every record
+    that is also appended to `log.jsonl`.
+
+    Raises AnchorvecError if the folder already holds a run, or with `resume` that of another recipe, if the recipe or
+    its data cannot be used, or if time or disk are too short. Raises Interrupted after Ctrl-C or SIGTERM.
     """
     recipe = with_settings_of_base(recipe if isinstance(recipe, Recipe) else load_recipe(recipe))
-    budget = budget or Budget()
     check_one_device()
-    run = Run.create(recipe.output)
+    run, recipe, budget = opened(recipe, budget, resume=resume)
     tests = check_test_data(data=recipe.evaluation.data, tasks=recipe.evaluation.tasks)
-    return run_stages(recipe, run, load_training_data(recipe), tests, budget=budget, on_log=on_log)
+    inputs = load_training_data(recipe)
+    check_trackers(recipe.report_to)
+    if push is None:
+        return run_stages(recipe, run, inputs, tests, budget=budget, on_log=on_log)
+    make_repository(push)
+    command = shlex.join(["anchorvec", "train", str(run.recipe), "--resume", "--push", push])
+    trained = run_stages(recipe, run, inputs, tests, budget=budget, on_log=on_log, command=command)
+    return replace(trained, pushed=push_folder(run.model, push))
 
 
 @dataclass(frozen=True)
@@ -99,47 +130,149 @@ def run_stages(
     whole: WholeSet | None = None,
     record: Mapping[str, Any] | None = None,
     on_log: OnLog | None = None,
+    command: str = "",
 ) -> TrainResult:
-    """`train` in the new folder of `run`, on `inputs` and `tests` that are read already.
+    """`train` in the folder of `run`, on `inputs` and `tests` that are read already; what is done there stays.
 
     `recipe`, `budget` and `on_log` are as there. BM25 and the last stage are scored on the `whole` too; the last stage
-    only if the time is still there. `record` is added to the run's record.
+    only if the time is still there. `record` is added to the run's record. `command` is what to type to go on where it
+    is interrupted; by default `train` with the recipe that is saved.
     """
-    stage = build_base(recipe, run.base)
-    save_recipe(recipe, run.recipe)
-    write_json(run.record, describe_run(recipe, inputs) | dict(record or {}))
-    scores: Scored = {}
+    command = command or shlex.join(["anchorvec", "train", str(run.recipe), "--resume"])
+    with run.locked(), Interrupts(command) as interrupts:
+        _begin(recipe, run, inputs, budget, record)
+        check_disk(recipe, run, timed=budget.minutes is not None)
+        checkpoint = _checkpoint_under_way(recipe, run)
+        budget = time_left(run, budget, checkpoint)
+        as_begun, scores = _with_number_formats(recipe, run), _stored_scores(run)
+        _score_bm25(as_begun, run, [*tests, *([whole.data] if whole else [])], scores)
+        # before training, so that a task that cannot be fetched costs nothing
+        # of a time to keep within, how long it takes is measured: no vectors of an earlier run
+        scoring = _first_scoring(as_begun, run, tests, scores, cache=budget.minutes is None)
+        whole = _affordable(whole, budget, scoring)
+        last = replace(scoring, seconds=scoring.seconds * (1 + (whole.times if whole else 0)))
+        if checkpoint is None and not is_embedder(run.stage(recipe.stages[0])):
+            budget.check(len(recipe.stages), scoring, last)
+        of_run = partial(Stage, inputs=inputs, on_log=on_log, interrupts=interrupts, spent=budget.spent)
+        for i, name in enumerate(recipe.stages):
+            stage = run.stage(name)
+            if not is_embedder(stage):
+                deadline = _deadline(run, name, partial(budget.deadline, len(recipe.stages) - i, scoring, last), budget)
+                start = run.start_of(name) or run.base
+                _train(of_run(name, as_begun, run, start, deadline=deadline, checkpoint=checkpoint))
+                checkpoint = None
+            recipe = _finished(name, recipe, run, budget)
+            interrupts.stop()
+            _score(as_begun, run, tests, scores, name, stage)
+        if whole is not None and budget.left() < whole.times * scoring.now():
+            say(f"{whole.data.name}: no time is left to score on the whole of it")
+        elif whole is not None:
+            _score(as_begun, run, [whole.data], scores, name, stage, tasks=False)
+        exported = _export(run)
+    return TrainResult(str(run.folder), exported, scores, steps=run.steps(), minutes=budget.spent() / 60)
+
+
+def _begin(recipe: Recipe, run: Run, inputs: StageInputs, budget: Budget, record: Mapping[str, Any] | None) -> None:
+    """Write recipe, untrained embedder and record of `run`, or check that those that are there are its own."""
+    if not run.recipe.is_file():
+        save_recipe(recipe, run.recipe)
+    if not is_embedder(run.base):
+        try:
+            build_base(recipe, run.base)
+        except Exception:
+            run.recipe.unlink()  # so that the mended recipe may use the folder
+            raise
+    described = describe_run(recipe, inputs) | dict(record or {})
+    if run.record.is_file():
+        check_same_data(run, described)
+        return
+    noted = {"minutes": budget.minutes, "stage_one_share": budget.stage_one_share}
+    write_json(run.record, described | {"budget": noted, "seconds": {"base": budget.spent()}})
+
+
+def _checkpoint_under_way(recipe: Recipe, run: Run) -> Path | None:
+    """The newest checkpoint of the first stage that is not finished; None: there is none."""
+    for name in recipe.stages:
+        if not is_embedder(run.stage(name)):
+            return Checkpoints(run.checkpoints(name), limit=1).newest()
+    return None
+
+
+def _with_number_formats(recipe: Recipe, run: Run) -> Recipe:
+    """`recipe` with the number formats that were measured when `run` began, in place of `auto`."""
+    formats = run.read_record()["precision"], run.read_record()["evaluation_precision"]
+    sections = {"model": recipe.model, "evaluation": recipe.evaluation}
+    fixed = {
+        key: section.model_copy(update={"precision": format_})
+        for (key, section), format_ in zip(sections.items(), formats, strict=True)
+    }
+    return recipe.model_copy(update=fixed)
+
+
+def _train(stage: Stage) -> None:
+    """Train `stage`, and note when it was finished."""
+    train_stage = train_stage_one if stage.name == "stage_one" else train_stage_two
+    train_stage(stage)
+    stage.run.note("seconds", {stage.name: stage.spent()})
+
+
+def _finished(name: StageName, recipe: Recipe, run: Run, budget: Budget) -> Recipe:
+    """`recipe` with the steps that the finished stage `name` made where it ended by a time; it is saved.
+
+    The checkpoints of the stage are removed.
+    """
+    if budget.minutes is not None:
+        recipe = with_steps(recipe, name, run.steps()[name])
+        save_recipe(recipe, run.recipe)
+    run.remove_checkpoints(name)
+    return recipe
+
+
+def _deadline(
+    run: Run, name: StageName, deadline: Callable[[float], Callable[[], float] | None], budget: Budget
+) -> Callable[[], float] | None:
+    """When the stage `name` must end, which began when the record of `run` says, or now; None: with its steps."""
+    began = run.noted("seconds").get(f"{name}_began", budget.spent())
+    moving = deadline(began)
+    if moving is not None:
+        run.note("seconds", {f"{name}_began": began})
+        say(f"{STAGE_TITLES[name]}: {(moving() - time.monotonic()) / 60:.1f} minutes")
+    return moving
+
+
+# Scores and the export
+
+
+def _stored_scores(run: Run) -> Scored:
+    """The scores that `run` has already, by system and task."""
+    if not run.scores.is_file():
+        return {}
+    stored = json.loads(run.scores.read_text(encoding="utf-8"))
+    return {system: {task: Scores.from_dict(v) for task, v in tasks.items()} for system, tasks in stored.items()}
+
+
+def _score_bm25(recipe: Recipe, run: Run, tests: Sequence[LocalData], scores: Scored) -> None:
     if recipe.evaluation.bm25 and not recipe.evaluation.data:
         say("evaluation.bm25: there is no folder in evaluation.data to score it on")
     elif recipe.evaluation.bm25:
-        _score(recipe, run, [*tests, *([whole.data] if whole else [])], scores, "bm25", None)
-    # before training, so that a task that cannot be fetched costs nothing
-    # of a time to keep within, how long it takes is measured: no vectors of an earlier run
-    scoring = Measured(_score(recipe, run, tests, scores, "untrained", stage, cache=budget.minutes is None))
-    if whole is not None and not budget.affords(whole.times * scoring.seconds):
-        say(f"{whole.data.name}: scoring on the whole of it would take {whole.times * scoring.seconds:.0f} s; left out")
-        whole = None
-    last = replace(scoring, seconds=scoring.seconds * (1 + (whole.times if whole else 0)))
-    budget.check(len(recipe.stages), scoring, last)
-    for i, name in enumerate(recipe.stages):
-        deadline = budget.deadline(len(recipe.stages) - i, scoring, last)
-        if deadline is not None:
-            say(f"{STAGE_TITLES[name]}: {(deadline() - time.monotonic()) / 60:.1f} minutes")
-        train_stage = train_stage_one if name == "stage_one" else train_stage_two
-        stage = train_stage(Stage(name, recipe, run, stage, inputs, deadline, on_log))
-        if deadline is not None:
-            recipe = with_steps(recipe, name, run.steps()[name])
-            save_recipe(recipe, run.recipe)
-        _score(recipe, run, tests, scores, name, stage)
-    if whole is not None and budget.left() < whole.times * scoring.now():
-        say(f"{whole.data.name}: no time is left to score on the whole of it")
-    elif whole is not None:
-        _score(recipe, run, [whole.data], scores, recipe.stages[-1], stage, tasks=False)
-    say("exporting, and comparing the export with the run")
-    exported = export(run.folder, run.model)
-    return TrainResult(
-        str(run.folder), exported, scores, steps=run.steps(), minutes=(time.monotonic() - budget.began) / 60
-    )
+        _score(recipe, run, tests, scores, "bm25", None)
+
+
+def _first_scoring(recipe: Recipe, run: Run, tests: Sequence[LocalData], scores: Scored, *, cache: bool) -> Measured:
+    """What scoring the untrained embedder takes, or took where that is done; of a `cache` see `_score`."""
+    if not run.noted("scoring"):
+        seconds = _score(recipe, run, tests, scores, "untrained", run.base, cache=cache)
+        took = seconds or sum(of_task.seconds for of_task in scores.get("untrained", {}).values())
+        run.note("scoring", asdict(Measured(took)))
+    return Measured(**run.noted("scoring"))
+
+
+def _affordable(whole: WholeSet | None, budget: Budget, scoring: Measured) -> WholeSet | None:
+    """`whole`, or None where scoring on it takes too large a part of the time, which is said."""
+    if whole is None or budget.affords(whole.times * scoring.seconds):
+        return whole
+    say(f"{whole.data.name}: scoring on the whole of it would take {whole.times * scoring.seconds:.0f} s; left out")
+    return None
 
 
 def _score(
@@ -153,10 +286,14 @@ def _score(
     tasks: bool = True,
     cache: bool = True,
 ) -> float:
-    """Add the scores of `model`, or of BM25, and write all; the seconds it took, 0 where nothing is scored."""
+    """Add the scores of `model`, or of BM25, and write all; the seconds it took, 0 where nothing is scored.
+
+    What has its scores already keeps them.
+    """
     settings = recipe.evaluation
     names = settings.tasks if tasks else []
-    if not tests and not names:
+    before = scores.get(system)
+    if not (tests or names) or (before is not None and all(test.name in before for test in tests)):
         return 0.0
     start = time.monotonic()
     say(f"scoring: {TITLES[system]}")
@@ -173,11 +310,23 @@ def _score(
             cache=cache,
             show_progress_bar=True,
         )
-    scores[system] = {**scores.get(system, {}), **found}
+    scores[system] = {**(before or {}), **found}
     write_json(run.scores, _plain(scores))
     for task, of_task in found.items():
         say(f"  {task}: {of_task.main_score:.3f}")
     return time.monotonic() - start
+
+
+def _export(run: Run) -> Exported:
+    """The export of the last stage of `run`; what it was found to be where that is done already."""
+    if noted := run.noted("export"):
+        return Exported(**noted)
+    if run.model.is_dir():
+        shutil.rmtree(run.model)  # killed before it was noted what it agrees with
+    say("exporting, and comparing the export with the run")
+    exported = export(run.folder, run.model)
+    run.note("export", exported.to_dict())
+    return exported
 
 
 def with_steps(recipe: Recipe, name: StageName, steps: int) -> Recipe:
@@ -195,7 +344,11 @@ def load_training_data(recipe: Recipe) -> StageInputs:
     loaded = {}
     for source in recipe.data.train:
         loaded[source.name] = read_pairs(
-            source.path, strict=recipe.data.strict, split=source.split, subset=source.subset
+            source.path,
+            strict=recipe.data.strict,
+            split=source.split,
+            subset=source.subset,
+            revision=source.revision,
         )
         report = loaded[source.name].report
         if report.rejected or report.mended or report.dropped_negatives or report.ignored_columns:
@@ -219,6 +372,7 @@ def describe_run(recipe: Recipe, inputs: StageInputs) -> dict[str, Any]:
         "device": device_name(),
         "threads": torch.get_num_threads(),
         "precision": resolve_precision(recipe.model.precision),
+        "evaluation_precision": resolve_precision(recipe.evaluation.precision),
         "seed": recipe.seed,
         "data": {name: asdict(report) for name, report in inputs.reports.items()},
     }

@@ -1,12 +1,18 @@
 """A run: the folder of one training, where each thing lies in it, and its record."""
 
 import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from filelock import FileLock, Timeout
+
 from anchorvec.errors import AnchorvecError
-from anchorvec.files import write_json
+from anchorvec.files import remove_scratch, write_json, write_text, writing
 
 StageName = Literal["stage_one", "stage_two"]
 
@@ -35,6 +41,10 @@ class Run:
         """What the stage `name` trains: an embedder, or an adapter over the folder that it started from."""
         return self.folder / name
 
+    def checkpoints(self, name: StageName) -> Path:
+        """The folder of the checkpoints of the stage `name`; it is there until the stage is."""
+        return self.folder / "checkpoints" / name
+
     @property
     def model(self) -> Path:
         """The export."""
@@ -56,6 +66,16 @@ class Run:
         return self.folder / "log.jsonl"
 
     @property
+    def tensorboard(self) -> Path:
+        """What TensorBoard shows, where the recipe asks for it."""
+        return self.folder / "tensorboard"
+
+    @property
+    def not_finite(self) -> Path:
+        """The rows of a step whose loss was no finite number, as JSON Lines."""
+        return self.folder / "not_finite.jsonl"
+
+    @property
     def scores(self) -> Path:
         """The scores by stage and task, as JSON."""
         return self.folder / "scores.json"
@@ -69,6 +89,11 @@ class Run:
     def score_set(self) -> Path:
         """The score set that the quickstart made, in BEIR layout."""
         return self.folder / "score_set"
+
+    @property
+    def score_set_part(self) -> Path:
+        """A part of it, on which the models on the way are scored."""
+        return self.folder / "score_set_part"
 
     @property
     def result(self) -> Path:
@@ -86,17 +111,52 @@ class Run:
         run = cls(output)
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
             help_ = "name a new folder"
-            if run.base.is_dir() and not run.model.is_dir():
-                help_ = "it holds a run that did not finish; delete it, or name a new folder"
-                first = run.stage("stage_one")
-                if first.is_dir():
-                    help_ += f" and go on from its Stage I with model.base={first} stage_one=null"
+            if run.recipe.is_file() and not run.model.is_dir():
+                help_ = "it holds a run that did not finish: go on with --resume (in Python: resume=True), or " + help_
             raise AnchorvecError(f"output: {output} is in use; {help_}")
         try:
             output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise AnchorvecError(f"output: {output} cannot be made: {error.strerror}") from error
+        _check_writable(output)
         return run
+
+    @classmethod
+    def resume(cls, output: Path | None) -> "Run":
+        """The run in the folder `output`, which may have been killed at any moment; a new one where nothing is there.
+
+        Raises AnchorvecError where there is no folder, where it cannot be made, and if it holds something else.
+        """
+        if output is None or not output.is_dir():
+            return cls.create(output)
+        found = cls(output)
+        others = {path.name for path in output.iterdir() if not path.name.startswith(".")}
+        before = {found.pairs.name, found.score_set.name, found.score_set_part.name}  # the quickstart's
+        if not found.recipe.is_file() and others - before:
+            raise AnchorvecError(f"output: {output} is in use, and no run is in it; name a run's folder, or a new one")
+        _check_writable(output)
+        return found
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """A context that only one process at a time can be in. Raises AnchorvecError where another one is.
+
+        What such a process has left behind that was killed is removed.
+        """
+        lock = FileLock(self.folder / ".lock")
+        with writing(self.folder):
+            try:
+                lock.acquire(blocking=False)
+            except Timeout as error:
+                message = f"output: another process is at work in {self.folder}; wait for it, or end it"
+                raise AnchorvecError(message) from error
+        try:
+            remove_scratch(self.folder)
+            yield
+        finally:
+            with suppress(OSError):
+                Path(lock.lock_file).unlink()  # filelock sees that a file which it locked is gone
+            lock.release()
 
     def start_of(self, name: StageName) -> Path | None:
         """The newest embedder that stands before the stage `name`; None: there is none."""
@@ -110,13 +170,50 @@ class Run:
 
     def note(self, key: str, value: dict[str, Any]) -> None:
         """Add the entries of `value` to those under `key` in the record."""
-        record = json.loads(self.record.read_text(encoding="utf-8")) if self.record.exists() else {}
-        write_json(self.record, record | {key: {**record.get(key, {}), **value}})
+        write_json(self.record, self.read_record() | {key: {**self.noted(key), **value}})
+
+    def noted(self, key: str) -> dict[str, Any]:
+        """The entries under `key` in the record; empty where there are none yet."""
+        found: dict[str, Any] = self.read_record().get(key, {})
+        return found
+
+    def read_record(self) -> dict[str, Any]:
+        """The record; empty where there is none yet."""
+        found: dict[str, Any] = json.loads(self.record.read_text(encoding="utf-8")) if self.record.exists() else {}
+        return found
+
+    def remove_checkpoints(self, name: StageName) -> None:
+        """Remove the checkpoints of the stage `name`, which is finished."""
+        folder = self.checkpoints(name)
+        if folder.is_dir():
+            shutil.rmtree(folder)
+            if not any(folder.parent.iterdir()):
+                folder.parent.rmdir()
+
+    def cut_log(self, name: StageName, step: int) -> None:
+        """Take out of the log what comes after the step `step` of the stage `name`, and a line that was cut short."""
+        if not self.log.is_file():
+            return
+        kept = []
+        for line in self.log.read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:  # the last one, in whose midst the process was killed
+                continue
+            place = STAGES.index(record["stage"]), record["step"]
+            if place <= (STAGES.index(name), step):
+                kept.append(f"{line}\n")
+        write_text(self.log, "".join(kept))
 
     def steps(self) -> dict[str, int]:
         """The last logged step of each stage."""
         records = [json.loads(line) for line in self.log.read_text(encoding="utf-8").splitlines()]
         return {record["stage"]: record["step"] for record in records}
+
+
+def _check_writable(output: Path) -> None:
+    if not os.access(output, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise AnchorvecError(f"output: {output} cannot be written; name a folder of your own on a disk that can be")
 
 
 def is_embedder(folder: Path) -> bool:

@@ -1,20 +1,27 @@
 """What a run starts from: the untrained embedder of its base model, and what the recipe takes over from that."""
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any, get_args
 
+from huggingface_hub import HfApi
 from pydantic import ValidationError
 from transformers import AutoTokenizer
 
 from anchorvec.data.reading import check_instructions, readout_of
+from anchorvec.data.rows import is_on_hub
 from anchorvec.errors import AnchorvecError
 from anchorvec.files import user_path
+from anchorvec.model.base import base_on_hub
 from anchorvec.model.embedder import build_embedder
 from anchorvec.model.end import stored_between, stored_end
-from anchorvec.model.folders import ModelFolder, identify, reading
+from anchorvec.model.folders import ModelFolder, commit_of_model, identify, reading
 from anchorvec.recipe import EndPrompt, ModelSettings, Recipe, TrainData
 from anchorvec.terminal import say
+
+_SECONDS = 10.0
+"""For the hub to say which commit a data set has."""
 
 
 def with_settings_of_base(recipe: Recipe) -> Recipe:
@@ -45,6 +52,37 @@ def with_settings_of_base(recipe: Recipe) -> Recipe:
         f"replaced: {'; '.join(replaced) or 'nothing'}"
     )
     return recipe.model_copy(update={"model": model, "data": recipe.data.model_copy(update={"train": sources})})
+
+
+def is_commit(revision: object) -> bool:
+    """Whether `revision` is the hash of a commit, whose files never change."""
+    return isinstance(revision, str) and re.fullmatch(r"[0-9a-f]{40}", revision) is not None
+
+
+def pinned(recipe: Recipe) -> Recipe:
+    """`recipe` with the commit of what it takes from the hub as `revision`, so that its base and data stay the same.
+
+    Where the hub can not be asked, a line says so, and the revision stays as it is.
+    """
+    model = recipe.model
+    if (repo := base_on_hub(model.base)) is not None:
+        commit = commit_of_model(repo, revision=model.revision)
+        model = model.model_copy(update={"revision": commit or _not_pinned("model.base", repo, model.revision)})
+    sources = []
+    for i, source in enumerate(recipe.data.train):
+        if is_on_hub(source.path) and not is_commit(source.revision):
+            try:
+                commit = HfApi().dataset_info(source.path, revision=source.revision, timeout=_SECONDS).sha
+            except Exception:  # of the hub, of the http library, of the network
+                commit = _not_pinned(f"data.train.{i}.path", source.path, source.revision)
+            source = source.model_copy(update={"revision": commit})
+        sources.append(source)
+    return recipe.model_copy(update={"model": model, "data": recipe.data.model_copy(update={"train": sources})})
+
+
+def _not_pinned(key: str, repo: str, revision: str | None) -> str | None:
+    say(f"{key}: the hub did not say which commit of {repo} this is; another run of this recipe may take another one")
+    return revision
 
 
 def _within_positions(recipe: Recipe, found: ModelFolder) -> Recipe:

@@ -25,6 +25,7 @@ from anchorvec.recipe import Recipe, dump_recipe, load_recipe
 from anchorvec.recipe.description import describe_stage_one, describe_stage_two
 from anchorvec.run import Run
 from anchorvec.start import build_base, with_settings_of_base
+from anchorvec.training.checkpoints import CHECKPOINT_BYTES, most_at_once
 from anchorvec.training.engine import Engine
 from anchorvec.training.stage import Stage
 from anchorvec.training.stage_one import pair_tokenizer, stage_one_objective
@@ -163,7 +164,7 @@ def plan(recipe: Recipe | str | Path, *, step: bool = True) -> Plan:
         mended_rows={name: sum(report.mended.values()) for name, report in inputs.reports.items()},
         parameters=prepared.parameters,
         trained_parameters=trained,
-        disk=_disk(base_bytes, prepared),
+        disk=_disk(recipe, base_bytes, prepared),
         tokens_per_pair=per_pair,
         tokens=_tokens(recipe, inputs, batch, per_pair),
         engine={name: stage.engine for name, stage in prepared.stages.items()},
@@ -230,9 +231,13 @@ def _prepared(recipe: Recipe, run: Run, inputs: StageInputs, tokenize: PairToken
     return _Prepared(dict(sorted(stages.items())), *counts)
 
 
-def _disk(base_bytes: int, prepared: _Prepared) -> dict[str, int]:
-    """Bytes of the base, of what each stage writes, and of the export, in fp32."""
+def _disk(recipe: Recipe, base_bytes: int, prepared: _Prepared) -> dict[str, int]:
+    """Bytes of the base, of what each stage writes, of the most checkpoints at one time, and of the export, in fp32."""
     disk = {"base": base_bytes}
+    stages = {name: getattr(recipe, name) for name in prepared.stages}
+    disk["checkpoints"] = max(
+        most_at_once(settings) * CHECKPOINT_BYTES * prepared.stages[name].trained for name, settings in stages.items()
+    )
     if "stage_one" in prepared.stages:
         disk["stage_one"] = 4 * prepared.parameters
     if "stage_two" in prepared.stages:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -29,6 +30,7 @@ from anchorvec.exporting.folder import Exported
 from anchorvec.files import write_json, write_text
 from anchorvec.pipeline import TITLES, TrainResult, WholeSet, load_training_data, run_stages
 from anchorvec.recipe import Recipe, load_recipe
+from anchorvec.resuming import as_begun
 from anchorvec.run import Run
 from anchorvec.terminal import say
 from anchorvec.training.budget import Budget
@@ -89,6 +91,7 @@ def quickstart(
     stage_one: bool = True,
     overrides: Sequence[str] = (),
     started: float | None = None,
+    resume: bool = False,
 ) -> QuickstartResult:
     """Train the recipe `quickstart` within `minutes` of wall time, scoring included, and export it, all in `output`.
 
@@ -99,7 +102,8 @@ def quickstart(
     follows the clock. The run's recipe is saved with the steps that were made. `seed` and `overrides` replace values of
     that recipe; its training data, steps and score set are the quickstart's own, whatever `data.train`, the stages'
     `steps` and `evaluation.data` say. Without `stage_one` the contrastive loss is alone: no Stage I, and no bag of
-    words in Stage II. The time counts from `started`, a `time.time()` (default: now).
+    words in Stage II. The time counts from `started`, a `time.time()` (default: now). With `resume` the quickstart in
+    `output` goes on where it was left, with the time that it had left.
     Raises AnchorvecError if `output` is in use, on several devices, or if scoring leaves less than a minute.
     """
     budget = Budget(minutes, began=time.monotonic() - (time.time() - started if started else 0))
@@ -107,11 +111,13 @@ def quickstart(
     recipe = recipe if stage_one else contrastive_alone(recipe)
     require_extra()
     check_one_device()
-    run = Run.create(recipe.output)
+    run = (Run.resume if resume else Run.create)(recipe.output)
     say("reading the docstrings of the installed packages")
     data = docstrings.quickstart_data(seed=0, n_queries=_WHOLE[0], n_documents=_WHOLE[1])
     part, whole = _score_sets(data, run)
-    recipe = on_score_set(with_pairs(recipe, data, run.pairs), run.folder / part.name)
+    recipe = on_score_set(with_pairs(recipe, data, run.pairs), run.score_set_part)
+    recipe, budget = as_begun(run, recipe, budget)
+    options = ["--output", str(output), "--minutes", f"{minutes:g}", "--seed", str(seed)]
     trained = run_stages(
         recipe,
         run,
@@ -120,6 +126,7 @@ def quickstart(
         budget=budget,
         whole=WholeSet(whole, times=_WHOLE[1] / _PART[1]),
         record={"score_set": data.description},
+        command=shlex.join(["anchorvec", "quickstart", *options, *["--no-stage-one"] * (not stage_one), "--resume"]),
     )
     result = _result(trained, data, part.name, whole.name)
     write_json(run.result, result.to_dict())
@@ -143,11 +150,10 @@ def _result(trained: TrainResult, data: DocstringData, part: str, whole: str) ->
 
 def _score_sets(data: DocstringData, run: Run) -> tuple[LocalData, LocalData]:
     """The part of the score set of `data` and all of it, written into the folder of `run` and read again."""
-    folder = run.folder / f"{run.score_set.name}_part"
     collection = docstring_collection(data)
     write_beir(collection, run.score_set)
-    write_beir(part_of(collection, *_PART), folder)
-    part, whole = check_test_data(data=[folder, run.score_set])
+    write_beir(part_of(collection, *_PART), run.score_set_part)
+    part, whole = check_test_data(data=[run.score_set_part, run.score_set])
     return part, whole
 
 

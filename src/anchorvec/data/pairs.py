@@ -8,8 +8,9 @@ import itertools
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,7 +37,7 @@ class ReadReport:
     Of `read` rows `rows` were kept, and `rejected`, by kind, were left out. `mended` counts, by kind, those of the kept
     ones that were changed. `examples`: "file:line: what", the first ones of each kind. `dropped_negatives` were no
     text, empty, repeated, or equal to their row's query or positive; the rows are kept. `ignored_columns`: sorted names
-    of columns that have no meaning here.
+    of columns that have no meaning here. `fingerprint`: a hash of the pairs, in their order.
     """
 
     path: str
@@ -47,6 +48,7 @@ class ReadReport:
     examples: list[str]
     dropped_negatives: int
     ignored_columns: list[str]
+    fingerprint: str = ""
 
     def summary(self) -> str:
         """One paragraph: how many pairs there are, what was mended or left out, and the first places."""
@@ -86,13 +88,20 @@ class Pairs:
 _Pair = tuple[str, str, list[str]]
 
 
-def read_pairs(path: str | Path, *, strict: bool = False, split: str = "train", subset: str | None = None) -> Pairs:
+def read_pairs(
+    path: str | Path,
+    *,
+    strict: bool = False,
+    split: str = "train",
+    subset: str | None = None,
+    revision: str | None = None,
+) -> Pairs:
     """The usable pairs of a file, a data set's folder, a hub data set or a `builtin:` one, with a report.
 
     Files are JSON Lines (.jsonl, .json), an array of objects (.json), CSV or TSV with a header line (`negatives` is a
     JSON list there), each plain or .gz, and Parquet. A folder is one that `save_to_disk` wrote, or a data set with
     files, each with its own columns. A path that exists wins over a hub name; `split` and `subset` (also called
-    configuration) are for data sets alone, and refused elsewhere.
+    configuration) are for data sets alone, and refused elsewhere; so is `revision`, for those on the hub.
     Texts are kept as they are, but for halves of surrogate pairs, which become U+FFFD. Rows that are empty, duplicate
     (same query and positive), no strings, without a column, unparsable or not UTF-8 are left out and counted. So are
     negatives that are no text, or equal to their row's query or positive, without their rows.
@@ -105,8 +114,33 @@ def read_pairs(path: str | Path, *, strict: bool = False, split: str = "train", 
     source = str(user_path(path)) if str(path).startswith("~") else str(path)
     columns: set[str] = set()
     reading = _Reading(strict)
-    file = _write_arrow(reading.usable(source_rows(source, split, subset, columns)))
-    return Pairs(datasets.Dataset.from_file(str(file)), reading.report(source, columns))
+    file = _write_arrow(reading.usable(source_rows(source, split, subset, columns, revision=revision)))
+    report = replace(reading.report(source, columns), fingerprint=file.stem)
+    return Pairs(datasets.Dataset.from_file(str(file)), report)
+
+
+def places_of(
+    pairs: Collection[tuple[str, str]],
+    path: str,
+    *,
+    split: str = "train",
+    subset: str | None = None,
+    revision: str | None = None,
+) -> dict[tuple[str, str], str]:
+    """Where each of `pairs`, a query and its positive, stands in the source `path`, which is read again: `file:line`.
+
+    `split`, `subset` and `revision` as in `read_pairs`. A pair that is not found is left out; so are all of a source
+    that is gone.
+    """
+    places: dict[tuple[str, str], str] = {}
+    source = str(user_path(path)) if path.startswith("~") else path
+    with suppress(AnchorvecError):
+        for row in source_rows(source, split, subset, set(), revision=revision):
+            with suppress(RejectedRow):
+                checked = _checked(row)
+                if (checked.query, checked.positive) in pairs:
+                    places.setdefault((checked.query, checked.positive), row.place)
+    return places
 
 
 class _Reading:

@@ -49,31 +49,41 @@ class SourceRow(NamedTuple):
 Rows = Iterator[SourceRow]
 
 
-def source_rows(source: str, split: str, subset: str | None, columns: set[str]) -> Rows:
+def source_rows(source: str, split: str, subset: str | None, columns: set[str], *, revision: str | None = None) -> Rows:
     """Each row of `source`, of the `split` and `subset` of a data set; the names of its columns are added to `columns`.
+
+    `revision`: the branch, tag or commit of a data set on the hub.
 
     Raises AnchorvecError for a source that is not there, breaks off or cannot be opened, for a table without the
     columns that are needed, or with two of one name.
     """
     try:
-        yield from _rows(source, split, subset, columns)
+        yield from _rows(source, split, subset, columns, revision)
     except (OSError, EOFError, zlib.error, csv.Error, pa.ArrowException) as error:
         raise AnchorvecError(f"{source} cannot be read: {error}") from error
 
 
-def _rows(source: str, split: str, subset: str | None, columns: set[str]) -> Rows:
+def is_on_hub(source: str) -> bool:
+    """Whether `source` names a data set on the hub, and no file or folder here."""
+    path = Path(source)
+    return not path.exists() and _reader(path) is None and _HUB_NAME.fullmatch(source) is not None
+
+
+def _rows(source: str, split: str, subset: str | None, columns: set[str], revision: str | None) -> Rows:
     path = Path(source)
     if (source.startswith(PREFIX) or path.is_file()) and (split != "train" or subset is not None):
         raise AnchorvecError(f"{source} has no splits or subsets, data sets of the hub have them; leave them out")
+    if revision is not None and not is_on_hub(source):
+        raise AnchorvecError(f"{source} has no revisions, data sets of the hub have them; leave it out")
     if source.startswith(PREFIX):
         return _numbered(source, builtin_rows(source))
     if path.is_dir():
         return _folder(path, split, subset, columns)
     if path.exists():
         return _file(path, columns)
-    if _reader(path) is not None or not _HUB_NAME.fullmatch(source):
+    if not is_on_hub(source):
         raise AnchorvecError(f"{source} does not exist; name a file, a folder or a data set on the hub")
-    return _dataset(source, lambda: datasets.load_dataset(source, subset, split=split), columns)
+    return _dataset(source, lambda: datasets.load_dataset(source, subset, split=split, revision=revision), columns)
 
 
 def _numbered(source: str | Path, rows: Iterator[Mapping[str, object]]) -> Rows:

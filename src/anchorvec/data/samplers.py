@@ -7,6 +7,7 @@ another of the batch that its document may answer the other's query too is left 
 others.
 """
 
+import itertools
 import math
 from abc import abstractmethod
 from collections import deque
@@ -43,8 +44,8 @@ class _WholeEpochs(DefaultBatchSampler):
     """A batch sampler of `dataset` for sentence-transformers' trainer: in an epoch as many batches as its length says.
 
     They are full; `options` are those of the library's own samplers. Where pairs are left over because they fit into no
-    batch, the pairs are gone through once more until the epoch has all its batches; without a single batch, the epoch
-    ends. Epoch and seed decide the batches.
+    batch, the pairs are gone through once more until the epoch has all its batches, as whoever goes on in the middle of
+    training counts them; without a single batch, the epoch ends. Epoch and seed decide the batches.
     """
 
     def __init__(self, dataset: Dataset, **options: Any) -> None:
@@ -60,7 +61,7 @@ class _WholeEpochs(DefaultBatchSampler):
             for batch in islice(self._all_pairs(generator), left):
                 left -= 1
                 yield batch
-            if left == before:
+            if left == before == len(self):
                 break
 
     @abstractmethod
@@ -132,7 +133,8 @@ class SimilarPairs(_WholeEpochs):
 
     `word_vectors` gives the vectors (texts, dim) of texts, of length 1 or 0, `prompts` what is put before the texts of
     each data set's columns first. Pairs are left over where they do not fill the last batch of a block of `BLOCK`
-    pairs, or share their texts with too many others.
+    pairs, or share their texts with too many others. `orders`: what was found in this epoch, by epoch, block
+    and data set, as positions in the block (batches, pairs); what is there is not sought again.
     """
 
     def __init__(
@@ -141,16 +143,29 @@ class SimilarPairs(_WholeEpochs):
         *,
         word_vectors: Callable[[list[str]], Tensor],
         prompts: Mapping[str, Mapping[str, str]] | None = None,
+        orders: dict[str, Tensor] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(dataset, **options)
+        self.orders = {} if orders is None else orders
         self.prompts = (prompts or {}).get(self.name, {})
         self.word_vectors = word_vectors
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for key in list(self.orders):
+            epoch, _, name = key.split(".", maxsplit=2)
+            if name == self.name and int(epoch) != self.epoch:
+                del self.orders[key]
+        self._keys = (f"{self.epoch}.{block}.{self.name}" for block in itertools.count())
+        yield from super().__iter__()
 
     def _all_pairs(self, generator: torch.Generator) -> Iterator[list[int]]:
         order = torch.randperm(len(self.dataset), generator=generator)
         for block in order.chunk(math.ceil(len(order) / BLOCK)):
-            batches = self._batches(block)
+            key = next(self._keys)
+            if key not in self.orders:
+                self.orders[key] = torch.tensor(self._batches(block), dtype=torch.int32)
+            batches = self.orders[key].tolist()
             for i in torch.randperm(len(batches), generator=generator).tolist():
                 yield block[batches[i]].tolist()
 

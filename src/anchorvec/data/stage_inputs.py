@@ -3,7 +3,7 @@
 import heapq
 import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 from torch.utils.data import ConcatDataset
 
 from anchorvec.data import ContrastiveRows, Pairs, ReadReport, contrastive_rows, drawn_rows
+from anchorvec.data.pairs import places_of
 from anchorvec.data.samplers import steps_of_a_pass
 from anchorvec.errors import AnchorvecError
 from anchorvec.recipe import Recipe
+from anchorvec.run import StageName
 
 LENGTH_SAMPLE = 256
 """Rows from which the tokens of a step are estimated."""
@@ -88,6 +90,30 @@ def stage_inputs(recipe: Recipe, pairs: Mapping[str, Pairs]) -> StageInputs:
         rows_with_negatives=with_negatives,
         steps_of_a_pass=steps_of,
     )
+
+
+def rows_with_places(
+    recipe: Recipe, inputs: StageInputs, stage: StageName, rows: Sequence[int]
+) -> list[dict[str, str]]:
+    """The `rows` that `stage` of `recipe` reads of `inputs`, by their numbers over all data sets: place and texts.
+
+    The place is `file:line` in the source, or a number in the data set where the source is not what it was.
+    """
+    listed: list[Any] = inputs.reconstruction.datasets if stage == "stage_one" else [*inputs.contrastive.values()]
+    ends = np.cumsum([len(dataset) for dataset in listed])
+    found: dict[int, dict[str, str]] = {}
+    for number, source in enumerate(recipe.data.train):
+        start = int(ends[number]) - len(listed[number])
+        own = [row for row in rows if start <= row < ends[number]]
+        texts = {row: listed[number][row - start] for row in own}
+        pairs = {(row["query"], row["positive"]) for row in texts.values()}
+        read = partial(places_of, split=source.split, subset=source.subset, revision=source.revision)
+        places = read(pairs, source.path) if pairs else {}
+        for row, text in texts.items():
+            pair = text["query"], text["positive"]
+            place = places.get(pair, f"row {row - start} of {source.name}")
+            found[row] = {"place": place, "query": pair[0], "positive": pair[1]}
+    return [found[row] for row in rows]
 
 
 def sample_rows(rows: Dataset | Rows, n: int, seed: int) -> list[dict[str, Any]]:

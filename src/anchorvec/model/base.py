@@ -24,7 +24,7 @@ from transformers import (
 
 from anchorvec.errors import AnchorvecError
 from anchorvec.model.end import template_of
-from anchorvec.model.folders import faulty_weights, identify, instead, origin, positions_of, read_json
+from anchorvec.model.folders import faulty_weights, identify, instead, is_local, origin, positions_of, read_json
 from anchorvec.model.loading import load_model
 
 SMOLLM2_ON_THE_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -229,6 +229,13 @@ def _load_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     settings = {k: v for k, v in quantized.config.to_dict().items() if k != "quantization_config"}
     config = type(quantized.config).from_dict(settings)
     return type(quantized).from_pretrained(None, config=config, state_dict=quantized.state_dict()), tokenizer
+
+
+def base_on_hub(base: str) -> str | None:
+    """The hub id that `base` is loaded from; None: from a folder, a file, a package, or built on the spot."""
+    if base == "smollm2":
+        return None if _packaged_smollm2() else SMOLLM2_ON_THE_HUB
+    return None if base == "tiny" or base.endswith(".gguf") or is_local(base) else base
 
 
 def _packaged_smollm2() -> Path | None:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers.utils.hub import cached_file
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from anchorvec.errors import AnchorvecError
 from anchorvec.files import user_path
@@ -239,20 +239,32 @@ def _pooling(config: dict[str, Any]) -> str:
     return "+".join(key.removeprefix("pooling_mode_").removesuffix("_tokens") for key in on) or "mean"
 
 
+def commit_of_model(repo: str, *, revision: str | None = None) -> str | None:
+    """The commit that `revision` of the model `repo` is; None: the hub cannot be asked, and none is cached."""
+    path = _hub_file(repo, _MODEL, revision)
+    return None if path is None else extract_commit_hash(path, None)
+
+
+def _hub_file(name: str, file: str, revision: str | None) -> str | None:
+    """The path of `file` in the folder `name`, or from the hub; None: there is none, or it cannot be had."""
+    found: str | None = cached_file(
+        name,
+        file,
+        revision=revision,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return found
+
+
 def read_json(name: str, file: str, revision: str | None = None) -> Any:
     """The JSON of `file` in the folder `name`, or on the hub in `revision`; None: there is no such file.
 
     Raises AnchorvecError for a local file that cannot be read.
     """
     try:
-        path = cached_file(
-            name,
-            file,
-            revision=revision,
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
+        path = _hub_file(name, file, revision)
         return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         if not is_local(name):

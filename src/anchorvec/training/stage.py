@@ -1,28 +1,39 @@
 """What both stages of a run have in common: from an embedder folder to a trained one."""
 
+import json
 import os
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import PrinterCallback
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel, PrinterCallback
 
-from anchorvec.data.stage_inputs import StageInputs
+from anchorvec.data.stage_inputs import StageInputs, rows_with_places
 from anchorvec.device import check_one_device, default_device, resolve_precision
 from anchorvec.errors import AnchorvecError
+from anchorvec.files import write_json, write_json_lines
+from anchorvec.interrupts import Interrupts
+from anchorvec.objectives.bag_of_words import BagOfWordsLoss
 from anchorvec.recipe import Recipe, StageOne, StageTwo
 from anchorvec.run import STAGE_TITLES, Run, StageName
 from anchorvec.terminal import say
+from anchorvec.training.checkpoints import Checkpoints, step_of
 from anchorvec.training.engine import Engine, compiling_pays
 from anchorvec.training.memory import free_memory, keep_freed_memory
 from anchorvec.training.progress import OnLog, StageProgress
+from anchorvec.training.trackers import end_trackers, place_trackers
 from anchorvec.training.trainers import TimedTrainer
 
 PROBE_TOKENS = 64
 """Tokens of each part of the texts from which the memory of a token is estimated, if the limit is not lower."""
+
+_ENGINE, _BAG_OF_WORDS = "engine.json", "bag_of_words.safetensors"
+
+_NAMED_ROWS = 8
 
 _NO_LIMIT = 10_000_000
 """Steps of a stage that ends at a time, where the trainer wants a number."""
@@ -34,7 +45,8 @@ class Stage:
 
     With a `deadline`, which gives a `time.monotonic()` and may move, it lasts until then, however many steps that are:
     the recipe's `steps` say only which share of the time its warm-up has. `on_log` is called with every record of its
-    log.
+    log. It goes on from the `checkpoint`, or else from what it kept when it started, if it did before. `interrupts` end
+    it early, with a checkpoint. `spent` gives the seconds of the whole run.
     """
 
     name: StageName
@@ -44,6 +56,14 @@ class Stage:
     inputs: StageInputs
     deadline: Callable[[], float] | None = None
     on_log: OnLog | None = None
+    checkpoint: Path | None = None
+    interrupts: Interrupts = field(default_factory=lambda: Interrupts(""))
+    spent: Callable[[], float] = lambda: 0.0
+
+    @property
+    def checkpoints(self) -> Checkpoints:
+        """Its checkpoints, which are there while it is under way."""
+        return Checkpoints(self.run.checkpoints(self.name), self.settings.save_total_limit)
 
     @property
     def one(self) -> StageOne:
@@ -80,7 +100,70 @@ class Stage:
 
     def progress(self) -> StageProgress:
         """Its bar and log."""
-        return StageProgress(self.name, self.run.log, deadline=self.deadline, on_log=self.on_log)
+        return StageProgress(
+            self.name,
+            self.run.log,
+            deadline=self.deadline,
+            on_log=self.on_log,
+            save_steps=self.settings.save_steps,
+            interrupts=self.interrupts,
+        )
+
+    def engine_before(self, model: PreTrainedModel, packed: bool) -> Engine | None:
+        """The engine that it was started with before, on a device of this kind, taken up by `model`; None: none was.
+
+        Another one would cut its steps otherwise, and round otherwise. So it is none, and that is said, where texts
+        were packed then and are not now, or the other way round.
+        """
+        start = self.checkpoints.start
+        if start is None:
+            return None
+        kept = json.loads((start / _ENGINE).read_text(encoding="utf-8"))
+        if (kept["device"], kept["engine"]["packed"]) != (default_device().type, packed):
+            before = f"on {kept['device']} with {'packed' if kept['engine']['packed'] else 'padded'} texts"
+            say(f"{STAGE_TITLES[self.name]}: it was started {before}, and does not go on bit for bit here")
+            return None
+        engine = Engine(**kept["engine"] | {"slower": tuple(kept["engine"]["slower"])})
+        if engine.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        return engine
+
+    def take_up(self, bag_of_words: BagOfWordsLoss) -> None:
+        """Put the origin and the candidates that it was started with before into `bag_of_words`, which has like ones.
+
+        They were computed once; on another processor they would differ in their last bits.
+        """
+        start = self.checkpoints.start
+        if start is not None:
+            for name, value in load_file(start / _BAG_OF_WORDS).items():
+                bag_of_words.get_buffer(name).copy_(value)
+
+    def begin(self, engine: Engine, bag_of_words: BagOfWordsLoss | None) -> None:
+        """Note the `engine`; keep it, and `bag_of_words`, for the stage to go on with wherever it is interrupted."""
+        self.note(engine)
+        if self.checkpoints.start is not None:
+            return
+        with self.checkpoints.writing_start() as folder:
+            write_json(folder / _ENGINE, {"device": default_device().type, "engine": asdict(engine)})
+            if bag_of_words is not None:
+                # the token embeddings are those of the start
+                kept = {name: value for name, value in bag_of_words.named_buffers() if name != "embeddings"}
+                save_file({name: value.contiguous() for name, value in kept.items()}, folder / _BAG_OF_WORDS)
+
+    def explain(self, what: str, step: int, rows: Sequence[int]) -> str:
+        """The error of a step in which `what` is no finite number; its `rows` by their numbers over all data sets.
+
+        All rows are written into the run's folder, with their places and texts.
+        """
+        named = rows_with_places(self.recipe, self.inputs, self.name, rows)
+        write_json_lines(self.run.not_finite, named)
+        places = ", ".join(row["place"] for row in named[:_NAMED_ROWS])
+        more = f" and {len(named) - _NAMED_ROWS} more" if len(named) > _NAMED_ROWS else ""
+        return (
+            f"{self.name}: {what} is no finite number any more at step {step}, whose rows are {places}{more} (all of "
+            f"them: {self.run.not_finite}); lower {self.name}.learning_rate, or take out a row that does it; "
+            f"{self.checkpoints.last_good()}"
+        )
 
     def note(self, engine: Engine) -> None:
         """Write `engine` into the run's record; say which slower ways it takes, warn where the memory may not do."""
@@ -102,7 +185,7 @@ class Stage:
         workers = min(4, (os.cpu_count() or 1) - 1) if device.type == "cuda" else 0
         endless = 1 if self.deadline is None else max(1, _NO_LIMIT // settings.steps)
         return {
-            "output_dir": str(self.run.folder),  # nothing is written there: a stage that fails leaves no folder
+            "output_dir": str(self.checkpoints.folder),
             "max_steps": endless * settings.steps,
             "per_device_train_batch_size": settings.pairs_per_step,
             "learning_rate": settings.learning_rate,
@@ -114,9 +197,10 @@ class Stage:
             "use_cpu": device.type == "cpu",
             "logging_steps": settings.log_every,
             "logging_first_step": True,
-            "logging_nan_inf_filter": False,  # StageProgress stops there
-            "save_strategy": "no",
-            "report_to": "none",
+            "logging_nan_inf_filter": False,  # training stops there
+            "save_strategy": "no",  # StageProgress says when
+            "report_to": self.recipe.report_to or "none",
+            "run_name": f"{self.run.folder.name} {STAGE_TITLES[self.name]}",
             "disable_tqdm": True,
             "dataloader_drop_last": True,
             "dataloader_num_workers": workers,
@@ -126,17 +210,30 @@ class Stage:
         }
 
 
-def run_trainer(trainer: TimedTrainer, progress: StageProgress) -> None:
+def run_trainer(stage: Stage, trainer: TimedTrainer, progress: StageProgress) -> None:
     """Train to the last step, or to the deadline of `progress`; either way to the end of the schedule (T13).
 
-    Raises AnchorvecError where `trainer` ends before that.
+    Raises AnchorvecError where `trainer` ends before that, and Interrupted where `stage` was: it has a checkpoint then.
     """
     trainer.remove_callback(PrinterCallback)
     trainer.deadline = progress.deadline
+    trainer.checkpoints, trainer.explain, trainer.spent = stage.checkpoints, stage.explain, stage.spent
+    progress.rows_hash = lambda: trainer.rows_hash
+    place_trackers(trainer, stage.run.tensorboard / stage.name)
+    checkpoint, step = stage.checkpoint, 0
+    if checkpoint is not None:
+        step = step_of(checkpoint)
+        say(f"{STAGE_TITLES[stage.name]}: goes on after step {step}")
+        trainer.go_on_from(checkpoint)
+        progress.seconds = trainer.seconds
+    stage.run.cut_log(stage.name, step)
     keep_freed_memory()
-    with progress:
-        trainer.train()
+    with progress, stage.interrupts.deferred():
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    end_trackers(stage.recipe.report_to)
     done, planned = trainer.state.global_step, trainer.args.max_steps
+    if progress.interrupted:
+        stage.interrupts.stop(f"{STAGE_TITLES[stage.name]} has a checkpoint after step {done}")
     if done < planned and not progress.out_of_time:
         raise AnchorvecError(
             f"{progress.stage}.pairs_per_step: training ended too early, after {done} steps, because the data repeat "

@@ -34,7 +34,7 @@ def train_stage_one(stage: Stage) -> Path:
     tokenize = pair_tokenizer(recipe, AutoTokenizer.from_pretrained(stage.start))
     progress = stage.progress()
     objective, engine = stage_one_objective(stage, tokenize)
-    stage.note(engine)
+    stage.begin(engine, objective.bag_of_words if isinstance(objective, BagOfWordsReconstruction) else None)
     trainer = ReconstructionTrainer(
         model=objective,
         # in an order of its own: the pairs at the start of Stage II should be new ones
@@ -45,7 +45,7 @@ def train_stage_one(stage: Stage) -> Path:
         micro_batch_tokens=engine.micro_batch_tokens,
         exchange_every=stage.one.log_every,
     )
-    run_trainer(trainer, progress)
+    run_trainer(stage, trainer, progress)
     folder = stage.run.stage("stage_one")
     with new_folder(folder) as scratch:
         save_causal_lm(objective.model, stage.start, scratch)
@@ -79,8 +79,10 @@ def stage_one_objective(stage: Stage, tokenize: PairTokenizer) -> tuple[Reconstr
     padded_because = why_padded(recipe.model.attention, recipe.model.precision)
     objective = OBJECTIVES[settings.target](stage, model, tokenize, not padded_because)
     part = [model.config.get_text_config().vocab_size - 1] * stage.part_tokens
-    demand = stage_one_demand(stage, objective, default_device(), objective.packed, padded_because or UNPACKABLE)
-    engine = choose_engine(model, lambda n: (objective.encode([part * n]), n * len(part)), demand)
+    engine = stage.engine_before(model, objective.packed)
+    if engine is None:
+        demand = stage_one_demand(stage, objective, default_device(), objective.packed, padded_because or UNPACKABLE)
+        engine = choose_engine(model, lambda n: (objective.encode([part * n]), n * len(part)), demand)
     if engine.compiled:
         objective.compile_layers()
     return objective, engine
@@ -117,6 +119,7 @@ def _bag_of_words(stage: Stage, model: PreTrainedModel, tokenize: PairTokenizer,
     objective.bag_of_words = bag_of_words_loss(
         model, stage.inputs, tokenize, seed=stage.recipe.seed, encode=objective.encode, bf16=stage.bf16
     )
+    stage.take_up(objective.bag_of_words)
     head: Any = model.get_output_embeddings()
     embeddings: Any = model.get_input_embeddings()
     if head.weight is not embeddings.weight:

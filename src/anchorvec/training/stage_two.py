@@ -59,13 +59,14 @@ def train_stage_two(stage: Stage) -> Path:
     prepared = stage_two_model(stage)
     model = prepared.model
     content = without_prompt_and_end(model.tokenizer, stage.recipe)
-    stage.note(prepared.engine)
+    stage.begin(prepared.engine, prepared.bag_of_words)
     progress = stage.progress()
+    orders: dict[str, Tensor] = {}
     trainer = ContrastiveTrainer(
         model=model,
         args=SentenceTransformerTrainingArguments(
             **stage.arguments(),
-            batch_sampler=_batch_sampler(stage, prepared, content),
+            batch_sampler=_batch_sampler(stage, prepared, content, orders),
             multi_dataset_batch_sampler=MultiDatasetBatchSamplers.PROPORTIONAL,  # one data set a batch
             prompts=inputs.prompts,
         ),
@@ -74,7 +75,8 @@ def train_stage_two(stage: Stage) -> Path:
         loss=stage_two_loss(stage, prepared),
         callbacks=[progress],
     )
-    run_trainer(trainer, progress)
+    trainer.orders = orders
+    run_trainer(stage, trainer, progress)
     model.max_seq_length = stage.recipe.model.max_tokens
     folder = stage.run.stage("stage_two")
     with new_folder(folder) as scratch:
@@ -123,7 +125,10 @@ def stage_two_model(stage: Stage) -> StageTwoModel:
     if settings.bag_of_words_weight or settings.in_batch_negatives == "similar":
         bag_of_words = _bag_of_words(stage, model, embed)
     body: Any = model[0].model
-    engine = choose_engine(body, encode, stage_two_demand(stage, model.tokenizer, packed, padded_because or UNPACKABLE))
+    engine = stage.engine_before(body, packed)
+    if engine is None:
+        demand = stage_two_demand(stage, model.tokenizer, packed, padded_because or UNPACKABLE)
+        engine = choose_engine(body, encode, demand)
     if engine.compiled:
         compile_decoder_layers(body)
     return StageTwoModel(model, engine, bag_of_words)
@@ -192,7 +197,7 @@ def _bag_of_words(
         content=without_prompt_and_end(tokenizer, stage.recipe),
     )
     body: Any = model[0].model
-    return bag_of_words_loss(
+    loss = bag_of_words_loss(
         body,
         stage.inputs,
         tokenize,
@@ -200,10 +205,14 @@ def _bag_of_words(
         encode=encode if stage.two.bag_of_words_weight else None,
         bf16=stage.bf16,
     )
+    stage.take_up(loss)
+    return loss
 
 
-def _batch_sampler(stage: Stage, prepared: StageTwoModel, content: Callable[[list[int]], list[int]]) -> Any:
-    """What makes the batch sampler of a data set; no text is in a batch twice (T16)."""
+def _batch_sampler(
+    stage: Stage, prepared: StageTwoModel, content: Callable[[list[int]], list[int]], orders: dict[str, Tensor]
+) -> Any:
+    """What makes the batch sampler of a data set; no text is in a batch twice (T16). `orders` as in `SimilarPairs`."""
     if stage.two.in_batch_negatives == "random":
         return partial(DifferentTexts, hashes=stage.inputs.hashes)
     assert prepared.bag_of_words is not None
@@ -216,4 +225,4 @@ def _batch_sampler(stage: Stage, prepared: StageTwoModel, content: Callable[[lis
         read = (ids for part in parts for ids in tokenizer(part, truncation=True)["input_ids"])
         return loss.vectors([content(ids) for ids in read]).cpu()
 
-    return partial(SimilarPairs, word_vectors=vectors, prompts=stage.inputs.prompts)
+    return partial(SimilarPairs, word_vectors=vectors, prompts=stage.inputs.prompts, orders=orders)

@@ -13,24 +13,29 @@ from accelerate.utils.memory import should_reduce_batch_size
 from sentence_transformers import SentenceTransformerTrainer
 from sentence_transformers.base.data_collator import BaseDataCollator
 from torch import Tensor, nn
-from transformers import Trainer
 
 from anchorvec.errors import AnchorvecError
+from anchorvec.model.packing import token_ids
 from anchorvec.model.working_weights import WorkingWeights
 from anchorvec.objectives.pairs import TokenPair, exchange_partners, micro_batches, tokens_at_once
+from anchorvec.training.checkpointed import CheckpointedTrainer
 
 _OUT_OF_MEMORY_HELP = "set {stage}.gradient_checkpointing=true, or lower {stage}.micro_batch_tokens or data.max_tokens"
 
 
-class TimedTrainer(Trainer):
+class TimedTrainer(CheckpointedTrainer):
     """A trainer whose learning rate follows the clock where `deadline` is set, which gives a `time.monotonic()`.
 
     Its share of the way from the warm-up to 0 is then the share of the time that has passed, so that a stage of which
     nobody can say how many steps fit into its time comes to the end of its schedule (T13). For one process: the clocks
-    of several would differ. In bf16 the weights are converted once a step.
+    of several would differ. In bf16 the weights are converted once a step. `seconds` of training and `tokens_seen` are
+    counted on where it goes on; `spent` gives the seconds of the whole run, which a checkpoint keeps.
     """
 
     deadline: Callable[[], float] | None = None
+    spent: Callable[[], float] = staticmethod(lambda: 0.0)
+    seconds = 0.0
+    tokens_seen = 0
 
     @cached_property
     def working_weights(self) -> WorkingWeights | None:
@@ -41,15 +46,26 @@ class TimedTrainer(Trainer):
         """The context of a step's forward and backward passes."""
         return self.working_weights.in_use() if self.working_weights is not None else nullcontext()
 
+    def kept(self) -> dict[str, Any]:
+        """As the base class says, with the time and the tokens so far."""
+        seconds = time.monotonic() - self.began
+        return super().kept() | {"seconds": seconds, "spent": self.spent(), "tokens": self.tokens_seen}
+
+    def take_up(self, state: dict[str, Any]) -> None:
+        """Go on with the `state` that `kept` gave."""
+        super().take_up(state)
+        self.seconds, self.tokens_seen = state["seconds"], state["tokens"]
+
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
         """The schedule of the training arguments, over steps or over time; the time starts here."""
         scheduler = super().create_scheduler(num_training_steps, optimizer)
+        self.began = time.monotonic() - self.seconds
         if self.deadline is not None:
             assert isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR)
             [of_step, *_] = scheduler.lr_lambdas
-            start, deadline = time.monotonic(), self.deadline
+            start, deadline = self.began, self.deadline
 
             def of_time(_: int) -> float:
                 share = min(1.0, (time.monotonic() - start) / max(1e-9, deadline() - start))
@@ -75,19 +91,30 @@ class ReconstructionTrainer(TimedTrainer):
         assert self.args.gradient_accumulation_steps == 1  # a batch is a step
         self.micro_batch_tokens = micro_batch_tokens
         self.exchange_every = exchange_every
-        self.tokens_seen = 0
         self.parts: list[dict[str, float]] = []  # of each step since the last record
         self.exchange: dict[str, float] = {}
+
+    def kept(self) -> dict[str, Any]:
+        """As the base class says, with what the next record tells of the steps so far, and how they are cut."""
+        own = {"parts": self.parts, "exchange": self.exchange, "micro_batch_tokens": self.micro_batch_tokens}
+        return super().kept() | own
+
+    def take_up(self, state: dict[str, Any]) -> None:
+        """Go on with the `state` that `kept` gave."""
+        super().take_up(state)
+        self.parts, self.exchange = state["parts"], state["exchange"]
+        self.micro_batch_tokens = min(self.micro_batch_tokens, state["micro_batch_tokens"])
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Backpropagate one optimizer step and return its loss over all devices.
 
-        Raises AnchorvecError if not even one pair at a time fits into the memory.
+        Raises AnchorvecError if not even one pair at a time fits into the memory, or if the loss is not finite.
         """
         model.train()
         objective = self.accelerator.unwrap_model(model)
+        self.count_rows((pair.query, pair.document) for pair in inputs["pairs"])
         pairs: list[TokenPair] = objective.draw(inputs["pairs"], self.state.global_step)
         while True:
             parts = micro_batches(pairs, self.micro_batch_tokens, **objective.cut)
@@ -154,6 +181,7 @@ class ReconstructionTrainer(TimedTrainer):
             gaps = {name: b - a for name, a, b in zip(weights, own, exchanged, strict=True)}
             self.exchange = {f"exchange_{name}": gaps[name] for name in objective.exchanges if weights[name]}
         loss = sum(weight * part for weight, part in zip(weights.values(), own, strict=True))
+        self.check_finite("the loss", loss)
         return torch.tensor(loss, device=self.args.device)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -168,7 +196,17 @@ class ReconstructionTrainer(TimedTrainer):
 class ContrastiveTrainer(TimedTrainer, SentenceTransformerTrainer):
     """sentence-transformers' trainer; it also counts the tokens that it reads."""
 
-    tokens_seen = 0
+    def kept(self) -> dict[str, Any]:
+        """As the base class says, with the bag-of-words losses that the next record tells of."""
+        losses = getattr(self.loss, "bag_of_words_losses", None) or []
+        return super().kept() | {"bag_of_words": [float(loss) for loss in losses]}
+
+    def take_up(self, state: dict[str, Any]) -> None:
+        """Go on with the `state` that `kept` gave."""
+        super().take_up(state)
+        if state["bag_of_words"]:
+            loss: Any = self.loss
+            loss.bag_of_words_losses = [torch.tensor(loss) for loss in state["bag_of_words"]]
 
     def get_data_collator(self, *args: Any, **options: Any) -> BaseDataCollator:
         """The library's own; it reads of each column the texts that are there, as a row may have no hard negative."""
@@ -182,7 +220,8 @@ class ContrastiveTrainer(TimedTrainer, SentenceTransformerTrainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """One optimizer step."""
+        """One optimizer step. Raises AnchorvecError where it runs out of memory, or if the loss is not finite."""
+        self.count_rows(_rows_of(inputs))
         for key, value in inputs.items():
             if key.endswith("attention_mask"):
                 self.tokens_seen += int(value.sum())
@@ -197,6 +236,7 @@ class ContrastiveTrainer(TimedTrainer, SentenceTransformerTrainer):
             raise AnchorvecError(
                 f"stage_two: out of memory; {_OUT_OF_MEMORY_HELP.format(stage='stage_two')}"
             ) from error
+        self.check_finite("the loss", loss)
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -207,6 +247,14 @@ class ContrastiveTrainer(TimedTrainer, SentenceTransformerTrainer):
                 logs["bag_of_words"] = statistics.mean(map(float, losses))
                 losses.clear()
         super().log(logs, start_time)
+
+
+def _rows_of(inputs: dict[str, Any]) -> list[tuple[list[int], ...]]:
+    """The token ids of a batch: of each query with its positive, then of the hard negatives one by one."""
+    columns = [key.removesuffix("_input_ids") for key in inputs if key.endswith("_input_ids")]
+    features = ({key.removeprefix(f"{c}_"): inputs[key] for key in inputs if key.startswith(f"{c}_")} for c in columns)
+    queries, positives, *negatives = map(token_ids, features)
+    return [*zip(queries, positives, strict=True), *((text,) for column in negatives for text in column)]
 
 
 def _features_of_texts(

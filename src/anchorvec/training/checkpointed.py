@@ -1,0 +1,141 @@
+"""transformers' trainer with checkpoints from which training goes on bit for bit.
+
+Its own have the optimizer, the schedule and the states of the random generators. What they lack is here: the weights
+as they are trained (tied ones, adapters over frozen ones, objectives that are no `PreTrainedModel`), the loss since the
+last line of the log, the counts, and what the samplers have found.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from xxhash import xxh3_64_intdigest
+
+from anchorvec.errors import AnchorvecError
+from anchorvec.files import write_json
+from anchorvec.training.checkpoints import Checkpoints
+
+WEIGHTS, STATE, ORDERS = "model.safetensors", "stage.json", "similar_pairs.safetensors"
+
+Explain = Callable[[str, int, Sequence[int]], str]
+
+
+class CheckpointedTrainer(Trainer):
+    """A trainer whose checkpoints are complete, and which stops at the first number that is not finite.
+
+    `checkpoints`: where they are; without, none can be written. `orders`: what its samplers have found and need not
+    seek again. `explain` gives the message of an error: what is not finite, at which step, and with which rows, by
+    their numbers in the data.
+    """
+
+    checkpoints: Checkpoints | None = None
+    explain: Explain = staticmethod("{} is no finite number any more at step {}, of the rows {}".format)
+    rows_hash = 0
+    """Of the rows of all steps so far."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.orders: dict[str, Tensor] = {}
+        super().__init__(*args, **kwargs)
+
+    def go_on_from(self, checkpoint: Path) -> None:
+        """Have `train(resume_from_checkpoint=checkpoint)` go on exactly as it would have."""
+        state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+        if (checkpoint / ORDERS).is_file():
+            self.orders.update(load_file(checkpoint / ORDERS))
+        self.take_up(state)
+        self.add_callback(_LossSoFar(self, state))
+
+    def kept(self) -> dict[str, Any]:
+        """What a checkpoint keeps beyond transformers' own, as plain JSON values; floats come back as they were."""
+        return {
+            "loss_since_log": self._tr_loss.item(),
+            "last_logged_step": self._globalstep_last_logged,
+            "rows_hash": self.rows_hash,
+        }
+
+    def take_up(self, state: dict[str, Any]) -> None:
+        """Go on with `state`, which `kept` gave, before training starts."""
+        self.rows_hash = state["rows_hash"]
+
+    def count_rows(self, rows: Iterable[Sequence[Sequence[int]]]) -> None:
+        """Add the rows of a step, each the token ids of its texts, to `rows_hash`; their order does not matter."""
+        hashes = (xxh3_64_intdigest(b"|".join(np.asarray(ids).tobytes() for ids in row)) for row in rows)
+        step = sum(hashes) % 2**64
+        self.rows_hash = xxh3_64_intdigest(self.rows_hash.to_bytes(8, "little") + step.to_bytes(8, "little"))
+
+    def check_finite(self, what: str, value: Tensor | float) -> None:
+        """Raise AnchorvecError, with the step and its rows, unless `value`, which is `what`, is a finite number.
+
+        The weights are still those before the step then.
+        """
+        if not math.isfinite(value):
+            step = self.state.global_step + 1
+            raise AnchorvecError(self.explain(what, step, self.rows_of(step)))
+
+    def rows_of(self, step: int) -> list[int]:
+        """The numbers of the rows of a step in the training data, whose data sets are counted one after another."""
+        loader: Any = self.get_train_dataloader()
+        epoch, batch = divmod(step - 1, len(loader))
+        loader.set_epoch(epoch)
+        rows: list[int] = next(islice(iter(loader.batch_sampler), batch, None))
+        return rows
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float:
+        norm: Tensor | float = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[no-untyped-call]
+        self.check_finite("the loss has a gradient that", norm)
+        return norm
+
+    # Checkpoints
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        assert self.checkpoints is not None
+        with self.checkpoints.writing_step(self.state.global_step) as folder:
+            super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                write_json(folder / STATE, self.kept())
+                if self.orders:
+                    save_file(self.orders, folder / ORDERS)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if self.args.should_save:
+            weights = {name: tensor.detach().contiguous() for name, tensor in self._trained().items()}
+            if not all(tensor.isfinite().all() for tensor in weights.values() if tensor.is_floating_point()):
+                step = self.state.global_step
+                raise AnchorvecError(self.explain("a weight", step, self.rows_of(step)))
+            save_file(weights, Path(output_dir or str(self.args.output_dir)) / WEIGHTS)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        weights, trained = load_file(Path(resume_from_checkpoint) / WEIGHTS), self._trained()
+        if {name: t.shape for name, t in weights.items()} != {name: t.shape for name, t in trained.items()}:
+            raise AnchorvecError(f"{resume_from_checkpoint}: this checkpoint is one of another model")
+        with torch.no_grad():
+            for name, tensor in trained.items():
+                tensor.copy_(weights[name])
+
+    def _trained(self) -> dict[str, Tensor]:
+        """The parameters that are trained, tied ones once, and the buffers that the model is saved with."""
+        model = self.accelerator.unwrap_model(self.model)
+        saved = model.state_dict().keys()
+        buffers = {name: buffer for name, buffer in model.named_buffers() if name in saved}
+        return {name: p for name, p in model.named_parameters() if p.requires_grad} | buffers
+
+
+class _LossSoFar(TrainerCallback):
+    """Gives a trainer back what it forgets when it starts: the loss since the last line of the log."""
+
+    def __init__(self, trainer: CheckpointedTrainer, state: dict[str, Any]) -> None:
+        self.trainer, self.state = trainer, state
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer._tr_loss.fill_(self.state["loss_since_log"])
+        self.trainer._globalstep_last_logged = self.state["last_logged_step"]
