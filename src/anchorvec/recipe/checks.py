@@ -11,7 +11,7 @@ _Key = tuple[str, ...]
 
 
 def check_reading(model: "ModelSettings") -> None:
-    """Raise PydanticCustomError where `model` has a way to read texts that can't be, or that no plain folder can say."""
+    """Raise PydanticCustomError where `model` has a way to read texts that no plain folder can say."""
     means = model.pooling != "lasttoken"
     if model.end == "none" and not means:
         _refuse("`none` leaves nothing to pool the last token's state at; take token, or another model.pooling", "end")
