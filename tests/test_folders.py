@@ -158,10 +158,12 @@ def test_an_embedder_as_base_keeps_what_is_its_own(folders, tmp_path, capsys):
     assert kept.model.max_tokens == 40
     assert (kept.data.train[0].instruction, kept.data.train[0].document_instruction) == ("ask: ", "note: ")
     line = capsys.readouterr().err
-    assert "kept: its limit of 40 tokens; prompts query 'ask: ', document 'note: '; replaced: mean pooling" in line
+    assert "kept: its limit of 40 tokens; no end; pooling 'mean'; prompts query 'ask: ', document 'note: '; " in line
+    assert (kept.model.pooling, kept.model.end) == ("mean", "none")
     values = {"model.base": base, "model.max_tokens": 50, "data.train": [{"path": data, "instruction": "find: "}]}
-    other = with_settings_of_base(recipe(values))
+    other = with_settings_of_base(recipe({**values, "model.pooling": "lasttoken"}))
     assert other.model.max_tokens == 50
+    assert (other.model.pooling, other.model.end) == ("lasttoken", "token")
     assert (other.data.train[0].instruction, other.data.train[0].document_instruction) == ("find: ", "note: ")
     assert "its limit of 40 tokens, by model.max_tokens = 50" in capsys.readouterr().err
     with pytest.raises(AnchorvecError, match=r"data.max_tokens: 48 is more than the 40 tokens"):

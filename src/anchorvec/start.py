@@ -115,6 +115,8 @@ def _kept_model(found: ModelFolder, asked: ModelSettings, kept: list[str], repla
     with reading(asked.base):
         tokenizer = AutoTokenizer.from_pretrained(str(user_path(asked.base)), revision=asked.revision)
     end = stored_end(tokenizer)
+    if end == "none" and "lasttoken" in (found.pooling, asked.pooling if "pooling" in asked.model_fields_set else None):
+        end = None  # it pools the last token of the text itself
     ours = asked.end if isinstance(asked.end, str) else (asked.end.before, asked.end.after)
     if end is not None and "end" not in asked.model_fields_set:
         update["end"] = end if isinstance(end, str) else EndPrompt(before=end[0], after=end[1])

@@ -51,9 +51,9 @@ class Template:
         return slice(stop - (len(ids) - len(self.ids)) // self.copies, stop)
 
     def once(self, ids: Sequence[Any]) -> Sequence[Any]:
-        """What a tokenizer with it gives of a text without special tokens, one thing a token, of one copy alone.
+        """The part of `ids` that is of one copy of a text, where a tokenizer gave them without special tokens.
 
-        Copies are made without special tokens too.
+        Copies are made without these too. `ids`: or whatever else there is of each token.
         """
         return ids[: len(ids) // self.copies]
 

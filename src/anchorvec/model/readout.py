@@ -106,17 +106,23 @@ def prompt_length(tokenizer: PreTrainedTokenizerBase, prompt: str) -> int:
 
 
 def last_states(states: Tensor, lengths: Sequence[int], left_out: Sequence[int]) -> Tensor:
-    """The state at the last token of each text: (texts, dim); `states` and `lengths` as in `Readout.pool`."""
+    """The state at the last token of each text: (texts, dim); `states` and `lengths` as in `Readout.pool`.
+
+    That is no prompt's, so that none is `left_out`.
+    """
     return states[to_device(np.cumsum(lengths) - 1, states.device)]
 
 
 def mean_states(states: Tensor, lengths: Sequence[int], left_out: Sequence[int]) -> Tensor:
-    """The mean of the states of each text, but for as many at its beginning as are `left_out`: (texts, dim)."""
+    """The mean of the states of each text, but for as many at its beginning as are `left_out`: (texts, dim).
+
+    `states` and `lengths` as in `Readout.pool`.
+    """
     return _weighted_mean(states, lengths, _positions(lengths) >= np.repeat(left_out, lengths))
 
 
 def position_weighted_states(states: Tensor, lengths: Sequence[int], left_out: Sequence[int]) -> Tensor:
-    """As `mean_states`, the n-th state of a text weighted by n."""
+    """As `mean_states` of `states`, `lengths` and `left_out`, the n-th state of a text weighted by n."""
     positions = _positions(lengths)
     return _weighted_mean(states, lengths, (positions + 1) * (positions >= np.repeat(left_out, lengths)))
 

@@ -11,7 +11,7 @@ _Key = tuple[str, ...]
 
 
 def check_reading(model: "ModelSettings") -> None:
-    """Raise PydanticCustomError for a way to read texts that can't be, or that no plain folder can say."""
+    """Raise PydanticCustomError where `model` has a way to read texts that no plain folder can say."""
     means = model.pooling != "lasttoken"
     if model.end == "none" and not means:
         _refuse("`none` leaves nothing to pool the last token's state at; take token, or another model.pooling", "end")
@@ -34,7 +34,7 @@ def check_reading(model: "ModelSettings") -> None:
 
 
 def check_recipe(recipe: "Recipe") -> None:
-    """Raise PydanticCustomError for keys of different sections that don't go together."""
+    """Raise PydanticCustomError for keys of different sections of `recipe` that don't go together."""
     if recipe.training_tokens > recipe.model.max_tokens:
         _refuse(
             "{training} is more than the {limit} of model.max_tokens; lower it, or raise that",

@@ -9,12 +9,12 @@ _KINDS = {
 
 
 def kind_of_stage_one(stage: StageOne) -> str:
-    """What Stage I is called."""
+    """What Stage I with the settings `stage` is called."""
     return _KINDS[stage.target]
 
 
 def describe_stage_one(stage: StageOne) -> str:
-    """What Stage I trains."""
+    """What Stage I with the settings `stage` trains."""
     verb = "writes" if stage.target == "text" else "tells the words of"
     directions = [("query", "document", stage.alpha), ("document", "query", 1 - stage.alpha)]
     parts = [f"the {read}'s embedding {verb} the {told} (weight {w:g})" for read, told, w in directions if w]
@@ -22,12 +22,12 @@ def describe_stage_one(stage: StageOne) -> str:
 
 
 def kind_of_stage_two(stage: StageTwo) -> str:
-    """What Stage II is called."""
+    """What Stage II with the settings `stage` is called."""
     return "contrastive learning" + " with bag-of-words reconstruction beside it" * bool(stage.bag_of_words_weight)
 
 
 def describe_stage_two(stage: StageTwo) -> str:
-    """What Stage II trains."""
+    """What Stage II with the settings `stage` trains."""
     weight = f" (weight {stage.bag_of_words_weight:g})" if stage.bag_of_words_weight else ""
     trained = "all parameters" if stage.lora is None else f"LoRA of rank {stage.lora.r}"
     return f"{kind_of_stage_two(stage)}{weight}, temperature {stage.temperature:g}; {trained}"
