@@ -69,8 +69,8 @@ def test_a_difference_is_seldom_shown_where_there_is_none(case):
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("seeds", [3, 5, 10])
 def test_differences_are_shown_at_their_rate_where_there_is_none(seeds, case):
-    """At most one in twenty, within what 1,000 simulated comparisons and three seeds allow."""
-    assert found_where_there_is_none(seeds, case, runs=1_000, items=100) <= 0.065
+    """At most one in twenty, within what 1,000 simulated comparisons can tell (0.05 and 3.6 standard errors)."""
+    assert found_where_there_is_none(seeds, case, runs=1_000, items=100) <= 0.075
 
 
 def test_seeds_that_differ_hide_a_difference_that_items_alone_would_show():

@@ -24,7 +24,7 @@ from anchorvec.data import read_pairs
 from anchorvec.data.stage_inputs import StageInputs, stage_inputs
 from anchorvec.device import check_one_device, device_name, resolve_precision
 from anchorvec.disk import check_disk
-from anchorvec.evaluation import LocalData, Scores, bm25_scores, check_test_data, evaluate, scores_table
+from anchorvec.evaluation import LocalData, Scores, bm25_scores, check_test_data, evaluate, ranking_sets, scores_table
 from anchorvec.exporting.folder import Exported, export
 from anchorvec.exporting.hub import make_repository, push_folder
 from anchorvec.files import write_json
@@ -299,7 +299,7 @@ def _score(
     say(f"scoring: {TITLES[system]}")
     release_freed_memory()  # of a finished stage
     if model is None:
-        found = {test.name: bm25_scores(test) for test in tests}
+        found = {test.name: bm25_scores(test) for test in ranking_sets(tests)}
     else:
         bf16 = resolve_precision(settings.precision) == "bf16"
         found = evaluate(

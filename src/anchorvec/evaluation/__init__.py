@@ -3,7 +3,14 @@
 from anchorvec.evaluation.averages import Averages, averages_tables
 from anchorvec.evaluation.beir import BeirData, docstring_collection, load_beir, write_beir
 from anchorvec.evaluation.comparison import Compared, Comparison
-from anchorvec.evaluation.evaluate import Evaluation, bm25_scores, check_test_data, evaluate, require_extra
+from anchorvec.evaluation.evaluate import (
+    Evaluation,
+    bm25_scores,
+    check_test_data,
+    evaluate,
+    ranking_sets,
+    require_extra,
+)
 from anchorvec.evaluation.scores import Scores, difference, scores_table
 from anchorvec.evaluation.statistics import (
     Difference,
@@ -39,6 +46,7 @@ __all__ = [
     "load_beir",
     "paired_difference",
     "paired_difference_over_seeds",
+    "ranking_sets",
     "require_extra",
     "scores_table",
     "student_interval",

@@ -22,7 +22,7 @@ from anchorvec.evaluation.scores import Scores
 from anchorvec.evaluation.task_kind import LocalData
 from anchorvec.evaluation.tasks import kind_of_data, kind_of_mteb_type, load_folder, sets_in
 from anchorvec.model.vector_cache import vector_cache
-from anchorvec.terminal import Bar
+from anchorvec.terminal import Bar, say
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -218,6 +218,14 @@ def bm25_scores(data: str | Path | LocalData, *, seed: int = 0) -> Scores:
         layouts = " or ".join(kind.layout for kind in RANKED)
         raise AnchorvecError(f"{local.name}: BM25 is scored on retrieval and re-ranking; name a set with {layouts}")
     return _bm25([local.name], _Asked([local], (), (), None, seed, {}, False))[local.name]
+
+
+def ranking_sets(data: Sequence[LocalData]) -> list[LocalData]:
+    """Of `data` the sets that BM25 is scored on; the others are named in a line."""
+    found = [part for part in data if kind_of_data(part) in RANKED]
+    if others := [part.name for part in data if part not in found]:
+        say(f"bm25: it ranks documents, so there are none of {', '.join(others)}")
+    return found
 
 
 def _bm25(names: Sequence[str], asked: _Asked) -> dict[str, Scores]:

@@ -285,7 +285,7 @@ class EvaluationSettings(_Section):
     precision: Literal["auto", "bf16", "fp32"] = "fp32"
     """Number format in which models are scored; `auto` as in `model.precision`."""
     bm25: bool = False
-    """Score BM25 too, on the folders of `data`."""
+    """Score BM25 too, on the sets of `data` for retrieval and re-ranking."""
 
 
 class Recipe(_Section):
