@@ -12,8 +12,9 @@ from anchorvec.evaluation import difference, evaluate
 from anchorvec.evaluation.clustering import CLUSTERING, OF_SAMPLES, V_MEASURE, GroupedTexts
 from anchorvec.model.embedder import build_embedder
 from anchorvec.model.loading import load_model
+from anchorvec.model.text_encoder import TextEncoder
+from support import register_mock_tasks
 
-mocks = pytest.importorskip("mteb.mocks.mock_tasks.clustering")
 ROWS = [{"text": f"{'abc'[i % 3] * (3 + i % 5)} {i}", "label": "xyz"[i % 3]} for i in range(40)]
 
 
@@ -35,7 +36,7 @@ def of_mteb(monkeypatch):
         return result
 
     monkeypatch.setattr(mteb, "evaluate", recorded)
-    monkeypatch.setattr(mteb, "get_task", lambda name: getattr(mocks, name)())
+    register_mock_tasks(monkeypatch)
     return found
 
 
@@ -66,7 +67,9 @@ def test_the_samples_are_those_that_mteb_draws(model, of_mteb):
 
     data = GroupedTexts("notes", ROWS)
     evaluate(model, data=[data])
-    mteb.evaluate(_mteb.Encoder(model, None), _mteb.local_task(CLUSTERING, data), cache=None, co2_tracker=False)
+    mteb.evaluate(
+        _mteb.Encoder(TextEncoder(model), None), _mteb.local_task(CLUSTERING, data), cache=None, co2_tracker=False
+    )
     assert of_mteb[0]["v_measures"] == of_mteb[1]["v_measures"]
 
 

@@ -72,10 +72,10 @@ def test_stage_one_computes_in_bf16_where_it_is_asked_for(tmp_path, monkeypatch,
     """The context that transformers' trainer gives its own steps is autocast to bf16; weights stay fp32."""
     seen, encode = set(), TextReconstruction.encode
 
-    def recorded(self, texts):
+    def recorded(self, *texts):
         if torch.is_grad_enabled() and self.training:
             seen.add((torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"), self.model.dtype))
-        return encode(self, texts)
+        return encode(self, *texts)
 
     def step(*args, **options):
         with monkeypatch.context() as patch:

@@ -84,7 +84,8 @@ def model_card(stage: Path, model: SentenceTransformer, *, name: str, readout: R
     folder still holds the LM head that `anchorvec decode` needs (T26).
     """
     run = Run(stage.parent)
-    run_text = _read(run.record) or "{}"
+    record = json.loads(_read(run.record) or "{}")
+    record.pop("export", None)  # of an earlier export: folders of this machine, and what comes with this one
     scores = json.loads(_read(run.scores) or "{}")
     recipe = stored_recipe(run)
     trained = _trained(stage, recipe) if recipe else []
@@ -111,9 +112,9 @@ def model_card(stage: Path, model: SentenceTransformer, *, name: str, readout: R
         intervals=lambda score: (
             "{:.3f} to {:.3f}".format(*score["ndcg_at_10_interval"]) if "ndcg_at_10_interval" in score else ""
         ),
-        score_set=_describe_score_set(json.loads(run_text).get("score_set")),
+        score_set=_describe_score_set(record.get("score_set")),
         recipe=dump_recipe(recipe, output=False).strip() if recipe else "",
-        run=run_text.strip(),
+        run=json.dumps(record, indent=2, ensure_ascii=False),
     )
     return str(card)
 

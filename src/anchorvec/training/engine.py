@@ -73,7 +73,7 @@ class Demand:
 def choose_engine(model: PreTrainedModel, forward: Callable[[int], tuple[Tensor, int]], demand: Demand) -> Engine:
     """The way to compute a stage of `model` on this machine with the memory that is free now.
 
-    `forward` is as in `kept_bytes`. Sets gradient checkpointing on `model`.
+    `forward` is as in `kept_bytes`, `demand` what the stage wants to hold. Sets gradient checkpointing on `model`.
     """
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return decide_engine(lambda checkpointing: kept_by(model, forward, demand, checkpointing), demand, trained)
@@ -86,7 +86,7 @@ def decide_engine(
     device: torch.device | None = None,
     free: float | None = None,
 ) -> Engine:
-    """The way to compute a stage that trains so many parameters, `trained`, on this machine or another `device`.
+    """The way to compute a stage with such a `demand` that trains so many parameters, `trained`, here or on a `device`.
 
     `kept`: the bytes kept for a token, and whatever their number, with gradient checkpointing or without. `free`: the
     bytes that are free beside the weights; None: those of this machine, now. Where the recipe leaves checkpointing
