@@ -364,6 +364,12 @@ def test_a_killed_process_leaves_a_whole_file(tmp_path: Path) -> None:
     assert check_kept(tmp_path, 5_000) >= 1_000
 
 
+def test_an_export_shares_the_vectors_of_its_run(run: Path) -> None:
+    """Compared with the stage that it was made of, whose adapter is merged."""
+    found = {model_fingerprint(load_encoder(run / folder, torch.float32)) for folder in ("stage_two", "model")}
+    assert len(found) == 1
+
+
 def test_an_index_without_a_cache_is_the_same(model: SentenceTransformer, kept: Path) -> None:
     """Kept vectors change no answer."""
     documents = {"a": "The cat sleeps.", "b": "Trains to Berlin."}

@@ -57,6 +57,15 @@ Instruction = Annotated[
 Cache = Annotated[
     bool, typer.Option("--cache/--no-cache", help="Keep vectors on disk, and encode no text of which one is kept.")
 ]
+Devices = Annotated[
+    str | None,
+    typer.Option(help="Share the texts out among devices: how many, or which (cuda:0,cuda:1; cpu,cpu)."),
+]
+Ray = Annotated[bool, typer.Option("--ray", help="Encode on a Ray cluster, with as many workers as --devices, if any.")]
+Index = Annotated[
+    Literal["exact", "usearch"] | None,
+    typer.Option(help="Compare with all vectors, or search them by usearch, which may miss one."),
+]
 ModelFolder = Annotated[str, typer.Argument(metavar="MODEL", help="A folder with an embedder, or a hub id.")]
 
 
@@ -201,9 +210,17 @@ def evaluate(
     ] = None,
     instruction: Instruction = None,
     cache: Cache = True,
+    devices: Devices = None,
+    ray: Ray = False,
+    sample: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Of retrieval, rank the relevant documents and N others, drawn.", min=0),
+    ] = None,
+    index: Index = None,
     json_file: JsonFile = None,
 ) -> None:
     """Score a model on local test sets (retrieval, re-ranking, STS, classification, clustering) and MTEB tasks."""
+    from anchorvec.device import devices_named
     from anchorvec.evaluation import averages_tables
     from anchorvec.evaluation import evaluate as run
 
@@ -218,6 +235,10 @@ def evaluate(
         instruction=instruction,
         baselines=baseline or [],
         cache=cache,
+        devices=devices_named(devices, ray=ray) if devices else (),
+        ray=ray,
+        sample=sample,
+        index=index,
         show_progress_bar=True,
     )
     _finish(scores.comparison, json_file)
@@ -232,6 +253,9 @@ def search(
     top_k: Annotated[int, typer.Option(help="Passages shown per query.", min=1)] = 5,
     instruction: Instruction = None,
     cache: Cache = True,
+    devices: Devices = None,
+    ray: Ray = False,
+    index: Index = None,
     json_file: JsonFile = None,
 ) -> None:
     """Ask a corpus in the terminal."""
@@ -239,9 +263,12 @@ def search(
 
     from anchorvec.commands.search import print_hits
     from anchorvec.commands.search import search as run
+    from anchorvec.device import devices_named
 
     _quiet()
-    found = run(model, corpus, query, top_k, instruction=instruction, cache=cache, show_progress_bar=True)
+    options: dict[str, Any] = {"instruction": instruction, "cache": cache, "index": index}
+    options |= {"devices": devices_named(devices, ray=ray) if devices else (), "ray": ray}
+    found = run(model, corpus, query, top_k, **options, show_progress_bar=True)
     if query:
         for text, hits in found.items():
             console.print(Text(text, style="bold"), soft_wrap=True)

@@ -43,6 +43,31 @@ def keep_frozen_in_bf16(model: nn.Module) -> None:
             module.to(torch.bfloat16)
 
 
+def devices_named(text: str | int, *, ray: bool = False) -> list[str]:
+    """The devices of `text`: so many of them, or their names, split by commas (`cuda:0,cuda:1`; `cpu,cpu`).
+
+    With `ray` they are workers of a cluster, which are counted alone. Raises AnchorvecError for a device that this
+    machine does not have.
+    """
+    if ray and not re.fullmatch(r"\s*[1-9][0-9]*\s*", str(text)):
+        raise AnchorvecError(f"--devices: {text!r} is no number of workers for --ray; write, for example, 2")
+    if ray:
+        return ["cluster"] * int(text)
+    default, here = default_device().type, torch.accelerator.device_count()
+    if re.fullmatch(r"\s*[0-9]+\s*", str(text)):
+        count = int(text)
+        names = ["cpu"] * count if default == "cpu" else [f"{default}:{i}" for i in range(count)]
+    else:
+        names = [name.strip() for name in str(text).split(",")]
+    known = ["cpu", *(f"{default}:{i}" for i in range(here))]
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        raise AnchorvecError(
+            f"--devices: {text!r} names no device of this machine ({', '.join(unknown)}); it has {', '.join(known)}"
+        )
+    return names
+
+
 def check_one_device() -> None:
     """Raise AnchorvecError where training would run on several devices, which it cannot yet."""
     if torch.cuda.device_count() > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:

@@ -6,9 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.console import Console
 from rich.text import Text
 
@@ -16,6 +15,7 @@ from anchorvec.data.documents import Corpus, Document, read_documents
 from anchorvec.data.passages import Passage, document_prompt, passages_of
 from anchorvec.errors import AnchorvecError
 from anchorvec.files import user_path, without_surrogates
+from anchorvec.model.nearest import IndexKind, check_index, nearest_index, scratch_array
 from anchorvec.model.text_encoder import TextEncoder
 from anchorvec.model.vector_cache import vector_cache
 from anchorvec.terminal import Bar, say, terminal
@@ -41,7 +41,9 @@ class Index:
     passages. They are encoded with the model's `document` prompt, queries with its `query` prompt or, in its place,
     with `instruction`, and compared by the model's own similarity, `batch_size` texts at a time, with a bar on a
     terminal if `show_progress_bar`. With `cache` their vectors are kept on disk, and no text is encoded of which one
-    is. All vectors stay on the model's device. Raises AnchorvecError if there is no text.
+    is; `devices` share the others out among as many processes, or `ray` among the workers of a Ray cluster. They are
+    searched exactly, or by usearch if `index` says so, or if it says nothing and there are more than a million. Raises
+    AnchorvecError if there is no text, and where what is asked for is not installed.
     """
 
     def __init__(
@@ -52,8 +54,12 @@ class Index:
         instruction: str | None = None,
         batch_size: int = 32,
         cache: bool = True,
+        devices: Sequence[str] = (),
+        ray: bool = False,
+        index: IndexKind | None = None,
         show_progress_bar: bool = False,
     ) -> None:
+        check_index(index, model)
         self.model = model
         self.instruction = None if instruction is None else without_surrogates(instruction)
         if isinstance(documents, Mapping):
@@ -62,14 +68,16 @@ class Index:
         if not documents:
             raise AnchorvecError("the corpus is empty; there is nothing to search")
         self.passages = documents
-        encode = TextEncoder(model, batch_size=batch_size, cache=vector_cache() if cache else None)
         texts = [passage.text for passage in documents]
-        with Bar({"encoding": sum(map(len, texts))}, shown=show_progress_bar) as bar:
+        kept = vector_cache() if cache else None
+        options: dict[str, Any] = {"batch_size": batch_size, "cache": kept, "devices": devices, "ray": ray}
+        sizes = {"encoding": sum(map(len, texts))}
+        with TextEncoder(model, **options) as encode, Bar(sizes, shown=show_progress_bar) as bar:
             bar.start("encoding")
             encode.on_texts = bar.advance
-            vectors = encode(texts, prompt=document_prompt(model), side="document")
+            vectors = encode(texts, prompt=document_prompt(model), side="document", allocate=scratch_array)
         encode.say_kept()
-        self._embeddings = torch.from_numpy(vectors).to(model.device)  # (passages, dim)
+        self._nearest = nearest_index(vectors, model, index)
 
     def __len__(self) -> int:
         """The number of passages."""
@@ -77,12 +85,10 @@ class Index:
 
     def search(self, query: str, top_k: int = 5) -> list[Hit]:
         """The `top_k` passages nearest to `query`, the nearest first."""
-        from sentence_transformers.util import semantic_search
-
         texts = [without_surrogates(query)]
         embedding = self.model.encode_query(texts, prompt=self.instruction, convert_to_tensor=True)  # (1, dim)
-        [found] = semantic_search(embedding, self._embeddings, top_k=top_k, score_function=self.model.similarity)
-        return [Hit(**asdict(self.passages[int(hit["corpus_id"])]), score=float(hit["score"])) for hit in found]
+        [found] = self._nearest.search(embedding, top_k)
+        return [Hit(**asdict(self.passages[row]), score=score) for row, score in found]
 
 
 def search(
@@ -94,6 +100,9 @@ def search(
     instruction: str | None = None,
     batch_size: int = 32,
     cache: bool = True,
+    devices: Sequence[str] = (),
+    ray: bool = False,
+    index: IndexKind | None = None,
     show_progress_bar: bool = False,
 ) -> dict[str, list[Hit]]:
     """Each query with its `top_k` nearest passages of the corpus, the nearest first.
@@ -106,6 +115,9 @@ def search(
     - `instruction`: put before each query, in place of the model's stored query prompt.
     - `batch_size`: texts that are encoded at a time.
     - `cache`: keeps vectors on disk, and encodes no passage again of which one is kept.
+    - `devices`: share the passages out among as many processes, such as `["cuda:0", "cuda:1"]` or `["cpu", "cpu"]`.
+    - `ray`: encodes on the Ray cluster that is found, or one on this machine, with as many workers as `devices` if any.
+    - `index`: `exact`, or `usearch`, which may miss a passage; by default exact up to a million passages.
     - `show_progress_bar`: shows a bar on a terminal while the corpus is encoded.
 
     How much is read, and what is left out, is said on stderr. Raises AnchorvecError for a model or a corpus that cannot
@@ -132,13 +144,16 @@ def search(
             instruction=instruction,
             batch_size=batch_size,
             cache=cache,
+            devices=devices,
+            ray=ray,
+            index=index,
             show_progress_bar=show_progress_bar,
         )
 
     if queries is None:
         return prompt_loop(_Watched(corpus_path, corpus, index_of), top_k)
-    index = index_of(corpus)
-    return {without_surrogates(query): index.search(query, top_k) for query in queries}
+    asked = index_of(corpus)
+    return {without_surrogates(query): asked.search(query, top_k) for query in queries}
 
 
 class _Watched:

@@ -10,15 +10,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import mteb
+import torch
 from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from mteb.abstasks.aggregated_task import AbsTaskAggregate
 from mteb.abstasks.task_metadata import TaskMetadata
-from mteb.models import EncoderProtocol, ModelMeta, SearchEncoderWrapper, SentenceTransformerEncoderWrapper
+from mteb.models import ModelMeta, SearchEncoderWrapper, SentenceTransformerEncoderWrapper
 from mteb.types import PromptType
+from sentence_transformers import SentenceTransformer
 
 from anchorvec.errors import AnchorvecError
+from anchorvec.evaluation.reranking import RERANKING
+from anchorvec.evaluation.retrieval import RETRIEVAL
 from anchorvec.evaluation.task_kind import LocalData, SubsetScores, TaskKind
 from anchorvec.evaluation.tasks import kind_of_mteb_type
+from anchorvec.model.nearest import ExactIndex, IndexKind, UsearchIndex, recall, scratch_array
 from anchorvec.model.text_encoder import TextEncoder, side_prompt
 
 _LOCAL = "local"
@@ -38,11 +43,16 @@ class Outcome:
     """What else scores say of the run: `seconds`, and what was kept with it."""
 
 
-def run(model: Any, task: Any) -> Outcome:
-    """The outcome of `model` (an encoder or a searcher in mteb's sense) on `task`; mteb caches and shows nothing."""
+def run(model: Any, task: Any, *, draw: tuple[int, int] | None = None) -> Outcome:
+    """The outcome of `model` (an encoder or a searcher in mteb's sense) on `task`; mteb caches and shows nothing.
+
+    `draw`: of its documents, if it ranks some, the relevant ones and so many others, drawn with this seed.
+    """
     # A task made of others (CQADupstackRetrieval) only averages their scores.
     kind = None if isinstance(task, AbsTaskAggregate) else kind_of_mteb_type(task.metadata.type)
     subsets = [] if kind is None else kind.record(task)
+    if draw is not None and kind is not None and kind.draw_documents is not None:
+        kind.draw_documents(task, *draw)
     start = time.perf_counter()
     with _quiet_datasets(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The task .* is superseded")  # said where it is named
@@ -159,7 +169,7 @@ class Encoder(SentenceTransformerEncoderWrapper):  # type: ignore[misc]  # mteb 
         self.prompts.setdefault(task_metadata.name, {})[side or "text"] = read or ""
         if not {"image", "audio", "video"} & set(inputs.dataset.features):
             texts = [text for batch in inputs for text in batch["text"]]
-            return self._encode(texts, prompt=prompt, side=side)
+            return self._encode(texts, prompt=prompt, side=side, allocate=scratch_array)
         self.model_prompts = {} if prompt is None else {task_metadata.name: prompt}  # where mteb looks it up
         return super().encode(
             inputs,
@@ -194,14 +204,59 @@ def searcher(model: Any) -> Any:
     return model
 
 
+def ranker(encoder: Encoder, task: Any, index: IndexKind | None) -> Any:
+    """`encoder` as `task` takes it: for one that ranks documents with the search in it, by `index`."""
+    ranks = task.metadata.type in (*RETRIEVAL.mteb_types, *RERANKING.mteb_types)
+    return _Ranker(encoder, index) if ranks else encoder
+
+
+class _Ranker(SearchEncoderWrapper):  # type: ignore[misc]  # mteb is not typed here
+    """mteb's exact search, block by block, or one by usearch; candidates that are given are ranked exactly."""
+
+    def __init__(self, encoder: Encoder, index: IndexKind | None) -> None:
+        super().__init__(encoder, index_backend=_Approximate(encoder.model) if index == "usearch" else None)
+        self.recall: float | None = None
+        self.corpus_chunk_size: int
+
+    def search(self, queries: Any, *, top_ranked: Any = None, **options: Any) -> Any:
+        if top_ranked is not None:
+            self.index_backend = None
+        # the scores of a block, of all queries, in a gigabyte
+        self.corpus_chunk_size = min(self.corpus_chunk_size, max(1_000, 2**28 // max(1, len(queries))))
+        found = super().search(queries, top_ranked=top_ranked, **options)
+        if self.index_backend is not None:
+            self.recall = min(self.index_backend.recalls)  # of the subsets
+        return found
+
+
+class _Approximate:
+    """usearch as an index of documents in mteb's sense, compared with an exact search on some of the queries."""
+
+    def __init__(self, model: SentenceTransformer) -> None:
+        self._model = model
+        self.recalls: list[float] = []
+
+    def add_documents(self, embeddings: Any, idxs: Any) -> None:
+        self._exact, self._index = ExactIndex(embeddings, self._model), UsearchIndex(embeddings, self._model)
+
+    def search(self, embeddings: Any, top_k: int, *_: Any, **__: Any) -> tuple[list[list[float]], list[list[int]]]:
+        queries = torch.as_tensor(embeddings)
+        self.recalls.append(recall(self._index, self._exact, queries[:100]))
+        found = self._index.search(queries, top_k)
+        return [[score for _, score in hits] for hits in found], [[row for row, _ in hits] for hits in found]
+
+    def clear(self) -> None:
+        del self._exact, self._index
+
+
 def without_own(model: Any, own: Collection[str]) -> Any:
-    """`model`, an encoder or a searcher, that ranks no document for the query of the same id where `own` has this id.
+    """`model`, a searcher, that ranks no document for the query of the same id where `own` has this id.
 
     mteb's `ignore_identical_ids` would go by the id alone, for all queries of a task.
     """
     if not own:
         return model
-    return searcher(_WithoutOwn(SearchEncoderWrapper(model) if isinstance(model, EncoderProtocol) else model, own))
+    return searcher(_WithoutOwn(model, own))
 
 
 class _WithoutOwn:

@@ -126,14 +126,22 @@ def outcome_of(task: Any, result: Any, subsets: Iterable[SubsetScores] = ()) -> 
     return _mteb.Outcome(task.metadata.type, float(own.get_score()), found, own)
 
 
-def run(model: Any, task: Any, kept: Kept | None, about: Mapping[str, Any], **options: Any) -> _mteb.Outcome:
+def run(
+    model: Any,
+    task: Any,
+    kept: Kept | None,
+    about: Mapping[str, Any],
+    *,
+    draw: tuple[int, int] | None = None,
+    **options: Any,
+) -> _mteb.Outcome:
     """The outcome of `model` on `task`, which is in `kept` afterwards, with what is to be said `about` it.
 
     A task made of others goes on where it was interrupted. `options` are those that it encodes with, which mteb
-    writes beside the result.
+    writes beside the result. `draw` is that of `_mteb.run`, and only where nothing is kept.
     """
     if kept is None:
-        return _mteb.run(model, fresh(task))
+        return _mteb.run(model, fresh(task), draw=draw)
     if task.is_aggregate:
         done = [kept.outcome(part) or run(model, part, kept, about, **options) for part in parts(task)]
         seconds = {"seconds": sum(part.about["seconds"] for part in done)}

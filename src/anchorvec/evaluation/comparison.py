@@ -138,7 +138,7 @@ class Comparison:
         for heading in (metric, "model minus it", "p (Holm)", "interval"):
             table.add_column(heading, justify="right", no_wrap=True)
         for task in tasks:
-            table.add_row(escape(task), _score(self.scores[task]))
+            table.add_row(escape(task + self.scores[task].marks), _score(self.scores[task]))
             for name, of_baseline in self.baselines.items():
                 found = next((row for row in rows if row.baseline == name and row.sets == (task,)), None)
                 if task in of_baseline:

@@ -7,7 +7,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,8 @@ from anchorvec.terminal import Bar, say
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
+    from anchorvec.model.nearest import IndexKind
+
 
 def evaluate(
     model: "SentenceTransformer | str | Path",
@@ -40,6 +42,10 @@ def evaluate(
     seed: int = 0,
     baselines: Sequence[str | Path] = (),
     cache: bool = True,
+    devices: Sequence[str] = (),
+    ray: bool = False,
+    sample: int | None = None,
+    index: "IndexKind | None" = None,
     show_progress_bar: bool = False,
 ) -> "Evaluation":
     """The scores of `model` on every folder of `data` and every MTEB task of `tasks`.
@@ -65,12 +71,18 @@ def evaluate(
     - `batch_size`: texts encoded at a time.
     - `instruction`: replaces the stored query prompts, and all prompts of texts that are no documents either. In it
       `{instruction}` stands for mteb's own instruction of each task.
-    - `seed`: of the intervals.
+    - `seed`: of the intervals, and of the `sample`.
     - `baselines`: what it is compared with on the same data, in `comparison` of what comes back: models by folder or
       hub id, which are read with the prompts that are stored with them; `bm25`, on retrieval and re-ranking;
       `untrained`, the folder `base` of the run that `model` is in; an earlier run, or a file that `anchorvec evaluate
       --json` wrote, by the scores that are in it.
     - `cache`: keeps vectors on disk, and encodes no text of which one is kept (`model.vector_cache`).
+    - `devices`: share the texts out among as many processes, such as `["cuda:0", "cuda:1"]` or `["cpu", "cpu"]`.
+    - `ray`: encodes on the Ray cluster that is found, or one on this machine, with as many workers as `devices` if any.
+    - `sample`: of the documents of retrieval, ranks all relevant ones and so many others, which are drawn; its scores
+      are marked, and higher than those on all documents.
+    - `index`: `exact`, as by default, or `usearch`, which may miss documents; its scores are marked with its recall.
+      Neither these nor those of a sample are kept in `results`.
     - `show_progress_bar`: shows a bar over all of it on stderr, with the time left, where that is a terminal.
 
     Raises AnchorvecError for data that cannot be used, an unknown task, one of more than texts, and if the data of no
@@ -80,8 +92,12 @@ def evaluate(
         raise AnchorvecError("there is nothing to score on; name a test set or an MTEB task")
     others = check_baselines(baselines, model)
     local = check_test_data(data=data, tasks=tasks, languages=languages)
-    encoding = {"batch_size": batch_size, "cache": vector_cache() if cache else None}
-    asked = _Asked(local, tasks, languages, results, seed, encoding, show_progress_bar)
+    if tasks and results is not None and (sample is not None or index == "usearch"):
+        say(f"scores of a sample or an approximate search are not kept in {results}, nor are kept ones taken")
+        results = None
+    kept = vector_cache() if cache else None
+    encoding = {"batch_size": batch_size, "cache": kept, "devices": devices, "ray": ray}
+    asked = _Asked(local, tasks, languages, results, seed, encoding, show_progress_bar, sample, index)
     found = _evaluate(model, asked, instruction)
     of_others = score_baselines(
         others,
@@ -118,7 +134,14 @@ class _Asked:
     kept_in: str | Path | None
     seed: int
     encoding: Mapping[str, Any]
-    show_progress_bar: bool
+    show_progress_bar: bool = False
+    sample: int | None = None
+    index: "IndexKind | None" = None
+
+    @property
+    def draw(self) -> tuple[int, int] | None:
+        """How many documents are drawn beside the relevant ones, and the seed."""
+        return None if self.sample is None else (self.sample, self.seed)
 
 
 def _evaluate(model: "SentenceTransformer | str | Path", asked: _Asked, instruction: str | None) -> Evaluation:
@@ -129,6 +152,7 @@ def _evaluate(model: "SentenceTransformer | str | Path", asked: _Asked, instruct
         from anchorvec.evaluation import _mteb
         from anchorvec.evaluation.named import NamedTasks
         from anchorvec.model.loading import load_encoder, warn_of_named_prompts
+        from anchorvec.model.nearest import check_index
         from anchorvec.model.text_encoder import TextEncoder
 
         # Names are looked up before anything is loaded or run, so that a misspelt one fails at once.
@@ -141,8 +165,9 @@ def _evaluate(model: "SentenceTransformer | str | Path", asked: _Asked, instruct
             if instruction is None:
                 warn_of_named_prompts(model, [*all_tasks, *named.to_run])
             dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-            encode = TextEncoder(model, **asked.encoding)
-            of_model = {"device": str(model.device), "dtype": dtype, "model": encode.fingerprint or ""}
+            check_index(asked.index, model)
+            encode = stack.enter_context(TextEncoder(model, **asked.encoding))
+            of_model = {"device": encode.device, "dtype": dtype, "model": encode.fingerprint or ""}
             encoder = _mteb.Encoder(encode, instruction)
             for task in named.to_run.values():
                 encoder.check(task)
@@ -157,14 +182,19 @@ def _evaluate(model: "SentenceTransformer | str | Path", asked: _Asked, instruct
                 if name in sizes:
                     bar.start(name)
                 about = of_model | {"prompts": prompts.setdefault(name, {})}
+                system = encoder if encoder is None else _mteb.ranker(encoder, task, asked.index)
                 if name in all_tasks:
-                    run = partial(_mteb.run, _mteb.without_own(encoder, own[name]), task)
+                    run = partial(_mteb.run, _mteb.without_own(system, own[name]), task, draw=asked.draw)
                 else:
-                    run = partial(named.outcome, name, encoder, about, batch_size=asked.encoding["batch_size"])
-                results |= _scores(name, task, run, seed=seed, **about)
+                    options = {"batch_size": asked.encoding["batch_size"], "draw": asked.draw}
+                    run = partial(named.outcome, name, system, about, **options)
+                of_task = _scores(name, task, run, seed=seed, draw=asked.draw, **about)
+                recall = getattr(system, "recall", None)
+                results |= {part: replace(scores, recall=recall) for part, scores in of_task.items()}
         results.averages = named.averages()
     if encode is not None:
         encode.say_kept()
+    _say_unused(results, asked)
     if encoder is not None and encoder.read_as_queries:
         warnings.warn(
             "the texts of these tasks are neither queries nor documents, and were read with the query prompt that is "
@@ -172,6 +202,16 @@ def _evaluate(model: "SentenceTransformer | str | Path", asked: _Asked, instruct
             stacklevel=3,
         )
     return results
+
+
+def _say_unused(results: Mapping[str, Scores], asked: _Asked) -> None:
+    """Name the tasks for which a sample or an approximate search means nothing."""
+    whole = [name for name, scores in results.items() if scores.sampled is None]
+    if asked.sample is not None and whole:
+        say(f"only documents of retrieval are sampled; scored in whole: {', '.join(whole)}")
+    exact = [name for name, scores in results.items() if scores.recall is None]
+    if asked.index == "usearch" and exact:
+        say(f"only documents of retrieval are searched by usearch; scored exactly: {', '.join(exact)}")
 
 
 def check_test_data(
@@ -204,11 +244,11 @@ def check_test_data(
     return local
 
 
-def bm25_scores(data: str | Path | LocalData, *, seed: int = 0) -> Scores:
+def bm25_scores(data: str | Path | LocalData, *, seed: int = 0, sample: int | None = None) -> Scores:
     """The scores of BM25, as the module `bm25` says, by the same metrics as `evaluate`'s.
 
     - `data`: a test set of retrieval or re-ranking, or what was read of it.
-    - `seed`: of the intervals.
+    - `seed` and `sample`: as there.
 
     Raises AnchorvecError for data that cannot be used, or are of another kind.
     """
@@ -217,7 +257,7 @@ def bm25_scores(data: str | Path | LocalData, *, seed: int = 0) -> Scores:
     if kind_of_data(local) not in RANKED:
         layouts = " or ".join(kind.layout for kind in RANKED)
         raise AnchorvecError(f"{local.name}: BM25 is scored on retrieval and re-ranking; name a set with {layouts}")
-    return _bm25([local.name], _Asked([local], (), (), None, seed, {}, False))[local.name]
+    return _bm25([local.name], _Asked([local], (), (), None, seed, {}, sample=sample))[local.name]
 
 
 def ranking_sets(data: Sequence[LocalData]) -> list[LocalData]:
@@ -241,15 +281,18 @@ def _bm25(names: Sequence[str], asked: _Asked) -> dict[str, Scores]:
             part = sets.get(name)
             task = named[name] if part is None else _mteb.local_task(kind_of_data(part), part)
             own = () if part is None else kind_of_data(part).own_documents(part)
-            run = partial(_mteb.run, _mteb.without_own(_mteb.searcher(Bm25()), own), task)
-            results |= _scores(name, task, run, seed=asked.seed, device="cpu", dtype="float32")
+            run = partial(_mteb.run, _mteb.without_own(_mteb.searcher(Bm25()), own), task, draw=asked.draw)
+            results |= _scores(name, task, run, seed=asked.seed, draw=asked.draw, device="cpu", dtype="float32")
     return {name: scores for name, scores in results.items() if name in names}
 
 
-def _scores(name: str, task: Any, run: Callable[[], Any], *, seed: int, **about: Any) -> dict[str, Scores]:
+def _scores(
+    name: str, task: Any, run: Callable[[], Any], *, seed: int, draw: tuple[int, int] | None = None, **about: Any
+) -> dict[str, Scores]:
     """The scores of `task` after a `run`: one entry, or one for each of its subsets; these share the main score.
 
-    `about` are fields of the scores that say what was run.
+    `draw` is a sample and its seed, if documents were drawn, which makes them other data. `about` are fields of the
+    scores that say what was run.
     """
     from anchorvec.evaluation import _mteb
 
@@ -268,13 +311,17 @@ def _scores(name: str, task: Any, run: Callable[[], Any], *, seed: int, **about:
     kind = kind_of_mteb_type(outcome.mteb_type)
     if kind is None or not outcome.subsets:
         return {name: Scores(metrics={}, per_item={}, counts={}, fingerprint=_mteb.fingerprint(task), **common)}
+    drawn = []
+    if draw is not None and kind.draw_documents is not None:
+        common["sampled"] = draw[0]
+        drawn = [f"{draw[0]} others, drawn with seed {draw[1]}"]
     several = len(outcome.subsets) > 1
     return {
         f"{name}/{part.split}/{part.subset}" if several else name: Scores(
             metrics=kind.intervals(part.per_item, seed),
             per_item=part.per_item,
             counts=part.counts,
-            fingerprint=_mteb.fingerprint(task, part.split, part.subset),
+            fingerprint=_mteb.fingerprint(task, part.split, part.subset, *drawn),
             **common,
         )
         for part in outcome.subsets

@@ -3,6 +3,7 @@
 Metrics are mteb's and pytrec_eval's.
 """
 
+import random
 from collections.abc import Mapping
 from operator import attrgetter
 from pathlib import Path
@@ -74,6 +75,33 @@ def record_of_queries(task: Any, measures: Mapping[str, str]) -> list[SubsetScor
     return found
 
 
+def draw_documents(task: Any, others: int, seed: int) -> None:
+    """Have `task` rank the relevant documents alone with `others` that are drawn with `seed`, of each split and subset.
+
+    Where candidates are given for each query, all of them stay. mteb brings older data into the present form directly
+    before it runs a split, which is the last place for it.
+    """
+    own = task.convert_v1_dataset_format_to_v2
+
+    def convert_v1_dataset_format_to_v2(*args: Any, **options: Any) -> None:
+        own(*args, **options)
+        for part in (part for of_splits in task.dataset.values() for part in of_splits.values()):
+            if part["top_ranked"] is None:
+                part["corpus"] = _sample_of(part, others, seed)  # of what is a sample already, all of it
+
+    task.convert_v1_dataset_format_to_v2 = convert_v1_dataset_format_to_v2
+    if task.data_loaded:
+        task.convert_v1_dataset_format_to_v2(num_proc=None)
+
+
+def _sample_of(part: Mapping[str, Any], others: int, seed: int) -> Any:
+    relevant = {key for grades in part["relevant_docs"].values() for key, grade in grades.items() if grade > 0}
+    rows = {key: i for i, key in enumerate(part["corpus"]["id"])}
+    rest = sorted(rows.keys() - relevant)
+    drawn = random.Random(seed).sample(rest, min(others, len(rest)))
+    return part["corpus"].select(sorted(rows[key] for key in [*(relevant & rows.keys()), *drawn]))
+
+
 RETRIEVAL = TaskKind(
     name="Retrieval",
     mteb_types=("Retrieval", "InstructionRetrieval", "Any2AnyRetrieval"),
@@ -88,4 +116,5 @@ RETRIEVAL = TaskKind(
     own_documents=attrgetter("own_documents"),
     record=record,
     method="intervals: queries are drawn again; p: the two models are exchanged query by query",
+    draw_documents=draw_documents,
 )

@@ -46,6 +46,18 @@ class Scores:
     model: str = ""
     """The fingerprint of the model (`model_fingerprint`); empty for BM25."""
 
+    sampled: int | None = None
+    """How many documents were drawn beside the relevant ones; None: all documents were ranked."""
+    recall: float | None = None
+    """Of an approximate search: recall@10 against the exact one; None: it was exact."""
+
+    @property
+    def marks(self) -> str:
+        """What makes these other scores than the usual ones, for a table; empty if nothing does."""
+        marks = [f"sample: {self.sampled:,} others"] if self.sampled is not None else []
+        marks += [f"usearch: recall {self.recall:.3f}"] if self.recall is not None else []
+        return f" ({', '.join(marks)})" if marks else ""
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON: `ndcg_at_10` is the mean and `ndcg_at_10_interval` the two ends; counts by name."""
         flat: dict[str, Any] = {"kind": self.kind, "main_score": self.main_score}
@@ -62,6 +74,8 @@ class Scores:
             "prompts": dict(self.prompts),
             "model": self.model,
             "seconds": self.seconds,
+            "sampled": self.sampled,
+            "recall": self.recall,
             "per_item": {metric: dict(of_item) for metric, of_item in self.per_item.items()},
         }
 
@@ -125,5 +139,5 @@ def scores_table(results: Mapping[str, Scores], *, title: str | None = None) -> 
         table.add_column(heading, justify="right")
     for name, scores in results.items():
         cells = [str(scores.metrics[metric]) if metric in scores.metrics else "" for metric in columns]
-        table.add_row(escape(name), *cells, *([f"{scores.main_score:.3f}"] if other else []))
+        table.add_row(escape(name + scores.marks), *cells, *([f"{scores.main_score:.3f}"] if other else []))
     return table

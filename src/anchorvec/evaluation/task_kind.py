@@ -85,6 +85,8 @@ class TaskKind:
     """From two systems' per-item scores and a metric, by how much the second is above the first."""
     method: str = "intervals: items are drawn again; p: the two systems are exchanged item by item"
     """What intervals and p-values of this kind are over, for a table to say."""
+    draw_documents: Callable[[Any, int, int], None] | None = None
+    """Before a run, has a task of mteb keep its relevant documents and so many others, drawn with a seed."""
     own_documents: Callable[[Any], Collection[str]] = nothing_of
     """From the LocalData the ids of queries that are documents as well, and are left out of their own ranking."""
 

@@ -2,31 +2,28 @@
 
 import hashlib
 import json
-import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from importlib.metadata import version
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 
 from anchorvec.model.fingerprint import model_fingerprint
+from anchorvec.model.on_ray import RayWorkers, check_ray
+from anchorvec.model.sharing import Alone, Processes, Vectors, Workers
 from anchorvec.model.vector_cache import VectorCache
 from anchorvec.terminal import say
 
 Side = Literal["query", "document"]
-Vectors = np.ndarray[Any, Any]
 
 _FORMAT = 1
 """Of the keys; another one leaves all kept vectors behind."""
 _PROMPTS = {"query": ("query",), "document": ("document", "passage", "corpus")}
 """Where sentence-transformers looks for the prompt of a side."""
-_BATCHES_AT_ONCE = 4, 256
-_SECONDS_AT_ONCE = 1.0
 _ROWS_AT_ONCE = 4_096
-"""Batches are encoded, counted and kept together: a few, and twice as many where those took less than this."""
 
 
 def side_prompt(model: SentenceTransformer, side: Side | None) -> str | None:
@@ -40,8 +37,10 @@ class TextEncoder:
     """What gives texts the vectors that `model` has of them, in float32 (in float64 those of a model in float64).
 
     `batch_size` texts are encoded at a time. Vectors are looked for in the `cache`, and kept there as soon as they are
-    computed; None: no cache. `on_texts` is called with a number of characters whenever so many are done.
-    `encoded` and `kept` count texts: those that the model read, and those whose vector was there.
+    computed; None: no cache. `devices` share the texts out among as many processes or, with `ray`, among as many
+    workers of a cluster; they live until the end of the context that this is a manager of. `on_texts` is called with a
+    number of characters whenever so many are done.
+    `encoded` and `kept` count texts: those that the model read, and those whose vector was there; `device` says where.
     """
 
     def __init__(
@@ -50,14 +49,29 @@ class TextEncoder:
         *,
         batch_size: int = 32,
         cache: VectorCache | None = None,
+        devices: Sequence[str] = (),
+        ray: bool = False,
         on_texts: Callable[[int], None] = lambda characters: None,
     ) -> None:
         self.model = model
         self.batch_size = batch_size
         self.cache = cache
+        self._devices, self._on_ray = list(devices), ray
         self.on_texts = on_texts
         self.encoded = self.kept = 0
         self._dtype = np.float64 if model.dtype == torch.float64 else np.float32
+        self.device = "Ray" if ray else ", ".join(dict.fromkeys(devices)) or str(model.device)
+        self._workers: Workers | None = None
+        if ray:
+            check_ray()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._workers is not None:
+            self._workers.close()
+            self._workers = None
 
     def __call__(
         self,
@@ -113,32 +127,25 @@ class TextEncoder:
                 self.kept += len(which)
                 yield which, found
         longest_first = sorted(missing, key=lambda i: (-len(texts[i]), i))  # so that memory is short at once or never
-        for which, made in self._made(texts, longest_first, prompt, side):
+        options = {"prompt": prompt, "show_progress_bar": False, "convert_to_numpy": True}
+        options |= {} if side is None else {"task": side}
+        asked = [texts[i] for i in longest_first]
+        for places, vectors in self._working().encode(asked, **options) if asked else ():
+            which, made = [longest_first[i] for i in places], vectors.astype(self._dtype, copy=False)
             if self.cache is not None and keys:
                 self.cache.keep([keys[i] for i in which], made)
             self.encoded += len(which)
             yield which, made
 
-    def _made(
-        self, texts: list[str], order: list[int], prompt: str | None, side: Side | None
-    ) -> Iterator[tuple[list[int], Vectors]]:
-        options: dict[str, Any] = {} if side is None else {"task": side}
-        batches, start = _BATCHES_AT_ONCE[0], 0
-        while start < len(order):
-            which = order[start : start + batches * self.batch_size]
-            start += len(which)
-            began = time.monotonic()
-            made = self.model.encode(
-                [texts[i] for i in which],
-                prompt=prompt,
-                batch_size=self.batch_size,
-                show_progress_bar=False,
-                convert_to_numpy=True,
-                **options,
-            )
-            if time.monotonic() - began < _SECONDS_AT_ONCE:
-                batches = min(2 * batches, _BATCHES_AT_ONCE[1])
-            yield which, made.astype(self._dtype, copy=False)
+    def _working(self) -> Workers:
+        """What encodes, started at its first use."""
+        if self._workers is None and self._on_ray:
+            self._workers = RayWorkers(self.model, batch_size=self.batch_size, count=len(self._devices) or None)
+        elif self._workers is None and self._devices:
+            self._workers = Processes(self.model, self._devices, batch_size=self.batch_size)
+        elif self._workers is None:
+            self._workers = Alone(self.model, batch_size=self.batch_size)
+        return self._workers
 
     def _keys(self, texts: Sequence[str], prompt: str | None, side: Side | None) -> list[bytes]:
         """A hash of each text and of all else that decides its vector; none where there is no cache for this model."""
@@ -150,7 +157,8 @@ class TextEncoder:
             return []
         libraries = [version(name) for name in ("torch", "transformers", "sentence-transformers", "tokenizers")]
         # The device and how it multiplies decide the last digits, of half precision more than these.
-        device = [self.model.device.type, torch.get_float32_matmul_precision()]
+        of_first = self._working().kind if self._on_ray else torch.device(self.device.partition(",")[0]).type
+        device = [of_first, torch.get_float32_matmul_precision()]
         space = [_FORMAT, self.fingerprint, prompt, side, self.model.truncate_dim, device, libraries]
         key = hashlib.blake2b(json.dumps(space).encode(), digest_size=64).digest()
         return [
