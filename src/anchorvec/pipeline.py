@@ -23,7 +23,7 @@ from anchorvec.exporting.folder import Exported, export
 from anchorvec.files import write_json
 from anchorvec.model.loading import load_encoder
 from anchorvec.recipe import Recipe, StageOne, StageTwo, load_recipe, save_recipe
-from anchorvec.run import STAGE_TITLES, Run, StageName
+from anchorvec.run import STAGE_TITLES, SYSTEM_TITLES, Run, StageName
 from anchorvec.start import build_base, with_settings_of_base
 from anchorvec.terminal import say
 from anchorvec.training.budget import Budget, Measured
@@ -32,13 +32,6 @@ from anchorvec.training.progress import OnLog
 from anchorvec.training.stage import Stage
 from anchorvec.training.stage_one import train_stage_one
 from anchorvec.training.stage_two import train_stage_two
-
-TITLES: dict[str, str] = {
-    "bm25": "BM25",
-    "untrained": "untrained",
-    **{str(name): f"after {title}" for name, title in STAGE_TITLES.items()},
-}
-"""What tables call a system: the keys of a run's scores."""
 
 Scored = dict[str, dict[str, Scores]]
 """Scores by system, an untrained or a trained model or BM25, and task."""
@@ -159,7 +152,7 @@ def _score(
     if not tests and not names:
         return 0.0
     start = time.monotonic()
-    say(f"scoring: {TITLES[system]}")
+    say(f"scoring: {SYSTEM_TITLES[system]}")
     release_freed_memory()  # of a finished stage
     if model is None:
         found = {test.name: bm25_scores(test) for test in tests}
