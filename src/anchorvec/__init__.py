@@ -1,7 +1,8 @@
 """Turn an open decoder LLM into a text embedder.
 
-Each command is a function here: `quickstart`, `train`, `plan`, `evaluate`, `search`, `decode`, `export`. What they take
-and give back is here too, and what other training code can build on: the objectives of Stage I and their pairs.
+Each command is a function here: `quickstart`, `train`, `plan`, `evaluate`, `search`, `decode`, `export`, `report`.
+What they take and give back is here too, and what other training code can build on: the objectives of Stage I and their
+pairs.
 """
 
 import importlib
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from anchorvec.commands.decode import Decoded, decode
     from anchorvec.commands.plan import Plan, ShownPair, plan
     from anchorvec.commands.quickstart import QuickstartResult, quickstart
+    from anchorvec.commands.report import ReportResult, report
     from anchorvec.commands.search import Hit, Index, search
     from anchorvec.data.passages import Passage
     from anchorvec.data.tokens import PairTokenizer
@@ -88,6 +90,7 @@ __all__ = [
     "Recipe",
     "Reconstruction",
     "ReconstructionOutput",
+    "ReportResult",
     "Run",
     "Scores",
     "ShownPair",
@@ -108,6 +111,7 @@ __all__ = [
     "load_recipe",
     "plan",
     "quickstart",
+    "report",
     "search",
     "train",
 ]
@@ -120,6 +124,8 @@ _HOMES = {
     "plan": "commands.plan",
     "QuickstartResult": "commands.quickstart",
     "quickstart": "commands.quickstart",
+    "ReportResult": "commands.report",
+    "report": "commands.report",
     "Hit": "commands.search",
     "Index": "commands.search",
     "search": "commands.search",

@@ -307,6 +307,21 @@ def export(
     _finish(run_export(run, out), json_file)
 
 
+@app.command(epilog="Example: anchorvec report runs/mine --output report.html")
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN_OR_COMPARISON...", help="Folders of runs, or of comparisons.")
+    ],
+    output: Annotated[Path | None, typer.Option(help="Write one HTML file, with all that it needs in it.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the same as Markdown, for a model card.")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """One page: the verdict with its interval, scores, losses, cost, recipe, data, versions and commands."""
+    from anchorvec.commands.report import report as run
+
+    _finish(run(runs, output, markdown=markdown), json_file)
+
+
 def _quiet() -> None:
     """Keep the libraries' own bars and notes off the terminal; ours say what matters."""
     import logging

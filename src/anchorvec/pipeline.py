@@ -32,7 +32,7 @@ from anchorvec.interrupts import Interrupts
 from anchorvec.model.loading import load_encoder
 from anchorvec.recipe import Recipe, StageOne, StageTwo, load_recipe, save_recipe
 from anchorvec.resuming import check_same_data, opened, time_left
-from anchorvec.run import STAGE_TITLES, Run, StageName, is_embedder
+from anchorvec.run import STAGE_TITLES, SYSTEM_TITLES, Run, StageName, is_embedder
 from anchorvec.start import build_base, with_settings_of_base
 from anchorvec.terminal import say
 from anchorvec.training.budget import Budget, Measured
@@ -43,13 +43,6 @@ from anchorvec.training.stage import Stage
 from anchorvec.training.stage_one import train_stage_one
 from anchorvec.training.stage_two import train_stage_two
 from anchorvec.training.trackers import check_trackers
-
-TITLES: dict[str, str] = {
-    "bm25": "BM25",
-    "untrained": "untrained",
-    **{str(name): f"after {title}" for name, title in STAGE_TITLES.items()},
-}
-"""What tables call a system: the keys of a run's scores."""
 
 Scored = dict[str, dict[str, Scores]]
 """Scores by system, an untrained or a trained model or BM25, and task."""
@@ -296,7 +289,7 @@ def _score(
     if not (tests or names) or (before is not None and all(test.name in before for test in tests)):
         return 0.0
     start = time.monotonic()
-    say(f"scoring: {TITLES[system]}")
+    say(f"scoring: {SYSTEM_TITLES[system]}")
     release_freed_memory()  # of a finished stage
     if model is None:
         found = {test.name: bm25_scores(test) for test in ranking_sets(tests)}

@@ -21,6 +21,13 @@ STAGES: tuple[StageName, ...] = ("stage_one", "stage_two")
 
 STAGE_TITLES: dict[StageName, str] = {"stage_one": "Stage I", "stage_two": "Stage II"}
 
+SYSTEM_TITLES: dict[str, str] = {
+    "bm25": "BM25",
+    "untrained": "untrained",
+    **{str(name): f"after {title}" for name, title in STAGE_TITLES.items()},
+}
+"""What tables call a system: the keys of a run's scores."""
+
 
 @dataclass(frozen=True)
 class Run:

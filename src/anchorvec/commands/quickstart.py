@@ -28,10 +28,10 @@ from anchorvec.evaluation import (
 )
 from anchorvec.exporting.folder import Exported
 from anchorvec.files import write_json, write_text
-from anchorvec.pipeline import TITLES, TrainResult, WholeSet, load_training_data, run_stages
+from anchorvec.pipeline import TrainResult, WholeSet, load_training_data, run_stages
 from anchorvec.recipe import Recipe, load_recipe
 from anchorvec.resuming import as_begun
-from anchorvec.run import Run
+from anchorvec.run import SYSTEM_TITLES, Run
 from anchorvec.terminal import say
 from anchorvec.training.budget import Budget
 
@@ -70,7 +70,7 @@ class QuickstartResult:
         packages = " and ".join(self.score_set["held_out"])
         whole, part = (
             scores_table(
-                {TITLES[name]: scores for name, scores in of_systems.items()},
+                {SYSTEM_TITLES[name]: scores for name, scores in of_systems.items()},
                 title="{queries} queries over {documents:,} documents of {packages}{part}; 95% intervals".format(
                     **next(iter(of_systems.values())).counts, packages=packages, part=part
                 ),
@@ -79,7 +79,7 @@ class QuickstartResult:
         )
         last = list(self.scores)[-1]
         change = difference(self.scores["untrained"], self.scores[last])
-        line = f"{TITLES[last]} against untrained, on the queries that both have: {change}"
+        line = f"{SYSTEM_TITLES[last]} against untrained, on the queries that both have: {change}"
         return Group(whole, part, Text(line), self.export)
 
 
