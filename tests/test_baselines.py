@@ -25,7 +25,7 @@ from anchorvec.files import write_json
 from anchorvec.model.embedder import build_embedder
 from anchorvec.model.fingerprint import model_fingerprint
 from anchorvec.model.loading import load_model
-from support import decoder_calls, write_rows
+from support import decoder_calls, register_mock_tasks, write_rows
 
 TOPICS = ["tea", "iron", "maps", "salt"]
 
@@ -278,10 +278,7 @@ def test_bm25_is_scored_on_tasks_of_mteb(model_of_mocks):
 @pytest.fixture
 def model_of_mocks(other, monkeypatch):
     """A model, where mteb's small tasks are in its registry by the names of their classes."""
-    import mteb
-
-    mocks = pytest.importorskip("mteb.mocks.mock_tasks")
-    monkeypatch.setattr(mteb, "get_task", lambda name: getattr(mocks, name)())
+    register_mock_tasks(monkeypatch)
     return load_model(other)
 
 

@@ -22,7 +22,7 @@ from anchorvec.model import nearest
 from anchorvec.model.embedder import build_embedder
 from anchorvec.model.nearest import ExactIndex, UsearchIndex, nearest_index, recall, scratch_array
 from anchorvec.terminal import terminal
-from support import make_tokenizer
+from support import make_tokenizer, register_mock_tasks
 
 WORDS = ["cat", "dog", "cow", "hen", "fox", "owl", "bee", "ant", "elk", "eel", "emu", "gnu"]
 DATA = BeirData(
@@ -258,10 +258,7 @@ def test_a_task_of_mteb_is_sampled_and_others_are_named(
     model: SentenceTransformer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The task's data come with its run; candidates that are given for each query all stay."""
-    import mteb
-    from mteb.mocks import mock_tasks
-
-    monkeypatch.setattr(mteb, "get_task", lambda name: getattr(mock_tasks, name)())
+    register_mock_tasks(monkeypatch)
     names = ["MockRetrievalTask", "MockRerankingTask", "MockSTSTask"]
     results = evaluate(model, tasks=names, sample=0, instruction="Find: ")
     assert {name.split("/")[0]: scores.sampled for name, scores in results.items()} == dict(

@@ -120,7 +120,8 @@ def test_any_recipe_runs_for_a_time(tmp_path, monkeypatch):
     """Instead of its steps, which are saved as they were made; a tenth of the time is Stage I's."""
     clock = Clock()
     monkeypatch.setattr("anchorvec.training.budget.pace", lambda: 1.0)  # however busy this machine is
-    for module in ("training.progress", "training.stage", "training.trainers", "training.budget", "pipeline"):
+    of_training = (f"training.{name}" for name in ("progress", "stage", "trainers", "budget"))
+    for module in (*of_training, "pipeline", "resuming"):
         monkeypatch.setattr(f"anchorvec.{module}.time", clock)
     overrides = [f"output={tmp_path / 'run'}", "stage_one.warmup_steps=0", "stage_two.warmup_steps=0"]
     result = train(load_recipe("debug", overrides), budget=Budget(3.0, began=0.0))

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -26,8 +26,6 @@ from anchorvec.terminal import Bar, say
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
-
-    from anchorvec.model.nearest import IndexKind
 
 
 def evaluate(
@@ -45,7 +43,7 @@ def evaluate(
     devices: Sequence[str] = (),
     ray: bool = False,
     sample: int | None = None,
-    index: "IndexKind | None" = None,
+    index: Literal["exact", "usearch"] | None = None,
     show_progress_bar: bool = False,
 ) -> "Evaluation":
     """The scores of `model` on every folder of `data` and every MTEB task of `tasks`.
@@ -136,7 +134,7 @@ class _Asked:
     encoding: Mapping[str, Any]
     show_progress_bar: bool = False
     sample: int | None = None
-    index: "IndexKind | None" = None
+    index: Literal["exact", "usearch"] | None = None
 
     @property
     def draw(self) -> tuple[int, int] | None:

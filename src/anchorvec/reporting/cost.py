@@ -43,7 +43,7 @@ _ALIKE = 0.05
 
 
 def cost_section(sources: Sequence[Source]) -> Section | None:
-    """What training took, and what came of it; None where no run says anything of it."""
+    """What training took, and what came of it, from `sources`; None where no run says anything of it."""
     costs = [cost for series in all_series(sources) for run in series.runs for cost in _costs(series, run)]
     charts = [
         *_quality(sources),

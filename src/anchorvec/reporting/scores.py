@@ -141,7 +141,7 @@ def _all_metrics(kind: str, tasks: Sequence[str], systems: Sequence[System]) -> 
 
 
 def differences_section(sources: Sequence[Source]) -> Section | None:
-    """By how much systems differ from what they are compared with; None where nothing can be compared."""
+    """By how much systems of `sources` differ from what they are compared with; None where nothing can be compared."""
     charts, tables, sentences = [], [], []
     for source in sources:
         changes, control = source.changes, source.control

@@ -15,7 +15,7 @@ _OWN = ("output", "data.train")
 
 
 def recipe_section(sources: Sequence[Source]) -> Section | None:
-    """What the recipes differ in; None where no recipe is known."""
+    """What the recipes differ in, from `sources`; None where no recipe is known."""
     tables = [table for source in sources for table in _recipe_tables(source, is_single(sources))]
     first = next((run for run in _runs(sources) if run.recipe), None)
     code = []
@@ -107,7 +107,7 @@ def flattened(values: Mapping[str, Any], place: str = "") -> dict[str, Any]:
 
 
 def data_section(sources: Sequence[Source]) -> Section | None:
-    """How many pairs were read of each data set, and left out; None where no run says it."""
+    """How many pairs were read of each data set, and left out, from `sources`; None where no run says it."""
     by_content: dict[str, tuple[list[str], Mapping[str, Any]]] = {}
     for run in _runs(sources):
         data = run.record.get("data")
@@ -157,7 +157,7 @@ def _same_rows(source: Source) -> list[str]:
 
 
 def versions_section(sources: Sequence[Source]) -> Section | None:
-    """Versions, machine and number format of the runs, each value once; None where no run says them."""
+    """Versions, machine and number format of the runs, each value once, from `sources`; None where no run says them."""
     runs = [run for run in _runs(sources) if run.record]
     found: dict[str, dict[str, list[str]]] = {}
     for run in runs:
@@ -176,7 +176,7 @@ def versions_section(sources: Sequence[Source]) -> Section | None:
 
 
 def repeat_section(sources: Sequence[Source]) -> Section | None:
-    """The commands that make the same again; None where none is known."""
+    """The commands that make the same again, from `sources`; None where none is known."""
     comparisons = [source.comparison for source in sources if source.comparison is not None]
     lines = [_joined(comparison.command) for comparison in comparisons if comparison.command]
     lines += [_train(run) for run in _runs(sources) if run.recipe]

@@ -51,7 +51,7 @@ def _figure(scores: TaskScores, metric: str) -> Figure | None:
 
 
 def is_single(sources: Sequence[Source]) -> bool:
-    """Whether the report is of one run, whose stages are what is compared."""
+    """Whether the report is of one run, whose stages are what is compared, from `sources`."""
     return len(sources) == 1 and sources[0].comparison is None and len(sources[0].series) == 1
 
 
@@ -61,7 +61,7 @@ def all_series(sources: Sequence[Source]) -> list[Series]:
 
 
 def systems_of(sources: Sequence[Source]) -> list[System]:
-    """The systems that have scores: of a single run its stages, else each series' last model; then the references."""
+    """The systems of `sources` with scores: of one run its stages, else each series' last model; then references."""
     if is_single(sources):
         [run] = sources[0].series[0].runs
         return _stages(run)

@@ -27,7 +27,7 @@ class Curve:
 
 
 def training_section(sources: Sequence[Source]) -> Section | None:
-    """The losses of both stages, one chart each; None where nothing was logged."""
+    """The losses of both stages, one chart each, from `sources`; None where nothing was logged."""
     series = all_series(sources)
     charts = [chart for stage in STAGES for chart in _stage_charts(stage, series)]
     if not charts:
@@ -50,7 +50,7 @@ def _stage_charts(stage: StageName, series: Sequence[Series]) -> list[Chart]:
 
 
 def exchange_section(sources: Sequence[Source]) -> Section | None:
-    """The exchange gaps of Stage I; None where there are none."""
+    """The exchange gaps of Stage I, from `sources`; None where there are none."""
     series = all_series(sources)
     sentences = [
         "By how much Stage I's loss rises when a text is written from the embedding of another pair, in nats per "
@@ -70,7 +70,7 @@ def exchange_section(sources: Sequence[Source]) -> Section | None:
 
 
 def convergence_section(sources: Sequence[Source]) -> Section | None:
-    """The scores against the steps of Stage II; None where no model was scored on the way."""
+    """The scores against the steps of Stage II, from `sources`; None where no model was scored on the way."""
     charts = []
     for source in sources:
         tasks = _tasks_on_the_way(source)
