@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from anchorvec.model.embedder import build_embedder
     from anchorvec.model.readout import Readout
     from anchorvec.objectives.bag_of_words import BagOfWordsLoss, BagOfWordsReconstruction
+    from anchorvec.objectives.masked import MaskedReconstruction, TokenMasking
     from anchorvec.objectives.pairs import TokenPair
     from anchorvec.objectives.reconstruction import Reconstruction, ReconstructionOutput, TextReconstruction
     from anchorvec.pipeline import TrainResult, train
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
         EndPrompt,
         EvaluationSettings,
         Lora,
+        Masking,
         ModelSettings,
         Recipe,
         StageOne,
@@ -71,6 +73,8 @@ __all__ = [
     "Interval",
     "LocalData",
     "Lora",
+    "MaskedReconstruction",
+    "Masking",
     "ModelSettings",
     "PairTokenizer",
     "Passage",
@@ -86,6 +90,7 @@ __all__ = [
     "StageOne",
     "StageTwo",
     "TextReconstruction",
+    "TokenMasking",
     "TokenPair",
     "TrainData",
     "TrainResult",
@@ -131,6 +136,8 @@ _HOMES = {
     "Readout": "model.readout",
     "BagOfWordsLoss": "objectives.bag_of_words",
     "BagOfWordsReconstruction": "objectives.bag_of_words",
+    "MaskedReconstruction": "objectives.masked",
+    "TokenMasking": "objectives.masked",
     "TokenPair": "objectives.pairs",
     "Reconstruction": "objectives.reconstruction",
     "ReconstructionOutput": "objectives.reconstruction",
@@ -141,6 +148,7 @@ _HOMES = {
     "EndPrompt": "recipe",
     "EvaluationSettings": "recipe",
     "Lora": "recipe",
+    "Masking": "recipe",
     "ModelSettings": "recipe",
     "Recipe": "recipe",
     "StageOne": "recipe",
