@@ -73,7 +73,14 @@ def test_an_arm_learns(tmp_path):
     assert torch.cosine_similarity(before, after) < 0.999
 
 
+BOTH_WAYS = ["model.attention_direction=bidirectional"]
 REFUSED = [
+    (["stage_one.target=masked"], r"stage_one\.target: masked tokens are told from those on both sides"),
+    (["stage_one.target=masked", *BOTH_WAYS, "model.read=twice"], r"stage_one\.target: one copy would show"),
+    (
+        ["stage_one.masking.mask_replace_prob=0.95"],
+        r"mask_replace_prob, stage_one\.masking\.random_replace_prob: together they are more than all",
+    ),
     (["model.end=none"], r"model\.end: `none` leaves nothing to pool the last token's state at"),
     (["model.read=twice", "model.pooling=mean"], r"model\.pooling: mean would pool both copies of a text"),
     (["model.between=x"], r"model\.between: there are no copies to stand between"),

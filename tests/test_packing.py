@@ -112,8 +112,9 @@ def test_a_trained_model_passes_the_check(tmp_path, target):
 @pytest.mark.parametrize("causal", [None, False], ids=["causal", "bidirectional"])
 @pytest.mark.parametrize("window", [None, 7])
 @pytest.mark.parametrize("lengths", [[5, 17, 16, 40, 1], [33] * 3, [150, 20, 131, 3]])
-def test_short_texts_are_attended_to_together_as_alone(lengths, window, causal):
+def test_short_texts_are_attended_to_together_as_alone(monkeypatch, lengths, window, causal):
     """In fp64, value and gradient; heads are shared, values are wider than keys; longer texts go one by one."""
+    monkeypatch.setattr(attention, "_in_half_on_a_cpu", lambda value: True)
     torch.manual_seed(0)
     heads = [(6, 8), (2, 8), (2, 12)]  # of query, key, value
     parts = [torch.randn(1, n, sum(lengths), dim, dtype=torch.double, requires_grad=True) for n, dim in heads]
@@ -144,9 +145,28 @@ def test_short_texts_are_attended_to_together_as_alone(lengths, window, causal):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
+def test_texts_are_attended_to_together_in_half_precision_alone(monkeypatch):
+    """In fp32 on a CPU they have the states of each text alone; bf16 is told from the tensors or from autocast."""
+    calls = []
+    together = attention.attend_in_groups
+    monkeypatch.setattr(attention, "attend_in_groups", lambda *a, **k: calls.append(1) or together(*a, **k))
+    starts = torch.tensor([0, 4, 9]).int()
+    options = {"cu_seq_lens_q": starts, "max_length_q": 5}
+    for dtype, autocast, expected in (
+        (torch.float32, False, 0),
+        (torch.bfloat16, False, 1),
+        (torch.float32, True, 1),
+    ):
+        calls.clear()
+        parts = [torch.randn(1, 2, 9, 4, dtype=dtype) for _ in range(3)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            attention.packed_attention(torch.nn.Identity(), *parts, None, **options)
+        assert len(calls) == expected
+
+
 def test_texts_that_were_encoded_can_be_trained_on():
     """What is known of texts of some lengths is kept from one use to the next."""
-    parts = [torch.randn(1, 2, 9, 4) for _ in range(3)]
+    parts = [torch.randn(1, 2, 9, 4, dtype=torch.bfloat16) for _ in range(3)]
     starts = torch.tensor([0, 4, 9]).int()
     with torch.inference_mode():
         encoded, _ = attention.packed_attention(torch.nn.Identity(), *parts, None, cu_seq_lens_q=starts, max_length_q=5)

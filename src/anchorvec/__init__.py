@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from anchorvec.model.embedder import build_embedder
     from anchorvec.model.readout import Readout
     from anchorvec.objectives.bag_of_words import BagOfWordsLoss, BagOfWordsReconstruction
+    from anchorvec.objectives.masked import MaskedReconstruction, TokenMasking
     from anchorvec.objectives.pairs import TokenPair
     from anchorvec.objectives.reconstruction import Reconstruction, ReconstructionOutput, TextReconstruction
     from anchorvec.pipeline import TrainResult, train
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
         EndPrompt,
         EvaluationSettings,
         Lora,
+        Masking,
         ModelSettings,
         Recipe,
         StageOne,
@@ -81,6 +83,8 @@ __all__ = [
     "Interval",
     "LocalData",
     "Lora",
+    "MaskedReconstruction",
+    "Masking",
     "ModelSettings",
     "PairTokenizer",
     "Passage",
@@ -97,6 +101,7 @@ __all__ = [
     "StageOne",
     "StageTwo",
     "TextReconstruction",
+    "TokenMasking",
     "TokenPair",
     "TrainData",
     "TrainResult",
@@ -149,6 +154,8 @@ _HOMES = {
     "Readout": "model.readout",
     "BagOfWordsLoss": "objectives.bag_of_words",
     "BagOfWordsReconstruction": "objectives.bag_of_words",
+    "MaskedReconstruction": "objectives.masked",
+    "TokenMasking": "objectives.masked",
     "TokenPair": "objectives.pairs",
     "Reconstruction": "objectives.reconstruction",
     "ReconstructionOutput": "objectives.reconstruction",
@@ -159,6 +166,7 @@ _HOMES = {
     "EndPrompt": "recipe",
     "EvaluationSettings": "recipe",
     "Lora": "recipe",
+    "Masking": "recipe",
     "ModelSettings": "recipe",
     "Recipe": "recipe",
     "StageOne": "recipe",

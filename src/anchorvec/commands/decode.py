@@ -48,13 +48,13 @@ def decode(
     `side` says as which. The embedding is the only thing the decoder is given: it stands where the first token would
     (T4). At most `max_tokens` tokens are written, greedily or over `beams` beams; of the likeliest `first_tokens` the
     probabilities are given. Raises AnchorvecError if the folder holds an embedder that can no longer write (T26); warns
-    of a run's stage_one that was trained on bags of words instead.
+    of a run's stage_one that was trained for something else.
     """
     model: Any = load_causal_lm(folder).eval()
-    if _tells_bags(Path(folder)):
+    if (target := _other_target(Path(folder))) is not None:
         warnings.warn(
-            f"{folder}: Stage I told bags of words here (stage_one.target: bag_of_words), it did not write; what is "
-            "written now says little of the text",
+            f"{folder}: Stage I did not write from embeddings here (stage_one.target: {target}); what is written now "
+            "says little of the text",
             stacklevel=2,
         )
     model = model.to(default_device())
@@ -89,8 +89,9 @@ def decode(
     )
 
 
-def _tells_bags(folder: Path) -> bool:
-    """Whether `folder` is the Stage I of a run whose recipe says so."""
+def _other_target(folder: Path) -> str | None:
+    """What the Stage I that `folder` is was trained for, if that was not to write; else None."""
     folder = folder.resolve()
     recipe = stored_recipe(Run(folder.parent)) if folder.name == "stage_one" else None
-    return recipe is not None and recipe.stage_one is not None and recipe.stage_one.target == "bag_of_words"
+    target = recipe.stage_one.target if recipe is not None and recipe.stage_one is not None else "text"
+    return None if target == "text" else target

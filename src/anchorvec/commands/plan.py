@@ -2,7 +2,7 @@
 
 import statistics
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from anchorvec.data.tokens import PairTokenizer
 from anchorvec.device import check_one_device, default_device, resolve_precision
 from anchorvec.model.decoder import decoder_of
 from anchorvec.model.embedder import can_write, load_causal_lm
+from anchorvec.objectives.masked import IGNORED
 from anchorvec.objectives.pairs import TokenPair
 from anchorvec.pipeline import load_training_data
 from anchorvec.recipe import Recipe, dump_recipe, load_recipe
@@ -28,7 +29,7 @@ from anchorvec.start import build_base, with_settings_of_base
 from anchorvec.training.checkpoints import CHECKPOINT_BYTES, most_at_once
 from anchorvec.training.engine import Engine
 from anchorvec.training.stage import Stage
-from anchorvec.training.stage_one import pair_tokenizer, stage_one_objective
+from anchorvec.training.stage_one import masking_of, pair_tokenizer, stage_one_objective
 from anchorvec.training.stage_two import StageTwoModel, stage_two_loss, stage_two_model
 from anchorvec.training.trial import TrialStep, try_stage_one, try_stage_two
 
@@ -70,7 +71,7 @@ class Plan:
     tokens: dict[str, int]
     engine: dict[str, Engine]
     trial_steps: dict[str, TrialStep]
-    target: Literal["text", "bag_of_words"] | None
+    target: Literal["text", "bag_of_words", "masked"] | None
     bag_of_words_weight: float
     in_batch_negatives: Literal["random", "similar"] | None
     pairs: list[ShownPair]
@@ -147,6 +148,7 @@ def plan(recipe: Recipe | str | Path, *, step: bool = True) -> Plan:
         base_bytes = sum(path.stat().st_size for path in base.rglob("*") if path.is_file())
     batch = tokenize(sample_rows(inputs.reconstruction, _SAMPLED_PAIRS, recipe.seed))["pairs"]
     alpha, writes = (recipe.stage_one.alpha, target == "text") if recipe.stage_one else (0.5, False)
+    alpha = 0.5 if target == "masked" else alpha  # both texts are read
     per_pair = statistics.mean(pair.tokens(alpha, writes=writes) for pair in batch)
     stage_two = recipe.stage_two
     trained = {name: stage.trained for name, stage in prepared.stages.items()}
@@ -172,7 +174,7 @@ def plan(recipe: Recipe | str | Path, *, step: bool = True) -> Plan:
         target=target,
         bag_of_words_weight=stage_two.bag_of_words_weight if stage_two else 0.0,
         in_batch_negatives=stage_two.in_batch_negatives if stage_two else None,
-        pairs=[_decoded(pair, tokenizer) for pair in batch[:SHOWN_PAIRS]],
+        pairs=[_decoded(pair, tokenizer) for pair in _drawn(recipe, tokenizer, batch[:SHOWN_PAIRS])],
     )
 
 
@@ -295,6 +297,15 @@ def _tokens(recipe: Recipe, inputs: StageInputs, batch: list[TokenPair], per_pai
     return tokens
 
 
+def _drawn(recipe: Recipe, tokenizer: Any, pairs: list[TokenPair]) -> list[TokenPair]:
+    """The `pairs` as a step has them: where tokens are masked, with masks, and those in place of the targets."""
+    if reconstructs(recipe) != "masked":
+        return pairs
+    drawn = masking_of(recipe, tokenizer).draw(pairs, 0)
+    labels = [[[n for n in text if n != IGNORED] for text in (p.query_targets, p.document_targets)] for p in drawn]
+    return [replace(p, query_targets=q, document_targets=d) for p, (q, d) in zip(drawn, labels, strict=True)]
+
+
 def _decoded(pair: TokenPair, tokenizer: Any) -> ShownPair:
     passes = (pair.query, pair.document, pair.document_targets, pair.query_targets)
     return ShownPair(*([tokenizer.decode([token]) for token in ids] for ids in passes))
@@ -316,7 +327,7 @@ def _show_engine(engine: Engine, stage: str) -> str:
 
 def _show_pair(pair: ShownPair, target: str | None) -> Text:
     text = Text()
-    verb = "tell words of" if target == "bag_of_words" else "write"
+    verb = {"bag_of_words": "tell words of", "masked": "unmask"}.get(target or "", "write")
     lines = [("read query", pair.query_read, "dim"), ("read document", pair.document_read, "dim")]
     if target is not None:
         lines += [
@@ -325,8 +336,9 @@ def _show_pair(pair: ShownPair, target: str | None) -> Text:
         ]
     for title, tokens, style in lines:
         text.append(f"\n{title:{len(verb) + 11}}", style="bold")
-        text.append("[e] " if style == "green" else "")
+        text.append("[e] " if style == "green" and target != "masked" else "")
         text.append("|".join(token.replace("\n", "\\n") for token in tokens), style=style)
     if target is not None:
-        text.append("\n(green: targets; [e]: the embedding of the other side)")
+        of_embeddings = "" if target == "masked" else "; [e]: the embedding of the other side"
+        text.append(f"\n(green: targets{of_embeddings})")
     return text

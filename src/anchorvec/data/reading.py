@@ -7,6 +7,7 @@ from anchorvec.errors import AnchorvecError
 from anchorvec.model.end import Template, template_of
 from anchorvec.model.readout import Readout, prompt_length
 from anchorvec.recipe import Recipe
+from anchorvec.terminal import say
 
 
 def readout_of(recipe: Recipe) -> Readout:
@@ -67,6 +68,28 @@ def _check_left_out(key: str, instruction: str, tokenizer: Any, template: Templa
             "would leave out a part of the text or keep a part of the instruction; end it in a word or a colon, "
             "without white space"
         )
+
+
+def mask_token(tokenizer: Any, token: str) -> int:
+    """The id that masks a token: `token` if `tokenizer` has one for it, else its own mask token, which is said.
+
+    Raises AnchorvecError where there is neither.
+    """
+    ids = template_of(tokenizer).once(tokenizer(token, add_special_tokens=False)["input_ids"])
+    if len(ids) == 1:
+        return int(ids[0])
+    if tokenizer.mask_token_id is not None:
+        own = f"the tokenizer's own {tokenizer.mask_token!r} is taken"
+        say(f"stage_one.masking.token: {token!r} is {len(ids)} tokens of this model; {own}")
+        return int(tokenizer.mask_token_id)
+    single = [c for c in _MASKS if len(tokenizer(c, add_special_tokens=False)["input_ids"]) == 1]
+    raise AnchorvecError(
+        f"stage_one.masking.token: {token!r} is {len(ids)} tokens of this model, and masks are one; of one token are, "
+        f"for example, {' '.join(single) or 'none of those that were tried'}"
+    )
+
+
+_MASKS = ["_", "#", "*", "~", "^", "|", "@", "<mask>", "[MASK]", "<unk>", "?", "x"]
 
 
 def text_span(tokenizer: Any, recipe: Recipe) -> Callable[[list[int]], slice]:

@@ -153,8 +153,8 @@ def _steps_of_a_pass(name: str, rows: ContrastiveRows, pairs_per_step: int, seed
     return steps
 
 
-def reconstructs(recipe: Recipe) -> Literal["text", "bag_of_words"] | None:
-    """What `recipe` reconstructs from an embedding, in Stage I or else beside Stage II's loss; None: nothing."""
+def reconstructs(recipe: Recipe) -> Literal["text", "bag_of_words", "masked"] | None:
+    """What `recipe` reconstructs, in Stage I or else beside Stage II's loss; None: nothing."""
     if recipe.stage_one is not None:
         return recipe.stage_one.target
     return "bag_of_words" if recipe.stage_two is not None and recipe.stage_two.bag_of_words_weight else None

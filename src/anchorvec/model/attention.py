@@ -64,8 +64,9 @@ def packed_attention(
     layer; `max_length_q` are the tokens of the longest text. It is causal unless `is_causal` is False, which comes from
     the configuration or the call of the model (T34). `cu_seq_lens_q`: where each text starts, and the number of
     tokens, (texts + 1,). In half precision on a GPU it is one kernel, PyTorch's own for texts of different lengths. On
-    a CPU short texts of like length are computed together, but for a soft cap or dropout. Everything else runs text by
-    text. Without `cu_seq_lens_q` every row is a text, `attention_mask` says what it may see.
+    a CPU, in half precision too, short texts of like length are computed together, but for a soft cap or dropout.
+    Everything else runs text by text. Without `cu_seq_lens_q` every row is a text, `attention_mask` says what it may
+    see.
 
     Raises NotImplementedError for a soft cap on a GPU, and for a layer that keeps its window to itself.
     """
@@ -84,7 +85,7 @@ def packed_attention(
         out = _attend(query, key, value, scaling, dropout, sliding_window, softcap, causal, attention_mask)
         return out.transpose(1, 2), None
     lengths = cu_seq_lens_q.diff().tolist()
-    together = query.device.type == "cpu" and not dropout and softcap is None
+    together = _in_half_on_a_cpu(value) and not dropout and softcap is None
     short = [i for i, length in enumerate(lengths) if together and length <= GROUPED_TOKENS]
     if len(short) == len(lengths):
         return attend_in_groups(query, key, value, lengths, scaling, sliding_window, causal), None
@@ -99,6 +100,17 @@ def packed_attention(
         k, v = _for_each_head(q, k, v)
         outs[i] = _attend(q, k, v, scaling, dropout, sliding_window, softcap, causal).transpose(1, 2)
     return torch.cat([outs[i] for i in range(len(lengths))], dim=1), None
+
+
+def _in_half_on_a_cpu(value: Tensor) -> bool:
+    """Whether attention to `value` is computed in half precision, on a CPU.
+
+    In fp32 the kernel for single texts is as fast, and packed texts then have the states of each alone to the last bits.
+    """
+    if value.device.type != "cpu":
+        return False
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else value.dtype
+    return dtype in (torch.bfloat16, torch.float16)
 
 
 def _for_each_head(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -149,9 +149,11 @@ class Reconstruction(nn.Module):
 
         `prompts`: the tokens of each one's prompt, which the readout may leave out; None: there are none.
         """
-        lengths = [len(text) for text in texts]
-        embedded = self._embed(list(itertools.chain.from_iterable(texts)))
-        return self.readout.pool(self._states(embedded, lengths), lengths, prompts)
+        return self.readout.pool(self.states(texts), [len(text) for text in texts], prompts)
+
+    def states(self, texts: Sequence[Sequence[int]]) -> Tensor:
+        """The final states of all tokens of `texts`, as they are read, one text after another: (tokens, dim)."""
+        return self._states(self._embed(list(itertools.chain.from_iterable(texts))), [len(text) for text in texts])
 
     def _embed(self, ids: Sequence[int]) -> Tensor:
         embedded: Tensor = self.model.get_input_embeddings()(to_device(np.asarray(ids), self.model.device))
@@ -161,18 +163,54 @@ class Reconstruction(nn.Module):
         return (packed_states if self.packed else padded_states)(self.model, embedded, lengths, writing=writing)
 
 
-class TextReconstruction(Reconstruction):
-    """The paper's objective: each text of a pair is written, token by token, from the other's embedding.
+class VocabularyReconstruction(Reconstruction):
+    """What is reconstructed are tokens, by the model's own LM head.
 
     `model` and `options` are those of `Reconstruction`.
     """
-
-    writes = True
 
     def __init__(self, model: PreTrainedModel, **options: Any) -> None:
         super().__init__(model, **options)
         self._head = output_head(model)  # runs the model once, which is to be before its layers are compiled
         self._token_losses = token_losses
+
+    def score_bytes(self, pairs_per_step: int, tokens: int, device: torch.device) -> int:
+        """Logits, their log-softmax and their gradients, in two number formats, of one chunk at most.
+
+        In a step of `pairs_per_step` pairs, of texts of at most `tokens` tokens, on `device`.
+        """
+        vocabulary = int(self.model.config.get_text_config().vocab_size)
+        return 4 * 4 * min(head_chunk_bytes(device) // 4, vocabulary * tokens * pairs_per_step)
+
+    def compile_layers(self) -> None:
+        """Have the decoder layers, and the cross-entropy over the vocabulary, compiled when they are first used."""
+        if compile_decoder_layers(self.model):
+            self._token_losses = compiled(token_losses)
+
+    def negative_log_likelihood(self, states: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy of `states` (tokens, dim) against `targets` (tokens,), for each token.
+
+        Logits exist for one chunk at a time and are computed again in the backward pass (T11).
+        """
+
+        def chunk_loss(chunk_states: Tensor, chunk_targets: Tensor) -> Tensor:
+            return self._token_losses(self._head(chunk_states), chunk_targets)
+
+        vocabulary = self.model.config.get_text_config().vocab_size
+        size = max(1, head_chunk_bytes(states.device) // (4 * vocabulary))
+        if len(states) <= size:
+            return chunk_loss(states, targets)
+        chunks = zip(torch.split(states, size), torch.split(targets, size), strict=True)
+        return torch.cat([checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks])
+
+
+class TextReconstruction(VocabularyReconstruction):
+    """The paper's objective: each text of a pair is written, token by token, from the other's embedding.
+
+    The arguments are those of `Reconstruction`.
+    """
+
+    writes = True
 
     def targets(self, pairs: Sequence[TokenPair]) -> tuple[int, int]:
         """The target tokens in the documents of `pairs`, and in their queries."""
@@ -187,19 +225,6 @@ class TextReconstruction(Reconstruction):
         losses = self.decode(embeddings, _by_direction([pair.written(self.alpha) for pair in pairs]))
         split = len(pairs) if self.alpha > 0 else 0
         return losses[:split].sum(), losses[split:].sum()
-
-    def score_bytes(self, pairs_per_step: int, tokens: int, device: torch.device) -> int:
-        """Logits, their log-softmax and their gradients, in two number formats, of one chunk at most.
-
-        In a step of `pairs_per_step` pairs, of texts of at most `tokens` tokens, on `device`.
-        """
-        vocabulary = int(self.model.config.get_text_config().vocab_size)
-        return 4 * 4 * min(head_chunk_bytes(device) // 4, vocabulary * tokens * pairs_per_step)
-
-    def compile_layers(self) -> None:
-        """Have the decoder layers, and the cross-entropy over the vocabulary, compiled when they are first used."""
-        if compile_decoder_layers(self.model):
-            self._token_losses = compiled(token_losses)
 
     def decode(self, embeddings: Tensor, targets: Sequence[Sequence[int]]) -> Tensor:
         """-log P(targets | embedding) of each text, summed over its tokens: (texts,).
@@ -218,25 +243,9 @@ class TextReconstruction(Reconstruction):
         starts, index = (to_device(rows, embedded.device) for rows in (sizes.cumsum() - sizes, np.asarray(written)))
         embedded = embedded.index_copy(0, starts, embeddings[index].to(embedded.dtype))
         labels = to_device(np.asarray([token for i in written for token in targets[i]]), embedded.device)
-        losses = self._negative_log_likelihood(self._states(embedded, lengths, writing=True), labels)  # (tokens,)
+        losses = self.negative_log_likelihood(self._states(embedded, lengths, writing=True), labels)  # (tokens,)
         sums = torch.segment_reduce(losses, "sum", lengths=to_device(sizes, embedded.device))
         return totals.to(sums.dtype).index_add(0, index, sums)
-
-    def _negative_log_likelihood(self, states: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy of `states` (tokens, dim) against `targets` (tokens,), for each token.
-
-        Logits exist for one chunk at a time and are computed again in the backward pass (T11).
-        """
-
-        def chunk_loss(chunk_states: Tensor, chunk_targets: Tensor) -> Tensor:
-            return self._token_losses(self._head(chunk_states), chunk_targets)
-
-        vocabulary = self.model.config.get_text_config().vocab_size
-        size = max(1, head_chunk_bytes(states.device) // (4 * vocabulary))
-        if len(states) <= size:
-            return chunk_loss(states, targets)
-        chunks = zip(torch.split(states, size), torch.split(targets, size), strict=True)
-        return torch.cat([checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks])
 
 
 def _by_direction(of_pairs: Sequence[Sequence[T]]) -> list[T]:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic_core import PydanticCustomError
 
 if TYPE_CHECKING:
-    from anchorvec.recipe.settings import ModelSettings, Recipe
+    from anchorvec.recipe.settings import Masking, ModelSettings, Recipe
 
 _Key = tuple[str, ...]
 
@@ -33,6 +33,12 @@ def check_reading(model: "ModelSettings") -> None:
         )
 
 
+def check_masking(masking: "Masking") -> None:
+    """Raise PydanticCustomError for shares of `masking` that are more than all."""
+    if masking.mask_replace_prob + masking.random_replace_prob > 1:
+        _refuse("together they are more than all tokens that are chosen", "mask_replace_prob", "random_replace_prob")
+
+
 def check_recipe(recipe: "Recipe") -> None:
     """Raise PydanticCustomError for keys of different sections of `recipe` that don't go together."""
     if recipe.training_tokens > recipe.model.max_tokens:
@@ -44,6 +50,14 @@ def check_recipe(recipe: "Recipe") -> None:
         )
     if recipe.stage_one is None and recipe.stage_two is None:
         _refuse("both are null, so there is nothing to train; leave one on", "stage_one", "stage_two")
+    if recipe.stage_one is not None and recipe.stage_one.target == "masked":
+        if recipe.model.attention_direction == "causal":
+            _refuse(
+                "masked tokens are told from those on both sides; it needs model.attention_direction: bidirectional",
+                "stage_one.target",
+            )
+        if recipe.model.read == "twice":
+            _refuse("one copy would show what is masked in the other; it needs model.read: once", "stage_one.target")
 
 
 def _refuse(message: str, *keys: str, **values: Any) -> None:

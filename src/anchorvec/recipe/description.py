@@ -5,6 +5,7 @@ from anchorvec.recipe.settings import StageOne, StageTwo
 _KINDS = {
     "text": "bidirectional reconstruction",
     "bag_of_words": "bidirectional reconstruction of bags of words",
+    "masked": "masked next-token prediction",
 }
 
 
@@ -15,10 +16,14 @@ def kind_of_stage_one(stage: StageOne) -> str:
 
 def describe_stage_one(stage: StageOne) -> str:
     """What Stage I with the settings `stage` trains."""
+    trained = "all parameters" if stage.lora is None else f"LoRA of rank {stage.lora.r}, then merged"
+    if stage.target == "masked":
+        share = f"{stage.masking.mlm_probability:.0%} of each text's tokens, from those on both sides"
+        return f"{kind_of_stage_one(stage)}: {share}; {trained}"
     verb = "writes" if stage.target == "text" else "tells the words of"
     directions = [("query", "document", stage.alpha), ("document", "query", 1 - stage.alpha)]
     parts = [f"the {read}'s embedding {verb} the {told} (weight {w:g})" for read, told, w in directions if w]
-    return f"{kind_of_stage_one(stage)}: {', and '.join(parts)}; all parameters"
+    return f"{kind_of_stage_one(stage)}: {', and '.join(parts)}; {trained}"
 
 
 def kind_of_stage_two(stage: StageTwo) -> str:

@@ -22,7 +22,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from anchorvec.files import user_path
-from anchorvec.recipe.checks import check_reading, check_recipe
+from anchorvec.recipe.checks import check_masking, check_reading, check_recipe
 from anchorvec.run import STAGES, StageName
 
 END_FORM_TAGS = TOKEN, PROMPT = "<token>", "<prompt>"
@@ -204,33 +204,6 @@ class _Stage(_Section):
         return self
 
 
-class StageOne(_Stage):
-    """Stage I, bidirectional reconstruction: each text of a pair is written from the other's embedding."""
-
-    target: Literal["text", "bag_of_words"] = "text"
-    """What is reconstructed: `text`, written token by token (the paper's); or `bag_of_words`, all at once, to be told
-    among those of thousands of texts. Words teach from the first steps on, a text only after very many pairs. A word
-    is a token of the model."""
-
-    steps: PositiveInt = 2000
-    """Optimizer steps. 2000 is the paper's."""
-    learning_rate: PositiveFloat = 4e-5
-    """The highest learning rate, reached after the warm-up. All parameters train (an untied LM head only if texts are
-    written). 4e-5 is the paper's."""
-    alpha: float = Field(0.2, ge=0, le=1)
-    """Weight of query_to_document in the loss; document_to_query has 1 - alpha. 1 or 0 trains one direction
-    alone. 0.2 is the paper's."""
-    end_token_target: bool = True
-    """Learn to write the end token too, so that the model knows where to stop. The paper's formula leaves it
-    out. No effect with `target: bag_of_words`."""
-    max_target_tokens: PositiveInt | None = None
-    """Write (or, in Stage I, tell the words of) only the first so many tokens of a text. null: all that the encoder
-    reads."""
-    micro_batch_tokens: PositiveInt | None = None
-    """Tokens in one micro-batch; the result does not depend on it. null: what fits into the free memory, at most
-    1,536 on a CPU and 65,536 on a GPU."""
-
-
 class Lora(_Section):
     """LoRA on all linear layers."""
 
@@ -240,6 +213,55 @@ class Lora(_Section):
     """The update is scaled by alpha / r. 32 is the paper's."""
     dropout: float = Field(0.05, ge=0, lt=1)
     """Dropout in front of the adapters. 0.05 is the paper's."""
+
+
+class Masking(_Section):
+    """Which tokens are masked, with `target: masked`. Names and shares are those of transformers' collator for it."""
+
+    token: str = Field("_", min_length=1)
+    """What stands in their place: one token of the vocabulary. Where this is none, the tokenizer's own mask token."""
+    mlm_probability: float = Field(0.2, gt=0, lt=1)
+    """The share of a text's tokens that are predicted. 0.2 is LLM2Vec's."""
+    mask_replace_prob: float = Field(0.8, ge=0, le=1)
+    """Of these, the share that is masked."""
+    random_replace_prob: float = Field(0.1, ge=0, le=1)
+    """Of these, the share that becomes any other token; the rest stays what it is."""
+
+    @model_validator(mode="after")
+    def _at_most_all(self) -> Self:
+        check_masking(self)
+        return self
+
+
+class StageOne(_Stage):
+    """Stage I, bidirectional reconstruction: each text of a pair is written from the other's embedding."""
+
+    target: Literal["text", "bag_of_words", "masked"] = "text"
+    """What is reconstructed: `text`, written token by token (the paper's); `bag_of_words`, all at once, to be told
+    among those of thousands of texts: words teach from the first steps on, a text only after very many pairs (a word
+    is a token of the model); or, without any embedding, `masked` tokens from those around them (LLM2Vec's masked
+    next-token prediction), for a decoder that reads in both directions."""
+
+    steps: PositiveInt = 2000
+    """Optimizer steps. 2000 is the paper's."""
+    learning_rate: PositiveFloat = 4e-5
+    """The highest learning rate, reached after the warm-up. All parameters train (an untied LM head only if tokens are
+    predicted), unless there is `lora`. 4e-5 is the paper's."""
+    alpha: float = Field(0.2, ge=0, le=1)
+    """Weight of query_to_document in the loss; document_to_query has 1 - alpha. 1 or 0 trains one direction
+    alone. 0.2 is the paper's. No effect with `target: masked`."""
+    end_token_target: bool = True
+    """Learn to write the end token too, so that the model knows where to stop. The paper's formula leaves it
+    out. No effect but with `target: text`."""
+    max_target_tokens: PositiveInt | None = None
+    """Write, mask, or tell the words of only the first so many tokens of a text. null: all that the encoder reads."""
+    masking: Masking = Masking()
+    """Which tokens are masked. No effect but with `target: masked`."""
+    lora: Lora | None = None
+    """Train LoRA adapters, which are merged into the model when the stage ends. null: all parameters, the paper's."""
+    micro_batch_tokens: PositiveInt | None = None
+    """Tokens in one micro-batch; the result does not depend on it. null: what fits into the free memory, at most
+    1,536 on a CPU and 65,536 on a GPU."""
 
 
 class StageTwo(_Stage):

@@ -8,17 +8,21 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, TrainingArguments, set_seed
 
-from anchorvec.data.reading import readout_of, without_prompt_and_end
+from anchorvec.data.reading import mask_token, readout_of, without_prompt_and_end
 from anchorvec.data.stage_inputs import reconstructs
 from anchorvec.data.tokens import PairTokenizer
 from anchorvec.device import default_device
 from anchorvec.files import new_folder
+from anchorvec.model.decoder import decoder_of
 from anchorvec.model.embedder import load_causal_lm, save_causal_lm
+from anchorvec.model.end import template_of
 from anchorvec.objectives.bag_of_words import BagOfWordsReconstruction
+from anchorvec.objectives.masked import MaskedReconstruction, TokenMasking
 from anchorvec.objectives.reconstruction import Reconstruction, TextReconstruction
 from anchorvec.recipe import Recipe, StageOne
 from anchorvec.training.bag_of_words import bag_of_words_loss
 from anchorvec.training.engine import UNPACKABLE, Demand, Engine, choose_engine, why_padded
+from anchorvec.training.lora import add_lora, merged
 from anchorvec.training.memory import release_freed_memory
 from anchorvec.training.stage import Stage, run_trainer
 from anchorvec.training.trainers import ReconstructionTrainer
@@ -27,7 +31,7 @@ from anchorvec.training.trainers import ReconstructionTrainer
 def train_stage_one(stage: Stage) -> Path:
     """Train the embedder that `stage` starts from by reconstruction; its folder, a causal LM still (T12).
 
-    All parameters train, with fp32 master weights (T9).
+    All parameters train, with fp32 master weights (T9), or adapters, which are merged when it ends.
     """
     recipe = stage.recipe
     set_seed(recipe.seed)
@@ -48,7 +52,7 @@ def train_stage_one(stage: Stage) -> Path:
     run_trainer(stage, trainer, progress)
     folder = stage.run.stage("stage_one")
     with new_folder(folder) as scratch:
-        save_causal_lm(objective.model, stage.start, scratch)
+        save_causal_lm(merged(objective.model), stage.start, scratch)
     return folder
 
 
@@ -57,13 +61,13 @@ def pair_tokenizer(recipe: Recipe, tokenizer: Any) -> PairTokenizer:
 
     `tokenizer` is the embedder's.
     """
-    settings = recipe.stage_one or StageOne()
+    settings, target = recipe.stage_one or StageOne(), reconstructs(recipe)
     return PairTokenizer(
         tokenizer,
         end_token_target=settings.end_token_target,
-        max_target_tokens=settings.max_target_tokens,
+        max_target_tokens=None if target == "masked" else settings.max_target_tokens,
         max_tokens=recipe.training_tokens,
-        content=without_prompt_and_end(tokenizer, recipe) if reconstructs(recipe) == "bag_of_words" else None,
+        content=without_prompt_and_end(tokenizer, recipe) if target in ("bag_of_words", "masked") else None,
     )
 
 
@@ -76,6 +80,8 @@ def stage_one_objective(stage: Stage, tokenize: PairTokenizer) -> tuple[Reconstr
     release_freed_memory()  # of an earlier stage
     model = load_causal_lm(stage.start, attention=recipe.model.attention).train()
     nn.Module.to(model, default_device())  # PreTrainedModel.to is not typed
+    if settings.lora is not None:
+        add_lora(model, decoder_of(model), settings.lora.model_dump(), key="stage_one.lora")
     padded_because = why_padded(recipe.model.attention, recipe.model.precision)
     objective = OBJECTIVES[settings.target](stage, model, tokenize, not padded_because)
     part = [model.config.get_text_config().vocab_size - 1] * stage.part_tokens
@@ -127,8 +133,30 @@ def _bag_of_words(stage: Stage, model: PreTrainedModel, tokenize: PairTokenizer,
     return objective
 
 
+def masking_of(recipe: Recipe, tokenizer: Any) -> TokenMasking:
+    """Which tokens Stage I of `recipe` masks in the texts that `tokenizer` reads."""
+    assert recipe.stage_one is not None
+    settings = recipe.stage_one.masking
+    return TokenMasking(
+        token=mask_token(tokenizer, settings.token),
+        vocabulary=len(tokenizer),
+        after=len(template_of(tokenizer).after),
+        mlm_probability=settings.mlm_probability,
+        mask_replace_prob=settings.mask_replace_prob,
+        random_replace_prob=settings.random_replace_prob,
+        most=recipe.stage_one.max_target_tokens,
+        seed=recipe.seed,
+    )
+
+
+def _masked(stage: Stage, model: PreTrainedModel, tokenize: PairTokenizer, packed: bool) -> Reconstruction:
+    masking = masking_of(stage.recipe, tokenize.tokenizer)
+    return MaskedReconstruction(model, alpha=0.5, packed=packed, readout=readout_of(stage.recipe), masking=masking)
+
+
 OBJECTIVES: dict[str, Callable[[Stage, PreTrainedModel, PairTokenizer, bool], Reconstruction]] = {
     "text": _text,
     "bag_of_words": _bag_of_words,
+    "masked": _masked,
 }
 """`stage_one.target` -> the objective of a stage around a model."""

@@ -44,7 +44,7 @@ def try_stage_one(objective: Reconstruction, engine: Engine, pairs: Sequence[Tok
 
     Raises AnchorvecError where it fails.
     """
-    longest = micro_batches(pairs, engine.micro_batch_tokens, **objective.cut)[0]
+    longest = micro_batches(objective.draw(pairs, 0), engine.micro_batch_tokens, **objective.cut)[0]
     least = longest[: 2 if len(longest) > 1 else 1]
     cut = objective.cut
 
