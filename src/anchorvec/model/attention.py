@@ -105,7 +105,7 @@ def packed_attention(
 def _in_half_on_a_cpu(value: Tensor) -> bool:
     """Whether attention to `value` is computed in half precision, on a CPU.
 
-    In fp32 the kernel for single texts is as fast, and packed texts then have the states of each alone to the last bits.
+    In fp32 the kernel for single texts is as fast, and packed texts have the states of each alone to the last bits.
     """
     if value.device.type != "cpu":
         return False
