@@ -15,11 +15,15 @@ TINY = ["model.base=tiny", "data.train=[{path: 'builtin:debug', instruction: 'fi
 STEPS = {"steps": 3, "warmup_steps": 1, "pairs_per_step": 8}
 
 
+RARE = {"arms/llama2vec": ["stage_one.max_df=0.8"]}
+"""The tiny model's tokens are letters, of which few are rare."""
+
+
 def tiny(name, *more):
     """The arm on the tiny model and the toy corpus, a few steps a stage."""
     stages = anchorvec.load_recipe(name).stages
     quick = [f"{stage}.{key}={value}" for stage in stages for key, value in STEPS.items()]
-    return anchorvec.load_recipe(name, [*TINY, *quick, *more])
+    return anchorvec.load_recipe(name, [*TINY, *quick, *RARE.get(name, []), *more])
 
 
 @pytest.mark.parametrize("name", ARMS)
@@ -74,6 +78,7 @@ def test_an_arm_learns(tmp_path):
 
 
 BOTH_WAYS = ["model.attention_direction=bidirectional"]
+BAGS = ["stage_one.target=bag_of_words", "stage_one.candidates=vocabulary"]
 REFUSED = [
     (["stage_one.target=masked"], r"stage_one\.target: masked tokens are told from those on both sides"),
     (["stage_one.target=masked", *BOTH_WAYS, "model.read=twice"], r"stage_one\.target: one copy would show"),
@@ -81,6 +86,10 @@ REFUSED = [
         ["stage_one.masking.mask_replace_prob=0.95"],
         r"mask_replace_prob, stage_one\.masking\.random_replace_prob: together they are more than all",
     ),
+    (BAGS[1:], r"stage_one\.candidates: candidates are those of bags of words"),
+    ([*BAGS[:1], "stage_one.source=own"], r"stage_one\.source: it is for candidates: vocabulary"),
+    ([*BAGS, *BOTH_WAYS], r"stage_one\.lm_weight: a token is predicted .* attention in both directions shows it"),
+    ([*BAGS, "model.read=twice"], r"stage_one\.lm_weight: .* the first copy of a text shows it"),
     (["model.end=none"], r"model\.end: `none` leaves nothing to pool the last token's state at"),
     (["model.read=twice", "model.pooling=mean"], r"model\.pooling: mean would pool both copies of a text"),
     (["model.between=x"], r"model\.between: there are no copies to stand between"),

@@ -103,3 +103,48 @@ def test_what_adapters_of_stage_one_read_is_dropped(tmp_path):
     run = train(tmp_path / "run", {**values, "data.train": sources(tmp_path / "data")})
     dropped = torch.cat([given.flatten() for _, given in run.stages["stage_one"].adapter_inputs])
     assert float((dropped == 0).double().mean()) == pytest.approx(0.6, abs=0.03)
+
+
+TOKENS = {
+    "seed": 4,
+    "stage_one.target": "bag_of_words",
+    "stage_one.candidates": "vocabulary",
+    "stage_one.source": "own",
+    "stage_one.lm_weight": 0.7,
+    "stage_one.max_df": 0.4,
+    "stage_one.alpha": 0.3,
+    "stage_one.max_target_tokens": 9,
+    "stage_one.steps": 1,
+    "stage_one.warmup_steps": 0,
+    "stage_one.pairs_per_step": 8,
+    "stage_one.log_every": 1,
+    "stage_two": None,
+}
+
+
+@pytest.mark.wires("candidates", "source", "lm_weight", "max_df", "alpha", "max_target_tokens", of=["stage_one"])
+def test_bags_are_told_over_the_vocabulary_as_the_recipe_says(tmp_path):
+    """Own bags of the first nine tokens, without those in more than 40% of a side's texts, and the texts predicted."""
+    rows, ids = [*PLAIN, *HARD], make_tokenizer()
+    path = write_rows(tmp_path / "pairs.jsonl", rows)
+    run = train(tmp_path / "run", {**TOKENS, "data.train": [{"path": str(path), "instruction": "ask: "}]})
+    texts = {"query": [row["query"] for row in rows], "document": [row["positive"] for row in rows]}
+    first = {side: [ids(text)["input_ids"][:9] for text in listed] for side, listed in texts.items()}
+    stop = {t for listed in first.values() for t in range(257) if sum(t in text for text in listed) > 0.4 * len(rows)}
+    assert set(run.record["stop_tokens"]["ids"]) == stop
+    assert stop
+    model, bags, lm = model_before(run, "stage_one"), [], []
+    for side, column, prompt in (("query", "query", "ask: "), ("document", "positive", "")):
+        losses = []
+        for read in run.stages["stage_one"].steps[0].texts[column]:
+            logits = model(torch.tensor([read])).logits[0].detach()
+            bag = set(read[len(prompt) : -1][:9]) - stop
+            losses.append(-sum(logits[-1].log_softmax(-1)[t] for t in bag) / len(bag))
+            places = range(max(1, len(prompt)), len(read) - 1)[: 9 if prompt else 8]
+            lm += [-logits[i - 1].log_softmax(-1)[read[i]] for i in places]
+        bags.append(torch.stack(losses).mean())
+        [record] = run.log["stage_one"]
+        assert record[f"{side}_to_{side}"] == pytest.approx(float(bags[-1]), rel=2e-5)
+    expected = 0.3 * bags[0] + 0.7 * bags[1] + 0.7 * torch.stack(lm).mean()
+    assert record["loss"] == pytest.approx(float(expected), rel=2e-5)
+    assert record["language_model"] == pytest.approx(float(torch.stack(lm).mean()), rel=2e-5)

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from anchorvec.exporting.folder import Exported, export
     from anchorvec.model.embedder import build_embedder
     from anchorvec.model.readout import Readout
+    from anchorvec.objectives.bag_of_tokens import BagOfTokens, BagOfTokensReconstruction
     from anchorvec.objectives.bag_of_words import BagOfWordsLoss, BagOfWordsReconstruction
     from anchorvec.objectives.masked import MaskedReconstruction, TokenMasking
     from anchorvec.objectives.pairs import TokenPair
@@ -64,6 +65,8 @@ if TYPE_CHECKING:
 __all__ = [
     "AnchorvecError",
     "Averages",
+    "BagOfTokens",
+    "BagOfTokensReconstruction",
     "BagOfWordsLoss",
     "BagOfWordsReconstruction",
     "BeirData",
@@ -152,6 +155,8 @@ _HOMES = {
     "export": "exporting.folder",
     "build_embedder": "model.embedder",
     "Readout": "model.readout",
+    "BagOfTokens": "objectives.bag_of_tokens",
+    "BagOfTokensReconstruction": "objectives.bag_of_tokens",
     "BagOfWordsLoss": "objectives.bag_of_words",
     "BagOfWordsReconstruction": "objectives.bag_of_words",
     "MaskedReconstruction": "objectives.masked",

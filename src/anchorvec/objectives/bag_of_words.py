@@ -149,6 +149,11 @@ class BagOfWordsReconstruction(Reconstruction):
     writes = False
     bag_of_words: BagOfWordsLoss
 
+    @property
+    def computed(self) -> BagOfWordsLoss:
+        """The candidates and the origin."""
+        return self.bag_of_words
+
     def targets(self, pairs: Sequence[TokenPair]) -> tuple[int, int]:
         """The texts of `pairs`: documents, and queries."""
         return len(pairs), len(pairs)

@@ -79,6 +79,11 @@ class Reconstruction(nn.Module):
         """The parts that are read from an embedding, so that one of another pair can be put in its place."""
         return tuple(self.parts)
 
+    @property
+    def computed(self) -> nn.Module | None:
+        """What was computed for it before the first step, as buffers of a module; a stage keeps it to go on with."""
+        return None
+
     def draw(self, pairs: Sequence[TokenPair], step: int) -> Sequence[TokenPair]:
         """The `pairs` of the optimizer step number `step`, with what is random in them; here they stay as they are."""
         return pairs
@@ -96,8 +101,8 @@ class Reconstruction(nn.Module):
 
     def sums(self, pairs: Sequence[TokenPair], read: Sequence[TokenPair]) -> tuple[Tensor, ...]:
         """The sum of each part over the targets of `pairs`, from the embeddings of the pairs `read`."""
-        texts = _by_direction([pair.read(self.alpha) for pair in read])
-        return self.losses(self.encode(texts, _by_direction([pair.prompts(self.alpha) for pair in read])), pairs)
+        texts = by_direction([pair.read(self.alpha) for pair in read])
+        return self.losses(self.encode(texts, by_direction([pair.prompts(self.alpha) for pair in read])), pairs)
 
     def score_bytes(self, pairs_per_step: int, tokens: int, device: torch.device) -> int:
         """Bytes of the scores of targets that exist at one time, with their gradients.
@@ -182,6 +187,11 @@ class VocabularyReconstruction(Reconstruction):
         vocabulary = int(self.model.config.get_text_config().vocab_size)
         return 4 * 4 * min(head_chunk_bytes(device) // 4, vocabulary * tokens * pairs_per_step)
 
+    def states_at_once(self, device: torch.device) -> int:
+        """How many states may have logits at one time on `device`."""
+        vocabulary = int(self.model.config.get_text_config().vocab_size)
+        return max(1, head_chunk_bytes(device) // (4 * vocabulary))
+
     def compile_layers(self) -> None:
         """Have the decoder layers, and the cross-entropy over the vocabulary, compiled when they are first used."""
         if compile_decoder_layers(self.model):
@@ -196,8 +206,7 @@ class VocabularyReconstruction(Reconstruction):
         def chunk_loss(chunk_states: Tensor, chunk_targets: Tensor) -> Tensor:
             return self._token_losses(self._head(chunk_states), chunk_targets)
 
-        vocabulary = self.model.config.get_text_config().vocab_size
-        size = max(1, head_chunk_bytes(states.device) // (4 * vocabulary))
+        size = self.states_at_once(states.device)
         if len(states) <= size:
             return chunk_loss(states, targets)
         chunks = zip(torch.split(states, size), torch.split(targets, size), strict=True)
@@ -222,7 +231,7 @@ class TextReconstruction(VocabularyReconstruction):
         `embeddings` as in `Reconstruction.losses`: (texts, dim).
         """
         # Both directions go through the decoder together; one of weight 0 stays out.
-        losses = self.decode(embeddings, _by_direction([pair.written(self.alpha) for pair in pairs]))
+        losses = self.decode(embeddings, by_direction([pair.written(self.alpha) for pair in pairs]))
         split = len(pairs) if self.alpha > 0 else 0
         return losses[:split].sum(), losses[split:].sum()
 
@@ -248,6 +257,6 @@ class TextReconstruction(VocabularyReconstruction):
         return totals.to(sums.dtype).index_add(0, index, sums)
 
 
-def _by_direction(of_pairs: Sequence[Sequence[T]]) -> list[T]:
-    """What each pair has, ordered: all of the first direction, then all of the second."""
+def by_direction(of_pairs: Sequence[Sequence[T]]) -> list[T]:
+    """What `of_pairs` says that each pair has, ordered: all of the first direction, then all of the second."""
     return [text for direction in zip(*of_pairs, strict=True) for text in direction]

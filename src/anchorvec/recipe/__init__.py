@@ -8,14 +8,11 @@ from anchorvec.recipe.settings import (
     DataSettings,
     EndPrompt,
     EvaluationSettings,
-    Lora,
-    Masking,
     ModelSettings,
     Recipe,
-    StageOne,
-    StageTwo,
     TrainData,
 )
+from anchorvec.recipe.stages import Lora, Masking, StageOne, StageTwo
 
 __all__ = [
     "DataSettings",

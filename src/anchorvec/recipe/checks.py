@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic_core import PydanticCustomError
 
 if TYPE_CHECKING:
-    from anchorvec.recipe.settings import Masking, ModelSettings, Recipe
+    from anchorvec.recipe.settings import ModelSettings, Recipe
+    from anchorvec.recipe.stages import Masking, StageOne
 
 _Key = tuple[str, ...]
 
@@ -39,6 +40,15 @@ def check_masking(masking: "Masking") -> None:
         _refuse("together they are more than all tokens that are chosen", "mask_replace_prob", "random_replace_prob")
 
 
+def check_target(stage: "StageOne") -> None:
+    """Raise PydanticCustomError where what is told in Stage I, with the settings `stage`, has no such form."""
+    over_vocabulary = stage.candidates == "vocabulary"
+    if over_vocabulary and stage.target != "bag_of_words":
+        _refuse("candidates are those of bags of words; it needs target: bag_of_words", "candidates")
+    if stage.source != "other" and not over_vocabulary:
+        _refuse("it is for candidates: vocabulary; among texts the other one of a pair is told", "source")
+
+
 def check_recipe(recipe: "Recipe") -> None:
     """Raise PydanticCustomError for keys of different sections of `recipe` that don't go together."""
     if recipe.training_tokens > recipe.model.max_tokens:
@@ -50,14 +60,27 @@ def check_recipe(recipe: "Recipe") -> None:
         )
     if recipe.stage_one is None and recipe.stage_two is None:
         _refuse("both are null, so there is nothing to train; leave one on", "stage_one", "stage_two")
-    if recipe.stage_one is not None and recipe.stage_one.target == "masked":
-        if recipe.model.attention_direction == "causal":
-            _refuse(
-                "masked tokens are told from those on both sides; it needs model.attention_direction: bidirectional",
-                "stage_one.target",
-            )
-        if recipe.model.read == "twice":
-            _refuse("one copy would show what is masked in the other; it needs model.read: once", "stage_one.target")
+    if recipe.stage_one is not None:
+        _check_stage_one(recipe.stage_one, recipe.model)
+
+
+def _check_stage_one(stage: "StageOne", model: "ModelSettings") -> None:
+    both_ways, twice = model.attention_direction == "bidirectional", model.read == "twice"
+    if stage.target == "masked" and not both_ways:
+        _refuse(
+            "masked tokens are told from those on both sides; it needs model.attention_direction: bidirectional",
+            "stage_one.target",
+        )
+    if stage.target == "masked" and twice:
+        _refuse("one copy would show what is masked in the other; it needs model.read: once", "stage_one.target")
+    if stage.candidates == "vocabulary" and stage.lm_weight and (both_ways or twice):
+        shows = "attention in both directions shows" if both_ways else "the first copy of a text shows"
+        _refuse(
+            "a token is predicted from those before it, and {shows} it; it needs model.attention_direction: causal and "
+            "model.read: once, or 0",
+            "stage_one.lm_weight",
+            shows=shows,
+        )
 
 
 def _refuse(message: str, *keys: str, **values: Any) -> None:

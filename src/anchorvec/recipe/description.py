@@ -1,6 +1,6 @@
 """What the stages of a recipe train, in words: for the plan and the model card."""
 
-from anchorvec.recipe.settings import StageOne, StageTwo
+from anchorvec.recipe.stages import StageOne, StageTwo
 
 _KINDS = {
     "text": "bidirectional reconstruction",
@@ -11,7 +11,7 @@ _KINDS = {
 
 def kind_of_stage_one(stage: StageOne) -> str:
     """What Stage I with the settings `stage` is called."""
-    return _KINDS[stage.target]
+    return _KINDS[stage.target] + " over the vocabulary" * (stage.candidates == "vocabulary")
 
 
 def describe_stage_one(stage: StageOne) -> str:
@@ -22,7 +22,12 @@ def describe_stage_one(stage: StageOne) -> str:
         return f"{kind_of_stage_one(stage)}: {share}; {trained}"
     verb = "writes" if stage.target == "text" else "tells the words of"
     directions = [("query", "document", stage.alpha), ("document", "query", 1 - stage.alpha)]
-    parts = [f"the {read}'s embedding {verb} the {told} (weight {w:g})" for read, told, w in directions if w]
+    whose = {"other": "the {told}", "own": "its own text", "both": "its own text and the {told}"}[stage.source]
+    parts = [
+        f"the {read}'s embedding {verb} {whose.format(told=told)} (weight {w:g})" for read, told, w in directions if w
+    ]
+    if stage.candidates == "vocabulary" and stage.lm_weight:
+        parts.append(f"the texts are predicted token by token (weight {stage.lm_weight:g})")
     return f"{kind_of_stage_one(stage)}: {', and '.join(parts)}; {trained}"
 
 

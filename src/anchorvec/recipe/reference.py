@@ -51,7 +51,7 @@ def _type_name(field: dict[str, Any]) -> str:
 
 
 _HEAD = """\
-<!-- Generated from the docstrings in src/anchorvec/recipe/settings.py. After a change there, run
+<!-- Generated from the docstrings in src/anchorvec/recipe/settings.py and stages.py. After a change there, run
 python -c "from anchorvec.recipe.reference import reference; print(reference(), end='')" > docs/recipe.md -->
 
 # The recipe

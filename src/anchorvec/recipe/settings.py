@@ -7,13 +7,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Discriminator,
     Field,
-    NonNegativeFloat,
-    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     Tag,
@@ -22,7 +18,9 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from anchorvec.files import user_path
-from anchorvec.recipe.checks import check_masking, check_reading, check_recipe
+from anchorvec.recipe.checks import check_reading, check_recipe
+from anchorvec.recipe.section import Section
+from anchorvec.recipe.stages import StageOne, StageTwo
 from anchorvec.run import STAGES, StageName
 
 END_FORM_TAGS = TOKEN, PROMPT = "<token>", "<prompt>"
@@ -31,13 +29,7 @@ END_FORM_TAGS = TOKEN, PROMPT = "<token>", "<prompt>"
 Key = tuple[str | int, ...]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
-
-
-class EndPrompt(_Section):
+class EndPrompt(Section):
     """An end prompt in place of the end token: words around every text; the last position is pooled."""
 
     before: str
@@ -52,7 +44,7 @@ def _end_form(value: object) -> str | None:
     return PROMPT if isinstance(value, dict | EndPrompt) else None
 
 
-class ModelSettings(_Section):
+class ModelSettings(Section):
     """The base model, and what the embedder reads of a text."""
 
     base: str = Field("smollm2", min_length=1)
@@ -103,7 +95,7 @@ class ModelSettings(_Section):
         return self
 
 
-class TrainData(_Section):
+class TrainData(Section):
     """One data set of training pairs."""
 
     path: str = Field(min_length=1)
@@ -134,7 +126,7 @@ def _data_name(path: str) -> str:
     return re.sub(r"\.(jsonl|json|parquet|csv|tsv)(\.gz)?$", "", name) or path
 
 
-class DataSettings(_Section):
+class DataSettings(Section):
     """The pairs that both stages train on."""
 
     train: list[TrainData] = Field(min_length=1)
@@ -163,144 +155,13 @@ class DataSettings(_Section):
         return self
 
 
-class _Stage(_Section):
-    steps: PositiveInt
-    """Optimizer steps."""
-    pairs_per_step: PositiveInt = 512
-    """Pairs in one optimizer step, over all devices and micro-batches. 512 is the paper's."""
-    learning_rate: PositiveFloat
-    """The highest learning rate, reached after the warm-up."""
-    warmup_steps: NonNegativeInt = 300
-    """Steps over which the learning rate rises from 0; part of `steps`. 300 is the paper's."""
-    # The schedule always spans `steps`, never a number of epochs that the run then does not complete (T13).
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """How the learning rate falls from the warm-up to the last of `steps`: to 0, or not at all
-    (`constant`)."""
-    weight_decay: NonNegativeFloat = 0.0
-    """Weight decay of AdamW. 0 is the default of transformers' Trainer."""
-    max_grad_norm: NonNegativeFloat = 1.0
-    """Gradients of a larger norm are scaled down to it; 0: never. 1 is the default of transformers'
-    Trainer."""
-    gradient_checkpointing: bool | Literal["auto"] = "auto"
-    """Compute activations again in the backward pass: less memory, about a third more time. `auto`: only where it
-    would not fit otherwise."""
-    log_every: PositiveInt = 10
-    """Steps from one line of the log to the next."""
-    save_steps: PositiveInt | None = 100
-    """Steps from one checkpoint to the next, from which `--resume` goes on. null: only where the run is told to stop
-    (Ctrl-C, SIGTERM). A checkpoint has the weights that are trained, and twice their size beside them; they are removed
-    when the stage is finished."""
-    save_total_limit: PositiveInt = 2
-    """So many checkpoints are kept, the newest ones. While one is written there is one more."""
-
-    @model_validator(mode="after")
-    def _warmup_fits(self) -> Self:
-        if self.warmup_steps > self.steps:
-            raise PydanticCustomError(
-                "warmup_too_long",
-                "{warmup} steps of warm-up do not fit into {steps} steps; set both",
-                {"warmup": self.warmup_steps, "steps": self.steps, "keys": [("warmup_steps",), ("steps",)]},
-            )
-        return self
-
-
-class Lora(_Section):
-    """LoRA on all linear layers."""
-
-    r: PositiveInt = 16
-    """Rank. 16 is the paper's."""
-    alpha: PositiveInt = 32
-    """The update is scaled by alpha / r. 32 is the paper's."""
-    dropout: float = Field(0.05, ge=0, lt=1)
-    """Dropout in front of the adapters. 0.05 is the paper's."""
-
-
-class Masking(_Section):
-    """Which tokens are masked, with `target: masked`. Names and shares are those of transformers' collator for it."""
-
-    token: str = Field("_", min_length=1)
-    """What stands in their place: one token of the vocabulary. Where this is none, the tokenizer's own mask token."""
-    mlm_probability: float = Field(0.2, gt=0, lt=1)
-    """The share of a text's tokens that are predicted. 0.2 is LLM2Vec's."""
-    mask_replace_prob: float = Field(0.8, ge=0, le=1)
-    """Of these, the share that is masked."""
-    random_replace_prob: float = Field(0.1, ge=0, le=1)
-    """Of these, the share that becomes any other token; the rest stays what it is."""
-
-    @model_validator(mode="after")
-    def _at_most_all(self) -> Self:
-        check_masking(self)
-        return self
-
-
-class StageOne(_Stage):
-    """Stage I, bidirectional reconstruction: each text of a pair is written from the other's embedding."""
-
-    target: Literal["text", "bag_of_words", "masked"] = "text"
-    """What is reconstructed: `text`, written token by token (the paper's); `bag_of_words`, all at once, to be told
-    among those of thousands of texts: words teach from the first steps on, a text only after very many pairs (a word
-    is a token of the model); or, without any embedding, `masked` tokens from those around them (LLM2Vec's masked
-    next-token prediction), for a decoder that reads in both directions."""
-
-    steps: PositiveInt = 2000
-    """Optimizer steps. 2000 is the paper's."""
-    learning_rate: PositiveFloat = 4e-5
-    """The highest learning rate, reached after the warm-up. All parameters train (an untied LM head only if tokens are
-    predicted), unless there is `lora`. 4e-5 is the paper's."""
-    alpha: float = Field(0.2, ge=0, le=1)
-    """Weight of query_to_document in the loss; document_to_query has 1 - alpha. 1 or 0 trains one direction
-    alone. 0.2 is the paper's. No effect with `target: masked`."""
-    end_token_target: bool = True
-    """Learn to write the end token too, so that the model knows where to stop. The paper's formula leaves it
-    out. No effect but with `target: text`."""
-    max_target_tokens: PositiveInt | None = None
-    """Write, mask, or tell the words of only the first so many tokens of a text. null: all that the encoder reads."""
-    masking: Masking = Masking()
-    """Which tokens are masked. No effect but with `target: masked`."""
-    lora: Lora | None = None
-    """Train LoRA adapters, which are merged into the model when the stage ends. null: all parameters, the paper's."""
-    micro_batch_tokens: PositiveInt | None = None
-    """Tokens in one micro-batch; the result does not depend on it. null: what fits into the free memory, at most
-    1,536 on a CPU and 65,536 on a GPU."""
-
-
-class StageTwo(_Stage):
-    """Stage II, contrastive learning (InfoNCE): a query finds its document among those of the batch."""
-
-    steps: PositiveInt = 1000
-    """Optimizer steps. 1000 is the paper's."""
-    pairs_per_step: int = Field(512, ge=2)
-    """Pairs in one optimizer step, over all devices; each document is a negative of every other query. 512 is
-    the paper's."""
-    learning_rate: PositiveFloat = 2e-4
-    """The highest learning rate, reached after the warm-up. 2e-4 is the paper's, with LoRA; full fine-tuning
-    needs a smaller one."""
-    temperature: PositiveFloat = 0.05
-    """Cosine similarities are divided by it. 0.05 is the paper's, and that of bags of words, which has no setting."""
-    lora: Lora | None = Lora()
-    """Train LoRA adapters. null: full fine-tuning."""
-    bag_of_words_weight: NonNegativeFloat = 0.0
-    """Weight of bag-of-words reconstruction (Stage I's `target: bag_of_words`, both directions alike) in the same step,
-    beside the contrastive loss. 0: off, the paper's."""
-    in_batch_negatives: Literal["random", "similar"] = "random"
-    """Which pairs make a step: `random`, or pairs that are `similar` by their words, so that a query's wrong documents
-    are hard ones. Pairs so similar that one may answer the other's query are kept apart, where there are others. With
-    words beside it, models trained so were better on text like their pairs, and worse on other text."""
-    negatives: NonNegativeInt = 1
-    """Hard negatives per query. A row with fewer is used without any; `anchorvec plan` counts those that have them."""
-    micro_batch_tokens: PositiveInt | None = None
-    """Tokens encoded at a time; the result does not depend on it, but for the random draws of LoRA's dropout. A step
-    with more goes through cached gradients, which encode every text twice. null: the whole step if it fits into the
-    free memory, else at most 1,536 on a CPU and 65,536 on a GPU."""
-
-
-class EvaluationSettings(_Section):
+class EvaluationSettings(Section):
     """What the models of a run are scored on."""
 
-    data: list[str] = []
+    data: list[str] = Field([])
     """Test sets: folders in BEIR layout (`corpus.jsonl`, `queries.jsonl`, `qrels/test.tsv`), files `NAME.jsonl` of
     re-ranking, STS, classification or clustering, or folders of such sets."""
-    tasks: list[str] = []
+    tasks: list[str] = Field([])
     """MTEB tasks, types of them and benchmarks by name, or `paper-15` ([which](mteb.md))."""
     batch_size: PositiveInt = 32
     """Texts encoded at a time."""
@@ -310,7 +171,7 @@ class EvaluationSettings(_Section):
     """Score BM25 too, on the sets of `data` for retrieval and re-ranking."""
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """A whole run. A section that is not written has its defaults."""
 
     about: str = ""
@@ -327,7 +188,9 @@ class Recipe(_Section):
     """What the models of the run are scored on."""
     output: Annotated[Path, Field(strict=False), AfterValidator(user_path)] | None = None
     """Folder of the run. A relative path counts from the current folder."""
-    report_to: Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)] = []
+    report_to: Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)] = (
+        Field([])
+    )
     """Trackers that get the log too, by transformers' names: `tensorboard`, `trackio`, `wandb` and others. Each stage
     is a run of its own there. The log in the folder of the run is always written."""
     seed: int = Field(0, ge=0, lt=2**32)

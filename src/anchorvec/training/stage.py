@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import PreTrainedModel, PrinterCallback
 
 from anchorvec.data.stage_inputs import StageInputs, rows_with_places
@@ -17,7 +18,6 @@ from anchorvec.device import check_one_device, default_device, resolve_precision
 from anchorvec.errors import AnchorvecError
 from anchorvec.files import write_json, write_json_lines
 from anchorvec.interrupts import Interrupts
-from anchorvec.objectives.bag_of_words import BagOfWordsLoss
 from anchorvec.recipe import Recipe, StageOne, StageTwo
 from anchorvec.run import STAGE_TITLES, Run, StageName
 from anchorvec.terminal import say
@@ -31,7 +31,7 @@ from anchorvec.training.trainers import TimedTrainer
 PROBE_TOKENS = 64
 """Tokens of each part of the texts from which the memory of a token is estimated, if the limit is not lower."""
 
-_ENGINE, _BAG_OF_WORDS = "engine.json", "bag_of_words.safetensors"
+_ENGINE, _COMPUTED = "engine.json", "computed.safetensors"
 
 _NAMED_ROWS = 8
 
@@ -128,27 +128,27 @@ class Stage:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         return engine
 
-    def take_up(self, bag_of_words: BagOfWordsLoss) -> None:
-        """Put the origin and the candidates that it was started with before into `bag_of_words`, which has like ones.
+    def take_up(self, computed: nn.Module) -> None:
+        """Put what it was started with before into the buffers of `computed`, which is a part of its objective.
 
         They were computed once; on another processor they would differ in their last bits.
         """
         start = self.checkpoints.start
         if start is not None:
-            for name, value in load_file(start / _BAG_OF_WORDS).items():
-                bag_of_words.get_buffer(name).copy_(value)
+            for name, value in load_file(start / _COMPUTED).items():
+                computed.get_buffer(name).copy_(value)
 
-    def begin(self, engine: Engine, bag_of_words: BagOfWordsLoss | None) -> None:
-        """Note the `engine`; keep it, and `bag_of_words`, for the stage to go on with wherever it is interrupted."""
+    def begin(self, engine: Engine, computed: nn.Module | None) -> None:
+        """Note the `engine`; keep it, and the buffers of `computed`, to go on with where the stage is interrupted."""
         self.note(engine)
         if self.checkpoints.start is not None:
             return
         with self.checkpoints.writing_start() as folder:
             write_json(folder / _ENGINE, {"device": default_device().type, "engine": asdict(engine)})
-            if bag_of_words is not None:
+            if computed is not None:
                 # the token embeddings are those of the start
-                kept = {name: value for name, value in bag_of_words.named_buffers() if name != "embeddings"}
-                save_file({name: value.contiguous() for name, value in kept.items()}, folder / _BAG_OF_WORDS)
+                kept = {name: value for name, value in computed.named_buffers() if name != "embeddings"}
+                save_file({name: value.contiguous() for name, value in kept.items()}, folder / _COMPUTED)
 
     def explain(self, what: str, step: int, rows: Sequence[int]) -> str:
         """The error of a step in which `what` is no finite number; its `rows` by their numbers over all data sets.

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, TrainingArguments, set_seed
 
-from anchorvec.data.reading import mask_token, readout_of, without_prompt_and_end
+from anchorvec.data.reading import mask_token, readout_of, text_span, without_prompt_and_end
 from anchorvec.data.stage_inputs import reconstructs
 from anchorvec.data.tokens import PairTokenizer
 from anchorvec.device import default_device
@@ -16,11 +16,13 @@ from anchorvec.files import new_folder
 from anchorvec.model.decoder import decoder_of
 from anchorvec.model.embedder import load_causal_lm, save_causal_lm
 from anchorvec.model.end import template_of
+from anchorvec.objectives.bag_of_tokens import BagOfTokensReconstruction
 from anchorvec.objectives.bag_of_words import BagOfWordsReconstruction
 from anchorvec.objectives.masked import MaskedReconstruction, TokenMasking
 from anchorvec.objectives.reconstruction import Reconstruction, TextReconstruction
 from anchorvec.recipe import Recipe, StageOne
-from anchorvec.training.bag_of_words import bag_of_words_loss
+from anchorvec.terminal import say
+from anchorvec.training.bag_of_words import bag_of_tokens, bag_of_words_loss
 from anchorvec.training.engine import UNPACKABLE, Demand, Engine, choose_engine, why_padded
 from anchorvec.training.lora import add_lora, merged
 from anchorvec.training.memory import release_freed_memory
@@ -38,7 +40,9 @@ def train_stage_one(stage: Stage) -> Path:
     tokenize = pair_tokenizer(recipe, AutoTokenizer.from_pretrained(stage.start))
     progress = stage.progress()
     objective, engine = stage_one_objective(stage, tokenize)
-    stage.begin(engine, objective.bag_of_words if isinstance(objective, BagOfWordsReconstruction) else None)
+    stage.begin(engine, objective.computed)
+    if isinstance(objective, BagOfTokensReconstruction):
+        _note_stop_tokens(stage, objective, tokenize.tokenizer)
     trainer = ReconstructionTrainer(
         model=objective,
         # in an order of its own: the pairs at the start of Stage II should be new ones
@@ -120,6 +124,8 @@ def _text(stage: Stage, model: PreTrainedModel, tokenize: PairTokenizer, packed:
 
 
 def _bag_of_words(stage: Stage, model: PreTrainedModel, tokenize: PairTokenizer, packed: bool) -> Reconstruction:
+    if stage.one.candidates == "vocabulary":
+        return _bag_of_tokens(stage, model, tokenize, packed)
     options: dict[str, Any] = {"packed": packed, "readout": readout_of(stage.recipe)}
     objective = BagOfWordsReconstruction(model, alpha=stage.one.alpha, **options)
     objective.bag_of_words = bag_of_words_loss(
@@ -131,6 +137,29 @@ def _bag_of_words(stage: Stage, model: PreTrainedModel, tokenize: PairTokenizer,
     if head.weight is not embeddings.weight:
         head.requires_grad_(False)  # nothing is written
     return objective
+
+
+def _bag_of_tokens(stage: Stage, model: PreTrainedModel, tokenize: PairTokenizer, packed: bool) -> Reconstruction:
+    settings, recipe = stage.one, stage.recipe
+    bag = bag_of_tokens(model, stage.inputs, tokenize, seed=recipe.seed, max_df=settings.max_df)
+    stage.take_up(bag)
+    return BagOfTokensReconstruction(
+        model,
+        bag=bag,
+        source=settings.source,
+        lm_weight=settings.lm_weight,
+        span=text_span(tokenize.tokenizer, recipe),
+        alpha=settings.alpha,
+        packed=packed,
+        readout=readout_of(recipe),
+    )
+
+
+def _note_stop_tokens(stage: Stage, objective: BagOfTokensReconstruction, tokenizer: Any) -> None:
+    """Write the tokens that no bag has into the run's record, and say how many there are."""
+    ids = sorted(objective.bag.stop_tokens)
+    stage.run.note("stop_tokens", {"ids": ids, "tokens": [tokenizer.decode([token]) for token in ids]})
+    say(f"Stage I: {len(ids)} tokens stand in more than {stage.one.max_df:.0%} of the texts, and are never told")
 
 
 def masking_of(recipe: Recipe, tokenizer: Any) -> TokenMasking:
