@@ -169,13 +169,13 @@ def test_what_is_finished_is_not_done_again(asked, tmp_path, monkeypatch):
     write_rows(folder / "corpus.jsonl", [{"_id": f"d{i}", "title": "", "text": f"text {i}"} for i in range(5)])
     write_rows(folder / "queries.jsonl", [{"_id": "q", "text": "text 1"}])
     (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq\td1\t1\n")
-    scored, evaluate = [], anchorvec.pipeline.evaluate
+    scored, evaluate = [], anchorvec.run_scores.evaluate
 
     def recorded(model, **options):
         scored.append(model)
         return evaluate(model, **options)
 
-    monkeypatch.setattr("anchorvec.pipeline.evaluate", recorded)
+    monkeypatch.setattr("anchorvec.run_scores.evaluate", recorded)
     scoring = {"evaluation.data": [str(folder)], "evaluation.bm25": True}
     with killed_after(STEPS + 3):
         anchorvec.train(asked(**scoring))

@@ -46,7 +46,7 @@ def test_all_names_are_listed_in_order_and_there_is_a_version():
 
 
 OF_LIBRARIES = {"on_train_begin", "on_step_end", "on_log", "create_scheduler", "training_step", "log"}
-OF_LIBRARIES |= {"add_model_card_callback"}
+OF_LIBRARIES |= {"add_model_card_callback", "evaluate", "on_evaluate"}
 """Methods that stand in for one of a library's, which says what its parameters are."""
 
 

@@ -243,7 +243,7 @@ def test_scores_within_a_time_are_measured_without_kept_vectors(
     def evaluate(*_: object, cache: bool, **__: object) -> None:
         raise AskedError(cache)
 
-    monkeypatch.setattr("anchorvec.pipeline.evaluate", evaluate)
+    monkeypatch.setattr("anchorvec.run_scores.evaluate", evaluate)
     monkeypatch.setattr("anchorvec.pipeline.check_test_data", lambda **_: [DATA])
     for minutes in (None, 10):
         recipe = anchorvec.load_recipe("debug", [f"output={tmp_path / str(minutes)}"])

@@ -8,7 +8,7 @@ import transformers.trainer
 from transformers import TrainerCallback
 
 import anchorvec
-from support import recipe
+from support import recipe, write_rows
 from wiring import sources
 
 STAGES = ["stage_one", "stage_two"]
@@ -78,3 +78,27 @@ def test_a_revision_of_a_data_set_is_read(hub, tmp_path):
     source = {"path": "builtin:debug", "revision": "main"}
     with pytest.raises(anchorvec.AnchorvecError, match="builtin:debug has no revisions"):
         anchorvec.plan(recipe({"data.train": [source]}), step=False)
+
+
+@pytest.mark.wires("at", "every", "keep_best", of=["evaluation"])
+def test_models_on_the_way_are_scored_and_the_best_is_kept_as_the_recipe_says(tmp_path, monkeypatch):
+    """After the steps of Stage II that are named, and every so many of either; exported is the last, or the best."""
+    pytest.importorskip("mteb")
+    beir = tmp_path / "beir"
+    (beir / "qrels").mkdir(parents=True)
+    write_rows(beir / "corpus.jsonl", [{"_id": f"d{i}", "title": "", "text": f"text {i}"} for i in range(5)])
+    write_rows(beir / "queries.jsonl", [{"_id": "q", "text": "text 1"}])
+    (beir / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq\td1\t1\n")
+    scores = iter([0.1, 0.2, 0.3, 9.0, 0.5, 0.1])
+    monkeypatch.setattr("anchorvec.pipeline.score_on_the_way", lambda *_: {"beir": next(scores)})
+    short = {f"{stage}.{key}": 5 if key == "steps" else 4 for stage in STAGES for key in ("steps", "pairs_per_step")}
+    values = {**short, "data.train": sources(tmp_path / "data"), "evaluation.data": [str(beir)]}
+    asked = {"evaluation.at": [3, 1], "evaluation.every": 2, "evaluation.keep_best": True}
+    result = anchorvec.train(recipe({**values, **asked, "output": str(tmp_path / "best")}))
+    places = [(point["stage"], point["step"]) for point in result.curve]
+    assert places == [*((STAGES[0], step) for step in (2, 4, 5)), *((STAGES[1], step) for step in (1, 2, 3, 4, 5))]
+    assert Path(result.export.stage).name == "stage_two_step_2"
+    for own, found in (({"evaluation.at": [0]}, [0, 5]), ({}, [])):
+        result = anchorvec.train(recipe({**values, **own, "output": str(tmp_path / f"run{len(own)}")}))
+        assert [point["step"] for point in result.curve] == found
+        assert Path(result.export.stage).name == "stage_two"

@@ -11,6 +11,7 @@ from anchorvec.errors import AnchorvecError
 from anchorvec.recipe import Recipe, StageOne, StageTwo
 from anchorvec.run import Run, StageName, is_embedder
 from anchorvec.training.checkpoints import CHECKPOINT_BYTES, WEIGHT_BYTES, most_at_once
+from anchorvec.training.scoring import models_at_once
 
 
 def check_disk(recipe: Recipe, run: Run, *, timed: bool) -> None:
@@ -49,8 +50,13 @@ def _needed(recipe: Recipe, run: Run, timed: bool) -> tuple[dict[str, int], int]
             run, name
         )
         needed[name] = WEIGHT_BYTES * trained
-        at_once = max(at_once, kept + needed[f"checkpoints of {name}"] + needed[name])
+        on_the_way = models_at_once(recipe, name) * WEIGHT_BYTES * trained
+        if on_the_way:
+            needed[f"scored models of {name}"] = on_the_way
+        at_once = max(at_once, kept + needed[f"checkpoints of {name}"] + on_the_way + needed[name])
         kept += needed[name]
+        if recipe.evaluation.keep_best and name == recipe.stages[-1]:
+            kept += WEIGHT_BYTES * trained
     if not run.model.is_dir():
         needed["export"] = WEIGHT_BYTES * parameters
         at_once = max(at_once, kept + needed["export"])

@@ -4,7 +4,6 @@
 first step. Both stages go through transformers' Trainer.
 """
 
-import json
 import platform
 import shlex
 import shutil
@@ -20,32 +19,41 @@ import torch
 from rich.console import Group
 from rich.text import Text
 
+from anchorvec.curve import check_curve, end_curve, scoring_of
 from anchorvec.data import read_pairs
 from anchorvec.data.stage_inputs import StageInputs, stage_inputs
 from anchorvec.device import check_one_device, device_name, resolve_precision
 from anchorvec.disk import check_disk
-from anchorvec.evaluation import LocalData, Scores, bm25_scores, check_test_data, evaluate, ranking_sets, scores_table
+from anchorvec.evaluation import LocalData, check_test_data, scores_table
 from anchorvec.exporting.folder import Exported, export
 from anchorvec.exporting.hub import make_repository, push_folder
 from anchorvec.files import write_json
 from anchorvec.interrupts import Interrupts
-from anchorvec.model.loading import load_encoder
 from anchorvec.recipe import Recipe, StageOne, StageTwo, load_recipe, save_recipe
 from anchorvec.resuming import check_same_data, opened, time_left
-from anchorvec.run import STAGE_TITLES, SYSTEM_TITLES, Run, StageName, is_embedder
+from anchorvec.run import STAGE_TITLES, Run, StageName, is_embedder
+from anchorvec.run_scores import (
+    Scored,
+    WholeSet,
+    affordable,
+    first_scoring,
+    main_scores,
+    plain_scores,
+    score_bm25,
+    score_model,
+    score_on_the_way,
+    stored_scores,
+    system_of,
+)
 from anchorvec.start import build_base, with_settings_of_base
 from anchorvec.terminal import say
-from anchorvec.training.budget import Budget, Measured
+from anchorvec.training.budget import Budget
 from anchorvec.training.checkpoints import Checkpoints
-from anchorvec.training.memory import release_freed_memory
 from anchorvec.training.progress import OnLog
 from anchorvec.training.stage import Stage
 from anchorvec.training.stage_one import train_stage_one
 from anchorvec.training.stage_two import train_stage_two
 from anchorvec.training.trackers import check_trackers
-
-Scored = dict[str, dict[str, Scores]]
-"""Scores by system, an untrained or a trained model or BM25, and task."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +61,8 @@ class TrainResult:
     """What a run made: its folder, the exported model, the scores that its recipe asked for by system and task.
 
     `steps` are those that each stage made, `minutes` is the wall time of it all, without that of interruptions.
-    `pushed` is the address of the model on the hub; empty where it was not asked for.
+    `pushed` is the address of the model on the hub; empty where it was not asked for. `curve` has a point for each
+    step after which a model was scored on the way: `stage`, `step`, and `scores` by task.
     """
 
     output: str
@@ -62,10 +71,11 @@ class TrainResult:
     steps: dict[str, int]
     minutes: float
     pushed: str = ""
+    curve: Sequence[Mapping[str, Any]] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain JSON values."""
-        return asdict(self) | {"scores": _plain(self.scores)}
+        return asdict(self) | {"scores": plain_scores(self.scores)}
 
     def __rich__(self) -> Group:
         tables = [scores_table(of_system, title=system) for system, of_system in self.scores.items()]
@@ -105,14 +115,6 @@ def train(
     return replace(trained, pushed=push_folder(run.model, push))
 
 
-@dataclass(frozen=True)
-class WholeSet:
-    """Data that only BM25 and the last stage are scored on, as they take `times` as long as those on the way."""
-
-    data: LocalData
-    times: float
-
-
 def run_stages(
     recipe: Recipe,
     run: Run,
@@ -132,17 +134,19 @@ def run_stages(
     is interrupted; by default `train` with the recipe that is saved.
     """
     command = command or shlex.join(["anchorvec", "train", str(run.recipe), "--resume"])
+    timed = budget.minutes is not None
+    check_curve(recipe, tests=len(tests) + len(recipe.evaluation.tasks), timed=timed)
     with run.locked(), Interrupts(command) as interrupts:
         _begin(recipe, run, inputs, budget, record)
-        check_disk(recipe, run, timed=budget.minutes is not None)
+        check_disk(recipe, run, timed=timed)
         checkpoint = _checkpoint_under_way(recipe, run)
         budget = time_left(run, budget, checkpoint)
-        as_begun, scores = _with_number_formats(recipe, run), _stored_scores(run)
-        _score_bm25(as_begun, run, [*tests, *([whole.data] if whole else [])], scores)
+        as_begun, scores = _with_number_formats(recipe, run), stored_scores(run)
+        score_bm25(as_begun, run, [*tests, *([whole.data] if whole else [])], scores)
         # before training, so that a task that cannot be fetched costs nothing
         # of a time to keep within, how long it takes is measured: no vectors of an earlier run
-        scoring = _first_scoring(as_begun, run, tests, scores, cache=budget.minutes is None)
-        whole = _affordable(whole, budget, scoring)
+        scoring = first_scoring(as_begun, run, tests, scores, cache=not timed)
+        whole = affordable(whole, budget, scoring)
         last = replace(scoring, seconds=scoring.seconds * (1 + (whole.times if whole else 0)))
         if checkpoint is None and not is_embedder(run.stage(recipe.stages[0])):
             budget.check(len(recipe.stages), scoring, last)
@@ -152,17 +156,22 @@ def run_stages(
             if not is_embedder(stage):
                 deadline = _deadline(run, name, partial(budget.deadline, len(recipe.stages) - i, scoring, last), budget)
                 start = run.start_of(name) or run.base
-                _train(of_run(name, as_begun, run, start, deadline=deadline, checkpoint=checkpoint))
+                before = main_scores(scores, system_of(run, start), whole)
+                score = partial(score_on_the_way, as_begun, tests)
+                way = scoring_of(as_begun, run, name, before=before, score=score, seconds=scoring.seconds)
+                _train(of_run(name, as_begun, run, start, deadline=deadline, checkpoint=checkpoint, scoring=way))
                 checkpoint = None
             recipe = _finished(name, recipe, run, budget)
             interrupts.stop()
-            _score(as_begun, run, tests, scores, name, stage)
+            score_model(as_begun, run, tests, scores, name, stage)
+            end_curve(as_begun, run, name, main_scores(scores, name, whole), timed=timed)
         if whole is not None and budget.left() < whole.times * scoring.now():
             say(f"{whole.data.name}: no time is left to score on the whole of it")
         elif whole is not None:
-            _score(as_begun, run, [whole.data], scores, name, stage, tasks=False)
+            score_model(as_begun, run, [whole.data], scores, name, stage, tasks=False)
         exported = _export(run)
-    return TrainResult(str(run.folder), exported, scores, steps=run.steps(), minutes=budget.spent() / 60)
+    minutes = budget.spent() / 60
+    return TrainResult(str(run.folder), exported, scores, steps=run.steps(), minutes=minutes, curve=run.curve())
 
 
 def _begin(recipe: Recipe, run: Run, inputs: StageInputs, budget: Budget, record: Mapping[str, Any] | None) -> None:
@@ -233,83 +242,6 @@ def _deadline(
     return moving
 
 
-# Scores and the export
-
-
-def _stored_scores(run: Run) -> Scored:
-    """The scores that `run` has already, by system and task."""
-    if not run.scores.is_file():
-        return {}
-    stored = json.loads(run.scores.read_text(encoding="utf-8"))
-    return {system: {task: Scores.from_dict(v) for task, v in tasks.items()} for system, tasks in stored.items()}
-
-
-def _score_bm25(recipe: Recipe, run: Run, tests: Sequence[LocalData], scores: Scored) -> None:
-    if recipe.evaluation.bm25 and not recipe.evaluation.data:
-        say("evaluation.bm25: there is no folder in evaluation.data to score it on")
-    elif recipe.evaluation.bm25:
-        _score(recipe, run, tests, scores, "bm25", None)
-
-
-def _first_scoring(recipe: Recipe, run: Run, tests: Sequence[LocalData], scores: Scored, *, cache: bool) -> Measured:
-    """What scoring the untrained embedder takes, or took where that is done; of a `cache` see `_score`."""
-    if not run.noted("scoring"):
-        seconds = _score(recipe, run, tests, scores, "untrained", run.base, cache=cache)
-        took = seconds or sum(of_task.seconds for of_task in scores.get("untrained", {}).values())
-        run.note("scoring", asdict(Measured(took)))
-    return Measured(**run.noted("scoring"))
-
-
-def _affordable(whole: WholeSet | None, budget: Budget, scoring: Measured) -> WholeSet | None:
-    """`whole`, or None where scoring on it takes too large a part of the time, which is said."""
-    if whole is None or budget.affords(whole.times * scoring.seconds):
-        return whole
-    say(f"{whole.data.name}: scoring on the whole of it would take {whole.times * scoring.seconds:.0f} s; left out")
-    return None
-
-
-def _score(
-    recipe: Recipe,
-    run: Run,
-    tests: Sequence[LocalData],
-    scores: Scored,
-    system: str,
-    model: Path | None,
-    *,
-    tasks: bool = True,
-    cache: bool = True,
-) -> float:
-    """Add the scores of `model`, or of BM25, and write all; the seconds it took, 0 where nothing is scored.
-
-    What has its scores already keeps them.
-    """
-    settings = recipe.evaluation
-    names = settings.tasks if tasks else []
-    before = scores.get(system)
-    if not (tests or names) or (before is not None and all(test.name in before for test in tests)):
-        return 0.0
-    start = time.monotonic()
-    say(f"scoring: {SYSTEM_TITLES[system]}")
-    release_freed_memory()  # of a finished stage
-    if model is None:
-        found = {test.name: bm25_scores(test) for test in ranking_sets(tests)}
-    else:
-        bf16 = resolve_precision(settings.precision) == "bf16"
-        found = evaluate(
-            load_encoder(model, torch.bfloat16 if bf16 else torch.float32),
-            data=tests,
-            tasks=names,
-            batch_size=settings.batch_size,
-            cache=cache,
-            show_progress_bar=True,
-        )
-    scores[system] = {**(before or {}), **found}
-    write_json(run.scores, _plain(scores))
-    for task, of_task in found.items():
-        say(f"  {task}: {of_task.main_score:.3f}")
-    return time.monotonic() - start
-
-
 def _export(run: Run) -> Exported:
     """The export of the last stage of `run`; what it was found to be where that is done already."""
     if noted := run.noted("export"):
@@ -369,7 +301,3 @@ def describe_run(recipe: Recipe, inputs: StageInputs) -> dict[str, Any]:
         "seed": recipe.seed,
         "data": {name: asdict(report) for name, report in inputs.reports.items()},
     }
-
-
-def _plain(scores: Mapping[str, Mapping[str, Scores]]) -> dict[str, Any]:
-    return {stage: {task: value.to_dict() for task, value in tasks.items()} for stage, tasks in scores.items()}

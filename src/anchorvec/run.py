@@ -52,6 +52,10 @@ class Run:
         """The folder of the checkpoints of the stage `name`; it is there until the stage is."""
         return self.folder / "checkpoints" / name
 
+    def stage_after(self, name: StageName, step: int) -> Path:
+        """What the stage `name` had trained after the step `step`: there while it is scored, and if it is the best."""
+        return self.folder / f"{name}_step_{step}"
+
     @property
     def model(self) -> Path:
         """The export."""
@@ -184,6 +188,18 @@ class Run:
         found: dict[str, Any] = self.read_record().get(key, {})
         return found
 
+    def curve(self) -> list[dict[str, Any]]:
+        """The scores on the way: `stage`, `step` and `scores`, by test set, in the order of training."""
+        found: list[dict[str, Any]] = self.read_record().get("curve", [])
+        return found
+
+    def add_to_curve(self, name: StageName, step: int, scores: dict[str, float]) -> None:
+        """Note the `scores` by test set of the model after the step `step` of the stage `name`."""
+        before = [point for point in self.curve() if (point["stage"], point["step"]) != (name, step)]
+        points = [*before, {"stage": name, "step": step, "scores": scores}]
+        points.sort(key=lambda point: (STAGES.index(point["stage"]), point["step"]))
+        write_json(self.record, self.read_record() | {"curve": points})
+
     def read_record(self) -> dict[str, Any]:
         """The record; empty where there is none yet."""
         found: dict[str, Any] = json.loads(self.record.read_text(encoding="utf-8")) if self.record.exists() else {}
@@ -198,7 +214,11 @@ class Run:
                 folder.parent.rmdir()
 
     def cut_log(self, name: StageName, step: int) -> None:
-        """Take out of the log what comes after the step `step` of the stage `name`, and a line that was cut short."""
+        """Take out of log and curve what comes after the step `step` of the stage `name`, and a line cut short."""
+        place_of = STAGES.index(name), step
+        curve = self.curve()
+        if points := [point for point in curve if (STAGES.index(point["stage"]), point["step"]) > place_of]:
+            write_json(self.record, self.read_record() | {"curve": [point for point in curve if point not in points]})
         if not self.log.is_file():
             return
         kept = []
@@ -208,7 +228,7 @@ class Run:
             except ValueError:  # the last one, in whose midst the process was killed
                 continue
             place = STAGES.index(record["stage"]), record["step"]
-            if place <= (STAGES.index(name), step):
+            if place <= place_of:
                 kept.append(f"{line}\n")
         write_text(self.log, "".join(kept))
 

@@ -28,10 +28,11 @@ from anchorvec.evaluation import (
 )
 from anchorvec.exporting.folder import Exported
 from anchorvec.files import write_json, write_text
-from anchorvec.pipeline import TrainResult, WholeSet, load_training_data, run_stages
+from anchorvec.pipeline import TrainResult, load_training_data, run_stages
 from anchorvec.recipe import Recipe, load_recipe
 from anchorvec.resuming import as_begun
 from anchorvec.run import SYSTEM_TITLES, Run
+from anchorvec.run_scores import WholeSet
 from anchorvec.terminal import say
 from anchorvec.training.budget import Budget
 

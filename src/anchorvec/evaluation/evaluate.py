@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-import random
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,8 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
 from anchorvec.errors import AnchorvecError
 from anchorvec.evaluation.averages import Averages
 from anchorvec.evaluation.baselines import RANKED, check_baselines, score_baselines
@@ -22,6 +19,7 @@ from anchorvec.evaluation.scores import Scores
 from anchorvec.evaluation.task_kind import LocalData
 from anchorvec.evaluation.tasks import kind_of_data, kind_of_mteb_type, load_folder, sets_in
 from anchorvec.model.vector_cache import vector_cache
+from anchorvec.randomness import randomness_kept
 from anchorvec.terminal import Bar, say
 
 if TYPE_CHECKING:
@@ -341,16 +339,11 @@ def _side_effects_undone() -> Iterator[None]:
     import makes a cache folder in the home folder unless MTEB_CACHE names another place (here: the system's
     temporary folder, which exists; nothing is written there).
     """
-    import torch
-
-    states = random.getstate(), np.random.get_state()
     own_cache = os.environ.get("MTEB_CACHE")
     os.environ.setdefault("MTEB_CACHE", tempfile.gettempdir())
     try:
-        with torch.random.fork_rng():
+        with randomness_kept():
             yield
     finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
         if own_cache is None:
             del os.environ["MTEB_CACHE"]

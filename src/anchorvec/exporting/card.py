@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from sentence_transformers import SentenceTransformer
@@ -11,7 +12,7 @@ from anchorvec.model.portable import BOTH_WAYS_READ_BY
 from anchorvec.model.readout import Readout
 from anchorvec.recipe import Recipe, dump_recipe, stored_recipe
 from anchorvec.recipe.description import kind_of_stage_one, kind_of_stage_two
-from anchorvec.run import Run
+from anchorvec.run import STAGE_TITLES, STAGES, Run
 
 _TEMPLATE = """\
 ---
@@ -60,6 +61,10 @@ Prompts stored with the model:
 {%- endfor %}{% endfor %}
 
 {{ score_set }}
+{%- if chosen %}
+
+{{ chosen }}
+{%- endif %}
 {% else %}
 None were taken in this run.
 {% endif %}
@@ -86,6 +91,7 @@ def model_card(stage: Path, model: SentenceTransformer, *, name: str, readout: R
     run = Run(stage.parent)
     record = json.loads(_read(run.record) or "{}")
     record.pop("export", None)  # of an earlier export: folders of this machine, and what comes with this one
+    best = record.get("best", {})
     scores = json.loads(_read(run.scores) or "{}")
     recipe = stored_recipe(run)
     trained = _trained(stage, recipe) if recipe else []
@@ -113,6 +119,7 @@ def model_card(stage: Path, model: SentenceTransformer, *, name: str, readout: R
             "{:.3f} to {:.3f}".format(*score["ndcg_at_10_interval"]) if "ndcg_at_10_interval" in score else ""
         ),
         score_set=_describe_score_set(record.get("score_set")),
+        chosen=_describe_choice(best) if best.get("folder") == stage.name else "",
         recipe=dump_recipe(recipe, output=False).strip() if recipe else "",
         run=json.dumps(record, indent=2, ensure_ascii=False),
     )
@@ -122,17 +129,23 @@ def model_card(stage: Path, model: SentenceTransformer, *, name: str, readout: R
 def _trained(stage: Path, recipe: Recipe) -> list[str]:
     """What each stage up to the folder `stage` was, in words."""
     done = []
-    if recipe.stage_one is not None and stage.name != "base":
+    name = _stage_of(stage)
+    if recipe.stage_one is not None and name != "base":
         done.append(f"Stage I, {kind_of_stage_one(recipe.stage_one)}")
-    if recipe.stage_two is not None and stage.name not in ("base", "stage_one"):
+    if recipe.stage_two is not None and name not in ("base", "stage_one"):
         done.append(f"Stage II, {kind_of_stage_two(recipe.stage_two)}")
     return done
+
+
+def _stage_of(folder: Path) -> str:
+    """The name of the stage that has trained `folder`, at its end or on the way; else that of the folder."""
+    return next((name for name in STAGES if folder.name.startswith(f"{name}_step_")), folder.name)
 
 
 def _ability(stage: Path, recipe: Recipe | None, writes: bool) -> str:
     if not writes:
         return "This folder holds no LM head: it can no longer write texts back from their embeddings."
-    if recipe and recipe.stage_one and recipe.stage_one.target == "text" and stage.name == "stage_one":
+    if recipe and recipe.stage_one and recipe.stage_one.target == "text" and _stage_of(stage) == "stage_one":
         return "This folder is also a causal LM: `anchorvec decode` writes texts back from their embeddings."
     return "This folder is also a causal LM, but it was not trained to write texts back from their embeddings."
 
@@ -150,6 +163,16 @@ def _describe_score_set(score_set: dict[str, object] | None) -> str:
     return (
         f"{score_set['score_queries']} docstring summaries against {score_set['score_documents']} docstring bodies "
         "of the held-out packages named below; fingerprint and versions there too."
+    )
+
+
+def _describe_choice(best: dict[str, Any]) -> str:
+    """How the model was chosen among those on the way."""
+    return (
+        f"This is the model after step {best['step']} of {best['of_steps']} of {STAGE_TITLES[best['stage']]}: of the "
+        f"{best['scored']} steps that were scored, the one with the best mean main score on these test sets, "
+        f"{best['score']:.3f}. It was chosen by this score, which is too high for that reason; on other texts expect "
+        "less."
     )
 
 

@@ -107,12 +107,14 @@ def export(run: str | Path, out: str | Path, *, texts: Sequence[str] = ()) -> Ex
 
 
 def last_stage(run: Path) -> Path:
-    """The embedder folder of the last stage of the finished run `run`; `run` itself if it is one.
+    """The embedder folder of the last stage of the finished run `run`, or its best one; `run` itself if it is one.
 
     Raises AnchorvecError if there is none: what an unfinished run has is to be asked for by its own folder.
     """
     if is_embedder(run):
         return run
+    if best := Run(run).noted("best"):
+        return run / str(best["folder"])
     newest = Run(run).newest()
     if newest is None:
         raise AnchorvecError(f"{run}: no model in this folder; name a run folder with stage_one or stage_two in it")

@@ -60,6 +60,13 @@ def check_recipe(recipe: "Recipe") -> None:
         )
     if recipe.stage_one is None and recipe.stage_two is None:
         _refuse("both are null, so there is nothing to train; leave one on", "stage_one", "stage_two")
+    if recipe.evaluation.at and recipe.stage_two is None:
+        _refuse("these are steps of Stage II, which is null; for Stage I take evaluation.every", "evaluation.at")
+    if recipe.evaluation.keep_best and not (recipe.evaluation.at or recipe.evaluation.every):
+        _refuse(
+            "no step but the last is scored; say after which, with evaluation.at or evaluation.every",
+            "evaluation.keep_best",
+        )
     if recipe.stage_one is not None:
         _check_stage_one(recipe.stage_one, recipe.model)
 

@@ -42,7 +42,8 @@ def _type_name(field: dict[str, Any]) -> str:
     if "enum" in field or "const" in field:
         return " or ".join(f"`{value}`" for value in field.get("enum", [field.get("const")]))
     if field["type"] == "array":
-        return f"list of {_type_name(field['items'])}s"
+        noun, *rest = _type_name(field["items"]).split()
+        return " ".join([f"list of {noun}s", *rest])
     names = {"string": "text", "boolean": "`true` or `false`", "null": "`null`"}
     name = "path" if field.get("format") == "path" else names.get(field["type"], field["type"])
     signs = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}

@@ -169,6 +169,15 @@ class EvaluationSettings(Section):
     """Number format in which models are scored; `auto` as in `model.precision`."""
     bm25: bool = False
     """Score BM25 too, on the sets of `data` for retrieval and re-ranking."""
+    at: list[NonNegativeInt] = []
+    """Steps of Stage II after which its model is scored, too, such as `[0, 25, 50]`; 0 is what it starts from. The
+    scores stand in the log and, with that after the last step, as `curve` in `run.json`. They change nothing in the
+    training, and their time is none of its time ([how](curve.md))."""
+    every: PositiveInt | None = None
+    """Steps of either stage from one such scoring to the next. null: none but those of `at`."""
+    keep_best: bool = False
+    """Export the model of the best of these steps of the last stage, by its mean score over the test sets, in place of
+    the last one. It was chosen by these scores, which are then too high for it: have other test sets for a claim."""
 
 
 class Recipe(Section):

@@ -65,6 +65,12 @@ class CurvePoint(_Form):
     scores: dict[str, float]
 
 
+class _Record(_Form):
+    """`run.json`, where a form is asked of it."""
+
+    curve: list[CurvePoint] = []
+
+
 class Change(_Form):
     """By how much an arm is above the control, over the test sets of a kind or over `all`."""
 
@@ -271,6 +277,7 @@ def read_run(folder: Path) -> ReportedRun:
         minutes=result.get("minutes") or (seconds / 60 if seconds else None),
         tokens={stage: last["tokens"] for stage, last in lasts.items() if "tokens" in last},
         steps={stage: last["step"] for stage, last in lasts.items()},
+        curve=_validated(_Record, run.record).curve if run.record.is_file() else (),
         faults=faults,
     )
 
@@ -284,7 +291,8 @@ def _log(run: Run) -> tuple[dict[str, list[dict[str, Any]]], list[str]]:
         for place, row in read_json_lines(run.log):
             if not isinstance(row.get("stage"), str) or not isinstance(row.get("step"), int):
                 raise AnchorvecError(f"{place}: this is no record of a step")
-            by_stage.setdefault(row["stage"], []).append(row)
+            if "scores" not in row:  # on the way, which the record has too
+                by_stage.setdefault(row["stage"], []).append(row)
     except AnchorvecError as error:
         return by_stage, [f"{run.folder.name}: the log is read up to {str(error).removeprefix(f'{run.folder}/')}"]
     return by_stage, []

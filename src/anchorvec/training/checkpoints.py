@@ -65,8 +65,12 @@ class Checkpoints:
 
     def last_good(self) -> str:
         """A part of a message: the newest complete checkpoint by its manifest."""
-        steps = [step for step in self._steps() if (self.of_step(step) / MANIFEST).is_file()]
-        return f"the last good checkpoint is {self.of_step(steps[-1])}" if steps else "there is no checkpoint yet"
+        step = self.newest_step()
+        return f"the last good checkpoint is {self.of_step(step)}" if step else "there is no checkpoint yet"
+
+    def newest_step(self) -> int:
+        """The step of the newest checkpoint that has a manifest; 0: there is none."""
+        return max((step for step in self._steps() if (self.of_step(step) / MANIFEST).is_file()), default=0)
 
     @contextmanager
     def writing_start(self) -> Iterator[Path]:

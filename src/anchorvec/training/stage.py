@@ -25,6 +25,7 @@ from anchorvec.training.checkpoints import Checkpoints, step_of
 from anchorvec.training.engine import Engine, compiling_pays
 from anchorvec.training.memory import free_memory, keep_freed_memory
 from anchorvec.training.progress import OnLog, StageProgress
+from anchorvec.training.scoring import ScoresOnTheWay, Scoring
 from anchorvec.training.trackers import end_trackers, place_trackers
 from anchorvec.training.trainers import TimedTrainer
 
@@ -47,6 +48,7 @@ class Stage:
     the recipe's `steps` say only which share of the time its warm-up has. `on_log` is called with every record of its
     log. It goes on from the `checkpoint`, or else from what it kept when it started, if it did before. `interrupts` end
     it early, with a checkpoint. `spent` gives the seconds of the whole run.
+    `scoring` says when its model is scored on the way.
     """
 
     name: StageName
@@ -59,6 +61,7 @@ class Stage:
     checkpoint: Path | None = None
     interrupts: Interrupts = field(default_factory=lambda: Interrupts(""))
     spent: Callable[[], float] = lambda: 0.0
+    scoring: Scoring | None = None
 
     @property
     def checkpoints(self) -> Checkpoints:
@@ -210,10 +213,11 @@ class Stage:
         }
 
 
-def run_trainer(stage: Stage, trainer: TimedTrainer, progress: StageProgress) -> None:
+def run_trainer(stage: Stage, trainer: TimedTrainer, progress: StageProgress, save: Callable[[Path], object]) -> None:
     """Train to the last step, or to the deadline of `progress`; either way to the end of the schedule (T13).
 
-    Raises AnchorvecError where `trainer` ends before that, and Interrupted where `stage` was: it has a checkpoint then.
+    `save` writes the model as it is into a new folder, and leaves it as it is. Raises AnchorvecError where `trainer`
+    ends before that, and Interrupted where `stage` was: it has a checkpoint then.
     """
     trainer.remove_callback(PrinterCallback)
     trainer.deadline = progress.deadline
@@ -227,6 +231,8 @@ def run_trainer(stage: Stage, trainer: TimedTrainer, progress: StageProgress) ->
         trainer.go_on_from(checkpoint)
         progress.seconds = trainer.seconds
     stage.run.cut_log(stage.name, step)
+    if stage.scoring is not None:
+        trainer.add_callback(ScoresOnTheWay(stage.scoring, trainer, progress, save))
     keep_freed_memory()
     with progress, stage.interrupts.deferred():
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))

@@ -1,5 +1,6 @@
 """Stage I of a run: an embedder is trained by what can be reconstructed from its embeddings."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,10 +54,17 @@ def train_stage_one(stage: Stage) -> Path:
         micro_batch_tokens=engine.micro_batch_tokens,
         exchange_every=stage.one.log_every,
     )
-    run_trainer(stage, trainer, progress)
+
+    def save(model: PreTrainedModel, folder: Path) -> None:
+        with new_folder(folder) as scratch:
+            save_causal_lm(merged(model), stage.start, scratch)
+
+    def save_on_the_way(folder: Path) -> None:
+        save(objective.model if stage.one.lora is None else copy.deepcopy(objective.model), folder)
+
+    run_trainer(stage, trainer, progress, save_on_the_way)
     folder = stage.run.stage("stage_one")
-    with new_folder(folder) as scratch:
-        save_causal_lm(merged(objective.model), stage.start, scratch)
+    save(objective.model, folder)
     return folder
 
 

@@ -55,7 +55,7 @@ def train_stage_two(stage: Stage) -> Path:
 
     With LoRA the folder holds the adapter alone, to be merged over the start by `export`; without, a whole model.
     """
-    settings, inputs = stage.two, stage.inputs
+    inputs = stage.inputs
     prepared = stage_two_model(stage)
     model = prepared.model
     content = without_prompt_and_end(model.tokenizer, stage.recipe)
@@ -76,17 +76,24 @@ def train_stage_two(stage: Stage) -> Path:
         callbacks=[progress],
     )
     trainer.orders = orders
-    run_trainer(stage, trainer, progress)
-    model.max_seq_length = stage.recipe.model.max_tokens
+    run_trainer(stage, trainer, progress, partial(_save, stage, model))
     folder = stage.run.stage("stage_two")
+    _save(stage, model, folder)
+    return folder
+
+
+def _save(stage: Stage, model: SentenceTransformer, folder: Path) -> None:
+    """Write `model` as it is into the new `folder`; of one with adapters these alone, and what they stand over."""
+    training_tokens = model.max_seq_length
+    model.max_seq_length = stage.recipe.model.max_tokens
     with new_folder(folder) as scratch:
         model.save_pretrained(str(scratch), create_model_card=False)
         save_tokenizer(model.tokenizer, scratch)
         make_portable(scratch)
-        if settings.lora is not None:
+        if stage.two.lora is not None:
             start = {"folder": stage.start.name, "weights": weights_fingerprint(stage.start)}
             write_json(scratch / START, start)
-    return folder
+    model.max_seq_length = training_tokens
 
 
 def stage_two_loss(stage: Stage, prepared: StageTwoModel) -> Loss:

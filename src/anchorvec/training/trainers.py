@@ -29,11 +29,13 @@ class TimedTrainer(CheckpointedTrainer):
     Its share of the way from the warm-up to 0 is then the share of the time that has passed, so that a stage of which
     nobody can say how many steps fit into its time comes to the end of its schedule (T13). For one process: the clocks
     of several would differ. In bf16 the weights are converted once a step. `seconds` of training and `tokens_seen` are
-    counted on where it goes on; `spent` gives the seconds of the whole run, which a checkpoint keeps.
+    counted on where it goes on; `spent` gives the seconds of the whole run, which a checkpoint keeps, `kept_seconds`
+    those before the deadline that are not for training.
     """
 
     deadline: Callable[[], float] | None = None
     spent: Callable[[], float] = staticmethod(lambda: 0.0)
+    kept_seconds: Callable[[], float] = staticmethod(lambda: 0.0)
     seconds = 0.0
     tokens_seen = 0
 
@@ -65,16 +67,23 @@ class TimedTrainer(CheckpointedTrainer):
         if self.deadline is not None:
             assert isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR)
             [of_step, *_] = scheduler.lr_lambdas
-            start, deadline = self.began, self.deadline
+            deadline = self.deadline
 
             def of_time(_: int) -> float:
-                share = min(1.0, (time.monotonic() - start) / max(1e-9, deadline() - start))
+                start = self.began  # it moves where time is spent on something else
+                whole = max(1e-9, deadline() - self.kept_seconds() - start)
+                share = min(1.0, (time.monotonic() - start) / whole)
                 return float(of_step(round(num_training_steps * share)))
 
             scheduler.lr_lambdas = [of_time] * len(scheduler.lr_lambdas)
             for group, base in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, strict=True):
                 group["lr"] = base * of_time(0)  # where no time is left, the one step that is made has a rate of 0
         return scheduler
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Have the callbacks score the model as it is, which a `control.should_evaluate` asks for."""
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, {})
+        return {}
 
 
 class ReconstructionTrainer(TimedTrainer):
