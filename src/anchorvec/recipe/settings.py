@@ -10,6 +10,7 @@ from pydantic import (
     BeforeValidator,
     Discriminator,
     Field,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     Tag,
@@ -169,7 +170,7 @@ class EvaluationSettings(Section):
     """Number format in which models are scored; `auto` as in `model.precision`."""
     bm25: bool = False
     """Score BM25 too, on the sets of `data` for retrieval and re-ranking."""
-    at: list[NonNegativeInt] = []
+    at: list[NonNegativeInt] = Field([])
     """Steps of Stage II after which its model is scored, too, such as `[0, 25, 50]`; 0 is what it starts from. The
     scores stand in the log and, with that after the last step, as `curve` in `run.json`. They change nothing in the
     training, and their time is none of its time ([how](curve.md))."""
