@@ -146,13 +146,11 @@ def test_another_machine_is_said(asked, killed, capsys):
 def test_what_a_stage_computed_at_its_start_is_what_it_goes_on_with(asked, killed, uninterrupted):
     """Origin and candidates of words, and the engine: with others, written here, the run is another one."""
     checkpoints = Checkpoints(killed / "checkpoints" / "stage_one", limit=2)
-    kept = load_file(checkpoints.start / "bag_of_words.safetensors")
+    kept = load_file(checkpoints.start / "computed.safetensors")
     engine = json.loads((checkpoints.start / "engine.json").read_text())
     engine["engine"]["micro_batch_tokens"] = 77
     with checkpoints.writing_start() as folder:
-        save_file(
-            {name: tensor + (name == "origin") for name, tensor in kept.items()}, folder / "bag_of_words.safetensors"
-        )
+        save_file({name: tensor + (name == "origin") for name, tensor in kept.items()}, folder / "computed.safetensors")
         write_json(folder / "engine.json", engine)
     anchorvec.train(asked(**{"stage_one.save_steps": 3}), resume=True)
     found = json.loads((killed / "run.json").read_text())["engine"]["stage_one"]

@@ -77,7 +77,7 @@ class StageProgress(TrainerCallback):
             now, deadline = time.monotonic(), self.deadline()
             total = max(1e-9, deadline - self.started)
             self.bar.update(self.task, completed=now - self.started, total=total, steps=f"step {step}")
-            if now + self.step_seconds(step) > deadline:
+            if now + (now - self.started) / step > deadline:
                 self.out_of_time = True
                 control.should_training_stop = True
         if control.should_training_stop or step >= state.max_steps:
@@ -104,22 +104,19 @@ class StageProgress(TrainerCallback):
             **{key: value for key, value in logs.items() if key != "epoch"},
             "rows": f"{self.rows_hash():016x}",
             "tokens_per_second": logs["tokens"] / seconds,
+            "seconds": seconds,
         }
         status = f"loss {record['loss']:.3f}, {record['tokens_per_second']:.0f} tokens/s"
         self.bar.update(self.task, status=status)
         self.write(record)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append `record` to the log, with the stage and its seconds of training so far, and have it listened to."""
-        record = {"stage": self.stage, **record, "seconds": time.monotonic() - self.started}
+        """Append `record` to the log, with the stage, and have it listened to."""
+        record = {"stage": self.stage, **record}
         with writing(self.log_file), self.log_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         if self._listener is not None:
             self._listener(record)
-
-    def step_seconds(self, step: int) -> float:
-        """Seconds of training that each of the `step` steps so far has taken, in the mean."""
-        return (time.monotonic() - self.started) / step
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -112,7 +112,8 @@ class ScoresOnTheWay(TrainerCallback):
     def _is_time(self, step: int) -> bool:
         """Whether a scoring, and one more step, would end before the stage must."""
         deadline = self.progress.deadline
-        if deadline is None or time.monotonic() + self.seconds + self.progress.step_seconds(step) <= deadline():
+        now = time.monotonic()
+        if deadline is None or now + self.seconds + (now - self.progress.started) / step <= deadline():
             return True
         if not self._left_out:
             self._left_out = True
@@ -124,8 +125,9 @@ class ScoresOnTheWay(TrainerCallback):
         step, deadline = self.trainer.state.global_step, self.progress.deadline
         if deadline is None or step == 0:
             return 0.0
-        left = deadline() - time.monotonic()
-        return self.seconds * self.scoring.times(step, left, self.progress.step_seconds(step), self.seconds)
+        now = time.monotonic()
+        step_seconds = (now - self.progress.started) / step
+        return self.seconds * self.scoring.times(step, deadline() - now, step_seconds, self.seconds)
 
     def _score(self, step: int) -> None:
         started = time.monotonic()
@@ -138,5 +140,6 @@ class ScoresOnTheWay(TrainerCallback):
         self.seconds = time.monotonic() - started
         self.trainer.began += self.seconds
         self.progress.started += self.seconds
-        self.progress.write({"step": step, "scores": dict(found), "scoring_seconds": self.seconds})
+        record = {"step": step, "scores": dict(found), "scoring_seconds": self.seconds}
+        self.progress.write(record | {"seconds": time.monotonic() - self.progress.started})
         self.trainer.log({f"eval_{name}": value for name, value in found.items()})  # for trackers
