@@ -146,8 +146,8 @@ def run_stages(
         # before training, so that a task that cannot be fetched costs nothing
         # of a time to keep within, how long it takes is measured: no vectors of an earlier run
         scoring = first_scoring(as_begun, run, tests, scores, cache=not timed)
-        whole = affordable(whole, budget, scoring)
-        last = replace(scoring, seconds=scoring.seconds * (1 + (whole.times if whole else 0)))
+        whole, whole_seconds = affordable(whole, budget, scores)
+        last = replace(scoring, seconds=scoring.seconds + whole_seconds)
         if checkpoint is None and not is_embedder(run.stage(recipe.stages[0])):
             budget.check(len(recipe.stages), scoring, last)
         of_run = partial(Stage, inputs=inputs, on_log=on_log, interrupts=interrupts, spent=budget.spent)
@@ -165,7 +165,7 @@ def run_stages(
             interrupts.stop()
             score_model(as_begun, run, tests, scores, name, stage)
             end_curve(as_begun, run, name, main_scores(scores, name, whole), timed=timed)
-        if whole is not None and budget.left() < whole.times * scoring.now():
+        if whole is not None and budget.left() < whole_seconds * scoring.slowdown():
             say(f"{whole.data.name}: no time is left to score on the whole of it")
         elif whole is not None:
             score_model(as_begun, run, [whole.data], scores, name, stage, tasks=False)

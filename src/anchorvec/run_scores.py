@@ -59,12 +59,16 @@ def first_scoring(recipe: Recipe, run: Run, tests: Sequence[LocalData], scores: 
     return Measured(**run.noted("scoring"))
 
 
-def affordable(whole: WholeSet | None, budget: Budget, scoring: Measured) -> WholeSet | None:
-    """`whole`, or None where scoring on it, by the first `scoring`, takes too much of the `budget`; that is said."""
-    if whole is None or budget.affords(whole.times * scoring.seconds):
-        return whole
-    say(f"{whole.data.name}: scoring on the whole of it would take {whole.times * scoring.seconds:.0f} s; left out")
-    return None
+def affordable(whole: WholeSet | None, budget: Budget, scores: Scored) -> tuple[WholeSet | None, float]:
+    """`whole` with the seconds that scoring on it takes; None and 0 where that is too large a part of the time: said.
+
+    They follow from those of the untrained embedder; to load a model takes as long for a set of any size.
+    """
+    seconds = whole.times * sum(of_task.seconds for of_task in scores["untrained"].values()) if whole else 0.0
+    if whole is None or budget.affords(seconds):
+        return whole, seconds
+    say(f"{whole.data.name}: scoring on the whole of it would take {seconds:.0f} s; left out")
+    return None, 0.0
 
 
 def score_model(

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from joblib.externals.loky import ProcessPoolExecutor
 from rich.console import Group
 from rich.text import Text
 
@@ -31,8 +32,9 @@ from anchorvec.files import write_json, write_text
 from anchorvec.pipeline import TrainResult, load_training_data, run_stages
 from anchorvec.recipe import Recipe, load_recipe
 from anchorvec.resuming import as_begun
-from anchorvec.run import SYSTEM_TITLES, Run
+from anchorvec.run import SYSTEM_TITLES, Run, is_embedder
 from anchorvec.run_scores import WholeSet
+from anchorvec.start import build_base
 from anchorvec.terminal import say
 from anchorvec.training.budget import Budget
 
@@ -113,8 +115,8 @@ def quickstart(
     require_extra()
     check_one_device()
     run = (Run.resume if resume else Run.create)(recipe.output)
-    say("reading the docstrings of the installed packages")
-    data = docstrings.quickstart_data(seed=0, n_queries=_WHOLE[0], n_documents=_WHOLE[1])
+    say("reading the docstrings of the installed packages, and the base model")
+    data = _data_and_base(recipe, run)
     part, whole = _score_sets(data, run)
     recipe = on_score_set(with_pairs(recipe, data, run.pairs), run.score_set_part)
     recipe, budget = as_begun(run, recipe, budget)
@@ -132,6 +134,19 @@ def quickstart(
     result = _result(trained, data, part.name, whole.name)
     write_json(run.result, result.to_dict())
     return result
+
+
+def _data_and_base(recipe: Recipe, run: Run) -> DocstringData:
+    """The pairs and the score set, which a process of their own reads while this one makes the base of `run`."""
+    executor = ProcessPoolExecutor(max_workers=1)
+    try:
+        reading = executor.submit(docstrings.quickstart_data, seed=0, n_queries=_WHOLE[0], n_documents=_WHOLE[1])
+        if not is_embedder(run.base):
+            build_base(recipe, run.base)
+        data: DocstringData = reading.result()
+    finally:
+        executor.shutdown(kill_workers=True)
+    return data
 
 
 def _result(trained: TrainResult, data: DocstringData, part: str, whole: str) -> QuickstartResult:

@@ -7,9 +7,11 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.layer import Linear as AdaptedLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -22,6 +24,32 @@ def add_lora(model: PreTrainedModel, body: nn.Module, settings: Mapping[str, Any
     `settings` are the options of `lora_config`, `key` what a recipe calls them.
     """
     get_peft_model(model, lora_config(body, key=key, **settings))
+
+
+def fuse_adapters(model: nn.Module) -> None:
+    """Have the adapters of `model` add to what their layers give in one operation, not in three.
+
+    The scale goes to what is as wide as the rank. For bf16 under autocast, where the sum is rounded once, not twice.
+    """
+    for module in model.modules():
+        if type(module) is AdaptedLinear and isinstance(module.base_layer, nn.Linear):
+            module.__class__ = _FusedLinear
+
+
+class _FusedLinear(AdaptedLinear):  # type: ignore[misc]
+    """peft's layer, x W' + scale (x A') B', as x W' + (scale x A') B'."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """What the layer gives for `x` (..., in), the adapter's part included: (..., out)."""
+        plain = not (args or kwargs or self.disable_adapters or self.merged or self.lora_variant)
+        if not plain or len(self.active_adapters) != 1:
+            whole: Tensor = super().forward(x, *args, **kwargs)
+            return whole
+        [name] = self.active_adapters
+        a, b = self.lora_A[name], self.lora_B[name]
+        low = a(self.lora_dropout[name](x)) * self.scaling[name]
+        result: Tensor = self.base_layer(x)
+        return torch.addmm(result.flatten(0, -2), low.flatten(0, -2), b.weight.t()).view_as(result)
 
 
 def merged(model: PreTrainedModel) -> PreTrainedModel:

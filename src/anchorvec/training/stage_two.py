@@ -31,7 +31,7 @@ from anchorvec.objectives.bag_of_words import SAMPLE_PAIRS, BagOfWordsLoss
 from anchorvec.objectives.contrastive import Loss, contrastive_loss
 from anchorvec.training.bag_of_words import bag_of_words_loss
 from anchorvec.training.engine import UNPACKABLE, Demand, Engine, choose_engine, why_padded
-from anchorvec.training.lora import lora_config
+from anchorvec.training.lora import fuse_adapters, lora_config
 from anchorvec.training.memory import release_freed_memory
 from anchorvec.training.stage import Stage, run_trainer
 from anchorvec.training.trainers import ContrastiveTrainer
@@ -106,8 +106,8 @@ def stage_two_loss(stage: Stage, prepared: StageTwoModel) -> Loss:
         bag_of_words=prepared.bag_of_words if settings.bag_of_words_weight else None,
         bag_of_words_weight=settings.bag_of_words_weight,
         content=without_prompt_and_end(prepared.model.tokenizer, stage.recipe),
-        # on a CPU, which computes text by text, it brings nothing
-        one_pass=default_device().type == "cuda" and stage.recipe.model.pool_prompt,
+        # in fp32 on a CPU, which computes text by text, it brings nothing
+        one_pass=(default_device().type == "cuda" or stage.bf16) and stage.recipe.model.pool_prompt,
     )
 
 
@@ -182,6 +182,7 @@ def _add_lora(stage: Stage, model: SentenceTransformer) -> None:
     model.add_adapter(lora_config(body, r=lora.r, alpha=lora.alpha, dropout=lora.dropout))
     if stage.bf16:
         keep_frozen_in_bf16(model)
+        fuse_adapters(model)
 
 
 def _bag_of_words(
