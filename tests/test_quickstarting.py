@@ -1,6 +1,8 @@
 """How the quickstart divides its time; the whole of it runs in the gate, with the real model."""
 
 import math
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
@@ -132,6 +134,25 @@ def test_any_recipe_runs_for_a_time(tmp_path, monkeypatch):
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
     with pytest.raises(AnchorvecError, match="minutes: -1"):
         Budget(-1)
+
+
+def test_the_docstrings_are_read_beside_the_base(tmp_path):
+    """By another process, also where it is started by a script that does not guard its lines."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os\n"
+        "print('started', flush=True)\n"
+        "from pathlib import Path\n"
+        "from anchorvec.commands import quickstart\n"
+        "from anchorvec.recipe import load_recipe\n"
+        "from anchorvec.run import Run\n"
+        "quickstart.docstrings.quickstart_data = lambda **asked: (os.getpid(), asked['n_queries'])\n"
+        "run = Run(Path('run'))\n"
+        "pid, queries = quickstart._data_and_base(load_recipe('debug', ['output=run']), run)\n"
+        "print(pid != os.getpid(), queries, (run.base / 'modules.json').is_file())\n"
+    )
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["started", "True", "500", "True"], done.stderr
 
 
 def test_a_budget_leaves_time_for_scoring_and_the_export(monkeypatch):
