@@ -131,7 +131,7 @@ def _kernel(
 ) -> Tensor:
     """Attention over all packed texts at once, in half precision: (1, tokens, heads, dim)."""
     # (tokens, heads, dim); rotary embedding leaves query and key in fp32 under autocast
-    q, k, v = (part[0].transpose(0, 1).to(dtype).contiguous() for part in (query, key, value))
+    q, k, v = (part.squeeze(0).transpose(0, 1).to(dtype).contiguous() for part in (query, key, value))
     together = varlen_attn(q, k, v, starts, starts, longest, longest, scale=scaling, window_size=size, **_GROUPED_HEADS)
     assert isinstance(together, Tensor)
     return together[None].to(value.dtype)
