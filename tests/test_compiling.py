@@ -54,7 +54,8 @@ def test_nothing_is_asked_of_the_device_within_a_step_of_stage_one(gpu_path):
     model.set_attn_implementation(attention.PACKED_ATTENTION)
     objective = TextReconstruction(model)
     objective.packed = True
-    with HostReads(model.model.layers[0]) as reads:
+    working = WorkingWeights(objective, fuse=True)
+    with working.in_use(), HostReads(model.model.layers[0]) as reads:
         for part in (make_pairs(8)[:4], make_pairs(8)[4:]):
             with torch.autocast("cpu", torch.bfloat16):
                 loss = objective(part, targets=(50, 20)).loss
@@ -94,9 +95,9 @@ def test_compiled_is_plain(gpu_path, family):
         objective.packed = True
         if compiled:
             objective.compile_layers()
-        working = WorkingWeights(objective)
-        with working.in_use():
-            for n in (4, 7, 5):
+        working = WorkingWeights(objective, fuse=compiled)
+        for n in (4, 7, 5):  # each a step; their gradients are added up
+            with working.in_use():
                 with torch.autocast("cpu", torch.bfloat16):
                     loss = objective(make_pairs(8)[:n]).loss
                 loss.backward()

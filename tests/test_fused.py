@@ -101,7 +101,7 @@ def test_a_rotation_is_the_familys_own_with_gradient():
     values = [torch.randn(1, heads, 5, 8, generator=draw) for heads in (4, 2)]
     for rotate in (apply_rotary_pos_emb, fused._RotaryTogether(apply_rotary_pos_emb)):
         q, k = (value.clone().requires_grad_() for value in values)
-        with torch.autocast("cpu", torch.float32) if rotate is apply_rotary_pos_emb else in_fp32():
+        with nullcontext() if rotate is apply_rotary_pos_emb else InFp32():
             turned = torch.cat(rotate(q, k, cos, sin), dim=1)
         turned.sin().sum().backward()
         found.append((turned.detach(), q.grad, k.grad))
@@ -109,7 +109,7 @@ def test_a_rotation_is_the_familys_own_with_gradient():
         torch.testing.assert_close(b, a, rtol=1e-6, atol=1e-6)
 
 
-class in_fp32:
+class InFp32:
     """Autocast whose format is fp32, which PyTorch refuses to enter by itself."""
 
     def __enter__(self):

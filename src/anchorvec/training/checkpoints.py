@@ -11,15 +11,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from xxhash import xxh3_128
 
 from anchorvec.errors import AnchorvecError
 from anchorvec.files import sync, sync_folder, write_json, writing
-from anchorvec.recipe import StageOne, StageTwo
 from anchorvec.terminal import say
+
+if TYPE_CHECKING:  # a trainer needs no recipe, and no pydantic
+    from anchorvec.recipe import StageOne, StageTwo
 
 MANIFEST = "manifest.json"
 
@@ -99,7 +101,7 @@ class Checkpoints:
         return sorted(int(number) for number in numbers if number.isdecimal())
 
 
-def most_at_once(settings: StageOne | StageTwo, *, timed: bool = False) -> int:
+def most_at_once(settings: "StageOne | StageTwo", *, timed: bool = False) -> int:
     """How many checkpoints of a stage with these `settings` are there at one time, at most.
 
     With `timed` it makes any number of steps. One where none is planned: a signal has one written.
