@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM, GPT2Config
 
 from anchorvec.model import fused
 from anchorvec.model.attention import PACKED_ATTENTION
@@ -141,6 +142,19 @@ def test_what_is_something_else_goes_its_own_way():
         return tuple(x * cos + torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2) * sin for x in (q, k))
 
     assert not fused._RotaryTogether(by_pairs).is_own()
+
+
+def test_what_the_models_own_code_computes_is_told():
+    """GPT-2 has other norms, no rotation, and one product for query, key and value."""
+    model = AutoModelForCausalLM.from_config(
+        GPT2Config(vocab_size=260, bos_token_id=0, eos_token_id=0, n_embd=32, n_layer=2, n_head=4)
+    ).train()
+    working = WorkingWeights(model, fuse=True)
+    assert working.own_way == ("norms", "rotation of query and key", "products of one input")
+    with working.in_use(), torch.autocast("cpu", torch.bfloat16):
+        model(input_ids=torch.arange(5)[None]).logits.sum().backward()
+    assert model.lm_head.weight.grad is not None
+    assert WorkingWeights(make_model().float(), fuse=True).own_way == ()
 
 
 def test_layers_that_are_trained_apart_are_multiplied_apart():

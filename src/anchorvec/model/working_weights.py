@@ -36,10 +36,19 @@ class WorkingWeights:
         self._together: list[LinearTogether] = []
         self._fused: dict[nn.Module, Forward] = {}
         decoder = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+        self.own_way: tuple[str, ...] = ()  # what `fuse` found no such part of, so that the model's own code does it
         if fuse and decoder is not None:
-            self._fused = fused_norms(decoder) | fused_rotary(decoder)
+            norms, rotary = fused_norms(decoder), fused_rotary(decoder)
+            self._fused = norms | rotary
             for layers in shared_inputs(decoder):
                 self._join(layers)
+            compiled = any(module._compiled_call_impl is not None for module in decoder.modules())
+            parts = {
+                "norms": norms or compiled,
+                "rotation of query and key": rotary or compiled,
+                "products of one input": self._together,
+            }
+            self.own_way = tuple(name for name, found in parts.items() if not found)
         joined = set(self._fused)
         for module in model.modules():
             if not isinstance(module, nn.Linear) or module in joined:

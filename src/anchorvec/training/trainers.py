@@ -18,6 +18,7 @@ from anchorvec.errors import AnchorvecError
 from anchorvec.model.packing import token_ids
 from anchorvec.model.working_weights import WorkingWeights
 from anchorvec.objectives.pairs import TokenPair, exchange_partners, micro_batches, tokens_at_once
+from anchorvec.terminal import say
 from anchorvec.training.checkpointed import CheckpointedTrainer
 
 _OUT_OF_MEMORY_HELP = "set {stage}.gradient_checkpointing=true, or lower {stage}.micro_batch_tokens or data.max_tokens"
@@ -45,7 +46,10 @@ class TimedTrainer(CheckpointedTrainer):
         if not self.args.bf16:
             return None
         # a CPU computes at once what it is told, so that it would gain nothing, and goes on bit for bit as it did
-        return WorkingWeights(self.accelerator.unwrap_model(self.model), fuse=self.args.device.type == "cuda")
+        working = WorkingWeights(self.accelerator.unwrap_model(self.model), fuse=self.args.device.type == "cuda")
+        if working.own_way:
+            say(f"computed as the model's own code does, with more operations: {', '.join(working.own_way)}")
+        return working
 
     def with_working_weights(self) -> AbstractContextManager[None]:
         """The context of a step's forward and backward passes."""
