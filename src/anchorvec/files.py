@@ -5,6 +5,7 @@ What is read names its `file:line`; a file or a folder that is written appears w
 
 import errno
 import gzip
+import io
 import json
 import os
 import shutil
@@ -15,6 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from anchorvec.errors import AnchorvecError
+
+LONGEST_LINE = 2**26
+"""Bytes of a line of text that is read; a longer one is no row, and would have to be held in memory."""
+
+MOST_TIMES, FREE_OF_LIMIT = 200, 2**30
+"""A gzipped file may grow to so many times its size, or to so many bytes: ten times is usual for text."""
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _TORCH_CANNOT_WRITE = ("PytorchStreamWriter failed writing", "unexpected pos")
@@ -66,7 +73,7 @@ def read_lines(path: Path) -> Iterator[tuple[str, str]]:
     Raises AnchorvecError, with the place, for what is no UTF-8, and for a file that cannot be read.
     """
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        with open_bytes(path) as file:
             for number, raw in enumerate(file, start=1):
                 place = f"{path}:{number}"
                 try:
@@ -79,6 +86,49 @@ def read_lines(path: Path) -> Iterator[tuple[str, str]]:
         raise AnchorvecError(f"{path}: there is no such file") from error
     except (OSError, EOFError, zlib.error) as error:
         raise AnchorvecError(f"{path}: the file cannot be read ({error})") from error
+
+
+def open_bytes(path: Path, *, lines: bool = True) -> io.BufferedReader:
+    """The file `path` to read, unzipped where it is gzipped; of one that is not made of `lines` these may be long.
+
+    What is read raises AnchorvecError for a line of more than `LONGEST_LINE` bytes, and where the file unzips to more
+    than `MOST_TIMES` its size and `FREE_OF_LIMIT`.
+    """
+    gzipped = path.suffix.lower() == ".gz"
+    opened: Any = gzip.open(path) if gzipped else path.open("rb")  # noqa: SIM115 - closed with what is given back
+    most = max(FREE_OF_LIMIT, MOST_TIMES * path.stat().st_size) if gzipped else None
+    return io.BufferedReader(_Limited(opened, path, most, LONGEST_LINE if lines else None))
+
+
+class _Limited(io.RawIOBase):
+    """What is read of `file`, at most `most` bytes, and `line` of them without a line's end; None: no limit."""
+
+    def __init__(self, file: Any, path: Path, most: int | None, line: int | None) -> None:
+        self.file, self.path, self.most, self.line = file, path, most, line
+        self.name = str(path)
+        self._read = self._of_line = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        part: bytes = self.file.read(len(buffer))
+        buffer[: len(part)] = part
+        self._read += len(part)
+        end = part.rfind(b"\n")
+        self._of_line = self._of_line + len(part) if end < 0 else len(part) - end - 1
+        if self.most is not None and self._read > self.most:
+            raise AnchorvecError(
+                f"{self.path} unzips to more than {MOST_TIMES} times its size, which no text does; if you trust it, "
+                "unzip it yourself"
+            )
+        if self.line is not None and self._of_line > self.line:
+            raise AnchorvecError(f"{self.path} has a line of more than {self.line:,} bytes; write one row on each line")
+        return len(part)
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -4,7 +4,6 @@ What cannot be read comes as a `RejectedRow` in its place, so that every row of 
 """
 
 import csv
-import gzip
 import io
 import itertools
 import json
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from anchorvec.errors import AnchorvecError
+from anchorvec.files import open_bytes
 
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -50,11 +50,10 @@ def text_suffix(path: Path) -> str:
 def open_text(path: Path, newline: str) -> TextIO:
     """The file `path` as text, unzipped, without a byte order mark; a byte that is not UTF-8 becomes a surrogate.
 
-    `newline` is that of `open`.
+    `newline` is that of `open`. Reading raises AnchorvecError as `open_bytes` says.
     """
-    opened: Any = gzip.open if path.suffix.lower() == ".gz" else open
-    file: TextIO = opened(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline=newline)
-    return file
+    file = open_bytes(path, lines=text_suffix(path) != ".json")
+    return io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
 
 
 # JSON

@@ -14,6 +14,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 
 from anchorvec.errors import AnchorvecError
 from anchorvec.files import user_path
+from anchorvec.model.untrusted import check_untrusted
 from anchorvec.run import STAGES, Run, is_embedder
 
 Kind = Literal["causal LM", "embedder", "LoRA stage", "adapter", "run", "data set", "other model", "nothing"]
@@ -27,7 +28,7 @@ START = "start.json"
 
 _PARTS, _PART_BYTES = 32, 2**17
 """Of a file of weights so many parts are hashed; the first one has its header."""
-_PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "consolidated*")
+_PICKLES = ("pytorch_model*.bin", "adapter_model*.bin", "*.pt", "*.pth", "consolidated*")
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ class ModelFolder:
 def identify(model: str | Path, *, revision: str | None = None) -> ModelFolder:
     """What `model` is, a local folder or a hub id, of which `revision` names a branch, tag or commit.
 
-    Raises AnchorvecError for a local folder that is not there, or whose JSON files cannot be read.
+    Raises AnchorvecError for a local folder that is not there, or whose JSON files cannot be read, and for what asks
+    for code of its own or files elsewhere.
     """
     name = str(model)
     folder = user_path(name)
@@ -90,6 +92,7 @@ def identify(model: str | Path, *, revision: str | None = None) -> ModelFolder:
         name = str(folder)
 
     with reading(model):  # whatever the files hold
+        check_untrusted(str(model), lambda file: read_json(name, file, revision), folder if is_local(model) else None)
         return _of_files(str(model), lambda file: read_json(name, file, revision))
 
 

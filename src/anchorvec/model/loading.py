@@ -14,6 +14,7 @@ from anchorvec.errors import AnchorvecError
 from anchorvec.files import user_path
 from anchorvec.model.folders import (
     START,
+    faulty_weights,
     folder_fingerprint,
     identify,
     instead,
@@ -47,6 +48,8 @@ def load_model(
         raise AnchorvecError(instead(found, wanted="an embedder"))
     with reading(model):
         if found.kind == "LoRA stage":
+            if fault := faulty_weights(folder):  # peft would read a pickle
+                raise AnchorvecError(fault)
             loaded = load_model(_start_of(folder)).float()  # small updates would be lost in half precision (T9)
             adapted = PeftModel.from_pretrained(loaded[0].model, str(folder))
             loaded[0].model = adapted.merge_and_unload() if merge else adapted
