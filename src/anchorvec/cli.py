@@ -12,6 +12,7 @@ from rich.text import Text
 
 import anchorvec
 from anchorvec.errors import AnchorvecError, Interrupted
+from anchorvec.ranks import rank
 from anchorvec.terminal import replace_unshown, terminal
 
 app = typer.Typer(
@@ -89,7 +90,8 @@ def _told_how_to_go_on() -> Iterator[None]:
     try:
         yield
     except Interrupted as interrupted:
-        terminal(stderr=True).print(str(interrupted), highlight=False, soft_wrap=True)
+        if rank() == 0:
+            terminal(stderr=True).print(str(interrupted), highlight=False, soft_wrap=True)
         raise typer.Exit(128 + interrupted.signal) from None
 
 
@@ -162,7 +164,8 @@ def train(
 
     _quiet()
     with _told_how_to_go_on():
-        result = run(load_recipe(recipe, overrides or []), budget=Budget(minutes), resume=resume, push=push)
+        asked = load_recipe(recipe, overrides or []) if rank() == 0 else recipe  # the first process tells the others
+        result = run(asked, budget=Budget(minutes), resume=resume, push=push)
     _finish(result, json_file)
 
 
@@ -340,13 +343,15 @@ def _quiet() -> None:
 
 
 def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    """`message` as one line on stderr, without the line of code that it comes from."""
-    terminal(stderr=True).print(Text.assemble(("warning: ", "bold yellow"), str(message)), soft_wrap=True)
+    """`message` as one line on stderr, without the line of code that it comes from, once where there are processes."""
+    if rank() == 0:
+        terminal(stderr=True).print(Text.assemble(("warning: ", "bold yellow"), str(message)), soft_wrap=True)
 
 
 def _finish(result: Any, json_file: Path | None) -> None:
-    console.print(result)
-    _write(json_file, result.to_dict())
+    if rank() == 0:
+        console.print(result)
+        _write(json_file, result.to_dict())
 
 
 def _write(json_file: Path | None, content: dict[str, Any]) -> None:

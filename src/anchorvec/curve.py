@@ -12,6 +12,7 @@ from statistics import fmean
 from typing import Any
 
 from anchorvec.errors import AnchorvecError
+from anchorvec.ranks import ranks
 from anchorvec.recipe import Recipe
 from anchorvec.run import STAGE_TITLES, Run, StageName, is_embedder
 from anchorvec.terminal import say
@@ -22,12 +23,15 @@ Point = Mapping[str, Any]
 
 
 def check_curve(recipe: Recipe, *, tests: int, timed: bool) -> None:
-    """Raise AnchorvecError where `recipe` has models scored on the way, on none of so many `tests`.
+    """Raise AnchorvecError where `recipe` has models scored on the way, on none of so many `tests` or several devices.
 
     Steps that no stage comes to are said, unless it is `timed`: it makes any number of steps.
     """
-    if any(is_scored_on_the_way(recipe, name) for name in recipe.stages) and not tests:
-        key = "at" if recipe.evaluation.at else "every"
+    scored = any(is_scored_on_the_way(recipe, name) for name in recipe.stages)
+    key = "at" if recipe.evaluation.at else "every"
+    if scored and ranks() > 1:
+        raise AnchorvecError(f"evaluation.{key}: on several devices models are not scored on the way; leave it out")
+    if scored and not tests:
         raise AnchorvecError(
             f"evaluation.{key}: there is nothing to score on; name test sets in evaluation.data, or evaluation.tasks"
         )

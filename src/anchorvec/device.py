@@ -1,6 +1,5 @@
 """The device, and which number format it multiplies fastest."""
 
-import os
 import platform
 import re
 import time
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from anchorvec.errors import AnchorvecError
+from anchorvec.ranks import ranks
 
 _PACE_SECONDS = 0.25
 
@@ -69,9 +69,19 @@ def devices_named(text: str | int, *, ray: bool = False) -> list[str]:
 
 
 def check_one_device() -> None:
-    """Raise AnchorvecError where training would run on several devices, which it cannot yet."""
-    if torch.cuda.device_count() > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise AnchorvecError("several devices are not supported yet; show one, with CUDA_VISIBLE_DEVICES=0")
+    """Raise AnchorvecError where one process would train on several devices, and where one of several would alone."""
+    if ranks() > 1:
+        raise AnchorvecError("this is for one process; start it without torchrun and accelerate launch")
+    check_a_process_each()
+
+
+def check_a_process_each() -> None:
+    """Raise AnchorvecError where this process is alone and sees several devices."""
+    if ranks() == 1 and (count := torch.cuda.device_count()) > 1:
+        raise AnchorvecError(
+            f"there are {count} devices, and a process trains on one: start with torchrun --nproc-per-node {count} -m "
+            "anchorvec train ..., or show one, with CUDA_VISIBLE_DEVICES=0"
+        )
 
 
 def device_name() -> str:

@@ -21,14 +21,17 @@ from rich.text import Text
 
 from anchorvec.curve import check_curve, end_curve, scoring_of
 from anchorvec.data import read_pairs
+from anchorvec.data.shares import check_shares
 from anchorvec.data.stage_inputs import StageInputs, stage_inputs
-from anchorvec.device import check_one_device, device_name, resolve_precision
+from anchorvec.device import check_a_process_each, device_name, resolve_precision
 from anchorvec.disk import check_disk
 from anchorvec.evaluation import LocalData, check_test_data, scores_table
 from anchorvec.exporting.folder import Exported, export
 from anchorvec.exporting.hub import make_repository, push_folder
 from anchorvec.files import write_json
+from anchorvec.following import Followers, follow, train_stage
 from anchorvec.interrupts import Interrupts
+from anchorvec.ranks import rank, ranks
 from anchorvec.recipe import Recipe, StageOne, StageTwo, load_recipe, save_recipe
 from anchorvec.resuming import check_same_data, opened, time_left
 from anchorvec.run import STAGE_TITLES, Run, StageName, is_embedder
@@ -42,6 +45,7 @@ from anchorvec.run_scores import (
     score_bm25,
     score_model,
     score_on_the_way,
+    scores_of,
     stored_scores,
     system_of,
 )
@@ -51,8 +55,6 @@ from anchorvec.training.budget import Budget
 from anchorvec.training.checkpoints import Checkpoints
 from anchorvec.training.progress import OnLog
 from anchorvec.training.stage import Stage
-from anchorvec.training.stage_one import train_stage_one
-from anchorvec.training.stage_two import train_stage_two
 from anchorvec.training.trackers import check_trackers
 
 
@@ -77,6 +79,11 @@ class TrainResult:
         """The same as plain JSON values."""
         return asdict(self) | {"scores": plain_scores(self.scores)}
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "TrainResult":
+        """The inverse of `to_dict`."""
+        return cls(**{**values, "export": Exported(**values["export"]), "scores": scores_of(values["scores"])})
+
     def __rich__(self) -> Group:
         tables = [scores_table(of_system, title=system) for system, of_system in self.scores.items()]
         pushed = [Text(f"pushed to {self.pushed}", no_wrap=True, overflow="ignore")] if self.pushed else []
@@ -96,22 +103,44 @@ def train(
     The run folder is `recipe.output`. The `budget` is a time, or by default the steps of the recipe. With `resume` the
     run in that folder goes on where it was left, however it ended; what is finished is not done again. `push` names a
     repository of the hub for the export, which is made before anything is trained. `on_log` is called with every record
-    that is also appended to `log.jsonl`.
+    that is also appended to `log.jsonl`. Started by torchrun or accelerate launch, it trains on all devices, with a
+    process each, and gives the same result in all of them.
 
     Raises AnchorvecError if the folder already holds a run, or with `resume` that of another recipe, if the recipe or
     its data cannot be used, or if time or disk are too short. Raises Interrupted after Ctrl-C or SIGTERM.
     """
+    check_a_process_each()
+    if rank() > 0:
+        return TrainResult.from_dict(follow(load_training_data))
+    followers = Followers()
+    with followers.led():
+        trained = _train_first(recipe, followers, budget=budget, resume=resume, push=push, on_log=on_log)
+        followers.result = trained.to_dict()
+    return trained
+
+
+def _train_first(
+    recipe: Recipe | str | Path,
+    followers: Followers,
+    *,
+    budget: Budget | None,
+    resume: bool,
+    push: str | None,
+    on_log: OnLog | None,
+) -> TrainResult:
+    """`train`, in the first of several processes."""
     recipe = with_settings_of_base(recipe if isinstance(recipe, Recipe) else load_recipe(recipe))
-    check_one_device()
+    check_shares(recipe, ranks())
     run, recipe, budget = opened(recipe, budget, resume=resume)
     tests = check_test_data(data=recipe.evaluation.data, tasks=recipe.evaluation.tasks)
     inputs = load_training_data(recipe)
     check_trackers(recipe.report_to)
+    options: dict[str, Any] = {"budget": budget, "on_log": on_log, "train_stage": followers.train}
     if push is None:
-        return run_stages(recipe, run, inputs, tests, budget=budget, on_log=on_log)
+        return run_stages(recipe, run, inputs, tests, **options)
     make_repository(push)
     command = shlex.join(["anchorvec", "train", str(run.recipe), "--resume", "--push", push])
-    trained = run_stages(recipe, run, inputs, tests, budget=budget, on_log=on_log, command=command)
+    trained = run_stages(recipe, run, inputs, tests, **options, command=command)
     return replace(trained, pushed=push_folder(run.model, push))
 
 
@@ -126,12 +155,13 @@ def run_stages(
     record: Mapping[str, Any] | None = None,
     on_log: OnLog | None = None,
     command: str = "",
+    train_stage: Callable[[Stage], None] = train_stage,
 ) -> TrainResult:
     """`train` in the folder of `run`, on `inputs` and `tests` that are read already; what is done there stays.
 
     `recipe`, `budget` and `on_log` are as there. BM25 and the last stage are scored on the `whole` too; the last stage
     only if the time is still there. `record` is added to the run's record. `command` is what to type to go on where it
-    is interrupted; by default `train` with the recipe that is saved.
+    is interrupted; by default `train` with the recipe that is saved. `train_stage` trains a stage, in this process.
     """
     command = command or shlex.join(["anchorvec", "train", str(run.recipe), "--resume"])
     timed = budget.minutes is not None
@@ -159,7 +189,8 @@ def run_stages(
                 before = main_scores(scores, system_of(run, start), whole)
                 score = partial(score_on_the_way, as_begun, tests)
                 way = scoring_of(as_begun, run, name, before=before, score=score, seconds=scoring.seconds)
-                _train(of_run(name, as_begun, run, start, deadline=deadline, checkpoint=checkpoint, scoring=way))
+                train_stage(of_run(name, as_begun, run, start, deadline=deadline, checkpoint=checkpoint, scoring=way))
+                run.note("seconds", {name: budget.spent()})
                 checkpoint = None
             recipe = _finished(name, recipe, run, budget)
             interrupts.stop()
@@ -209,13 +240,6 @@ def _with_number_formats(recipe: Recipe, run: Run) -> Recipe:
         for (key, section), format_ in zip(sections.items(), formats, strict=True)
     }
     return recipe.model_copy(update=fixed)
-
-
-def _train(stage: Stage) -> None:
-    """Train `stage`, and note when it was finished."""
-    train_stage = train_stage_one if stage.name == "stage_one" else train_stage_two
-    train_stage(stage)
-    stage.run.note("seconds", {stage.name: stage.spent()})
 
 
 def _finished(name: StageName, recipe: Recipe, run: Run, budget: Budget) -> Recipe:

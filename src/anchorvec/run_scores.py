@@ -35,8 +35,12 @@ def stored_scores(run: Run) -> Scored:
     """The scores that `run` has already, by system and task."""
     if not run.scores.is_file():
         return {}
-    stored = json.loads(run.scores.read_text(encoding="utf-8"))
-    return {system: {task: Scores.from_dict(v) for task, v in tasks.items()} for system, tasks in stored.items()}
+    return scores_of(json.loads(run.scores.read_text(encoding="utf-8")))
+
+
+def scores_of(plain: Mapping[str, Mapping[str, Any]]) -> Scored:
+    """The inverse of `plain_scores`."""
+    return {system: {task: Scores.from_dict(v) for task, v in tasks.items()} for system, tasks in plain.items()}
 
 
 def score_bm25(recipe: Recipe, run: Run, tests: Sequence[LocalData], scores: Scored) -> None:

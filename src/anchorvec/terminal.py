@@ -7,6 +7,8 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from anchorvec.ranks import rank
+
 
 def terminal(*, stderr: bool = False) -> Console:
     """The terminal on stdout or `stderr`. Brackets and colons in texts and names are no markup."""
@@ -14,8 +16,9 @@ def terminal(*, stderr: bool = False) -> Console:
 
 
 def say(line: str) -> None:
-    """Show `line` on stderr, as one line."""
-    terminal(stderr=True).print(line, highlight=False, soft_wrap=True)
+    """Show `line` on stderr, as one line; of several processes the first one does."""
+    if rank() == 0:
+        terminal(stderr=True).print(line, highlight=False, soft_wrap=True)
 
 
 class Bar:

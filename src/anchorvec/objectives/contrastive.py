@@ -3,8 +3,8 @@
     L = -log( exp(cos(q, d+) / tau) / sum over d of exp(cos(q, d) / tau) )
 
 The candidates d of a query are all positives and all hard negatives of the step. The loss is the library's own,
-unmodified: it takes all candidates together, so a step may have fewer hard negatives than pairs. Word reconstruction,
-which can be added to it, is ours.
+unmodified: it takes all candidates together, so a step may have fewer hard negatives than pairs. Of several processes
+each has its share of the queries, and the candidates of all. Word reconstruction, which can be added to it, is ours.
 """
 
 from collections.abc import Callable, Iterable
@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.losses.gradcache import RandContext
 from sentence_transformers.sentence_transformer.losses import (
@@ -23,6 +24,8 @@ from torch import Tensor
 from anchorvec.model.end import template_of
 from anchorvec.model.packing import part_of_row, reads_packed, side_by_side, token_ids
 from anchorvec.objectives.bag_of_words import BagOfWordsLoss
+from anchorvec.processes import all_gather, gathered
+from anchorvec.ranks import rank, ranks
 
 Loss = CachedMultipleNegativesRankingLoss | MultipleNegativesRankingLoss
 
@@ -79,6 +82,11 @@ class _Plain(MultipleNegativesRankingLoss):
         embeddings = self.model(row)["sentence_embedding"].split(_texts(columns))
         return self.compute_loss_from_embeddings(list(embeddings), labels)
 
+    def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
+        candidates = [*embeddings[1:], *candidates_elsewhere(embeddings[1:])]
+        loss: Tensor = super().compute_loss_from_embeddings([embeddings[0], *candidates], labels)
+        return loss
+
 
 class _Cached(CachedMultipleNegativesRankingLoss):
     """The library's loss with cached gradients; with `one_pass` a micro-batch may have texts of all columns."""
@@ -133,8 +141,28 @@ class _Cached(CachedMultipleNegativesRankingLoss):
 
     def loss_of_columns(self, reps: list[list[Tensor]], labels: Tensor | None, *, with_backward: bool) -> Tensor:
         """The loss from the embeddings of each column, cut into micro-batches."""
-        loss: Tensor = super().calculate_loss(reps, labels, with_backward=with_backward)
+        elsewhere = candidates_elsewhere([torch.cat(column) for column in reps[1:]])
+        leaves = [embeddings.detach().requires_grad_() for embeddings in elsewhere]
+        candidates = [*reps, *([leaf] for leaf in leaves)]
+        loss: Tensor = super().calculate_loss(candidates, labels, with_backward=with_backward)
+        if with_backward and elsewhere:
+            torch.autograd.backward(elsewhere, [leaf.grad for leaf in leaves])
         return loss
+
+
+def candidates_elsewhere(embeddings: list[Tensor]) -> list[Tensor]:
+    """The candidates of all other processes, one after another; `embeddings`: those of this one, (texts, dim) each.
+
+    Gradients flow back to where they were computed. A process may have any number, as rows may lack negatives: for the
+    exchange they are padded to the most.
+    """
+    if ranks() == 1:
+        return []
+    own = torch.cat(embeddings)
+    sizes = [size for [size] in gathered([len(own)])]
+    padded = F.pad(own, (0, 0, 0, max(sizes) - len(own)))
+    parts = zip(all_gather(padded), sizes, strict=True)
+    return [part[:size] for i, (part, size) in enumerate(parts) if i != rank()]
 
 
 def _packed(columns: Iterable[dict[str, Any]]) -> bool:
@@ -174,7 +202,7 @@ class _BagOfWords:
 
 class _AndBagOfWords(_BagOfWords, _Plain):
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
-        loss: Tensor = super().compute_loss_from_embeddings(embeddings, labels)
+        loss = super().compute_loss_from_embeddings(embeddings, labels)
         return loss + self.weighted_bag_of_words(*embeddings[:2])
 
 

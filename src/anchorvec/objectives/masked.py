@@ -43,13 +43,14 @@ class TokenMasking:
     most: int | None = None
     seed: int = 0
 
-    def draw(self, pairs: Sequence[TokenPair], step: int) -> list[TokenPair]:
+    def draw(self, pairs: Sequence[TokenPair], step: int, first: int = 0) -> list[TokenPair]:
         """`pairs` as they are read in the optimizer step number `step`, with a label or IGNORED for each token.
 
         Their targets, which become the labels, are the ids of the texts in them. What is random follows the seed, the
-        step and the pair's place in it.
+        step and the pair's place in it, that of the `first` of them and on.
         """
-        return [self._masked(pair, np.random.default_rng([self.seed, step, i])) for i, pair in enumerate(pairs)]
+        places = enumerate(pairs, start=first)
+        return [self._masked(pair, np.random.default_rng([self.seed, step, i])) for i, pair in places]
 
     def _masked(self, pair: TokenPair, draws: np.random.Generator) -> TokenPair:
         query, query_labels = self._text(pair.query, len(pair.query_targets), draws)
@@ -96,9 +97,9 @@ class MaskedReconstruction(VocabularyReconstruction):
         """None: no embedding is read."""
         return ()
 
-    def draw(self, pairs: Sequence[TokenPair], step: int) -> list[TokenPair]:
-        """`pairs` with masks, and labels in the place of targets, as in the optimizer step number `step`."""
-        return self.masking.draw(pairs, step)
+    def draw(self, pairs: Sequence[TokenPair], step: int, first: int = 0) -> list[TokenPair]:
+        """`pairs` with masks, and labels in the place of targets; `step` and `first` as in `TokenMasking.draw`."""
+        return self.masking.draw(pairs, step, first)
 
     def targets(self, pairs: Sequence[TokenPair]) -> tuple[int]:
         """The masked positions of `pairs`."""

@@ -84,8 +84,11 @@ class Reconstruction(nn.Module):
         """What was computed for it before the first step, as buffers of a module; a stage keeps it to go on with."""
         return None
 
-    def draw(self, pairs: Sequence[TokenPair], step: int) -> Sequence[TokenPair]:
-        """The `pairs` of the optimizer step number `step`, with what is random in them; here they stay as they are."""
+    def draw(self, pairs: Sequence[TokenPair], step: int, first: int = 0) -> Sequence[TokenPair]:
+        """The `pairs` of the optimizer step number `step`, with what is random in them; here they stay as they are.
+
+        `first`: the place of the first of them in the step, of which a process may have a share.
+        """
         return pairs
 
     def targets(self, pairs: Sequence[TokenPair]) -> tuple[int, ...]:

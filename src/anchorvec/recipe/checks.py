@@ -72,6 +72,11 @@ def check_recipe(recipe: "Recipe") -> None:
 
 
 def _check_stage_one(stage: "StageOne", model: "ModelSettings") -> None:
+    if stage.sharded and stage.lora is not None:
+        _refuse(
+            "what is shared out is all that trains; adapters are small: take false, or stage_one.lora: null",
+            "stage_one.sharded",
+        )
     both_ways, twice = model.attention_direction == "bidirectional", model.read == "twice"
     if stage.target == "masked" and not both_ways:
         _refuse(

@@ -118,6 +118,10 @@ class StageOne(_Stage):
     """Which tokens are masked. No effect but with `target: masked`."""
     lora: Lora | None = None
     """Train LoRA adapters, which are merged into the model when the stage ends. null: all parameters, the paper's."""
+    sharded: bool = False
+    """Of several devices each holds a part of weights, gradients and optimizer state (FSDP2), for a model that one does
+    not hold; the layers' weights are bf16 in each pass then, where the stage computes in it. false: each holds them all
+    (DDP), which is faster ([devices](devices.md))."""
     micro_batch_tokens: PositiveInt | None = None
     """Tokens in one micro-batch; the result does not depend on it. null: what fits into the free memory, at most
     1,536 on a CPU and 65,536 on a GPU."""

@@ -14,18 +14,34 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.data_loader import prepare_data_loader
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from xxhash import xxh3_64_intdigest
 
+from anchorvec.data.shares import SharedSteps
 from anchorvec.errors import AnchorvecError
 from anchorvec.files import write_json
+from anchorvec.processes import wait_for_all
+from anchorvec.ranks import rank, ranks
 from anchorvec.training.checkpoints import Checkpoints
+from anchorvec.training.sharding import for_first, is_sharded, shared_out, shared_out_state, whole, whole_state
 
 WEIGHTS, STATE, ORDERS = "model.safetensors", "stage.json", "similar_pairs.safetensors"
 
 Explain = Callable[[str, int, Sequence[int]], str]
+
+
+def hash_of_rows(rows: Iterable[Sequence[Sequence[int]]]) -> int:
+    """An integer of 64 bits with a sign, of `rows` in any order, each the token ids of its texts.
+
+    The sum of two is that of the rows of both, modulo 2^64.
+    """
+    hashes = (xxh3_64_intdigest(b"|".join(np.asarray(ids).tobytes() for ids in row)) for row in rows)
+    return (sum(hashes) + 2**63) % 2**64 - 2**63
 
 
 class CheckpointedTrainer(Trainer):
@@ -65,9 +81,8 @@ class CheckpointedTrainer(Trainer):
         """Go on with `state`, which `kept` gave, before training starts."""
         self.rows_hash = state["rows_hash"]
 
-    def count_rows(self, rows: Iterable[Sequence[Sequence[int]]]) -> None:
-        """Add the rows of a step, each the token ids of its texts, to `rows_hash`; their order does not matter."""
-        hashes = (xxh3_64_intdigest(b"|".join(np.asarray(ids).tobytes() for ids in row)) for row in rows)
+    def count_rows(self, hashes: Iterable[int]) -> None:
+        """Add the rows of a step to `rows_hash`, of which each of `hashes` is that of some by `hash_of_rows`."""
         step = sum(hashes) % 2**64
         self.rows_hash = xxh3_64_intdigest(self.rows_hash.to_bytes(8, "little") + step.to_bytes(8, "little"))
 
@@ -85,11 +100,27 @@ class CheckpointedTrainer(Trainer):
         loader: Any = self.get_train_dataloader()
         epoch, batch = divmod(step - 1, len(loader))
         loader.set_epoch(epoch)
-        rows: list[int] = next(islice(iter(loader.batch_sampler), batch, None))
+        steps = loader.batch_sampler
+        rows: list[int] = next(islice(iter(steps.steps if isinstance(steps, SharedSteps) else steps), batch, None))
         return rows
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Batches of whole steps, or of this process's share of each; accelerate would deal steps out one by one."""
+        loader: Any = super().get_train_dataloader()
+        if ranks() > 1:
+            steps = SharedSteps(loader.batch_sampler.batch_sampler, rank(), ranks())
+            options = ("collate_fn", "num_workers", "pin_memory", "persistent_workers", "prefetch_factor")
+            shared = DataLoader(
+                loader.dataset, batch_sampler=steps, **{name: getattr(loader, name) for name in options}
+            )
+            alone = {"num_processes": 1, "process_index": 0}  # shared out already
+            loader = prepare_data_loader(shared, loader.device, put_on_device=True, **alone)
+        given: DataLoader[Any] = loader
+        return given
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float:
         norm: Tensor | float = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[no-untyped-call]
+        norm = whole(norm) if isinstance(norm, Tensor) else norm
         self.check_finite("the loss has a gradient that", norm)
         return norm
 
@@ -97,16 +128,25 @@ class CheckpointedTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         assert self.checkpoints is not None
-        with self.checkpoints.writing_step(self.state.global_step) as folder:
-            super()._save_checkpoint(model, trial)
-            if self.args.should_save:
+        self._whole = {name: for_first(tensor.detach()) for name, tensor in self._trained().items()}
+        if rank() == 0:
+            with self.checkpoints.writing_step(self.state.global_step) as folder:
+                wait_for_all()  # the folder is there
+                super()._save_checkpoint(model, trial)
                 write_json(folder / STATE, self.kept())
                 if self.orders:
                     save_file(self.orders, folder / ORDERS)
+                wait_for_all()  # so is what is random in the other processes
+        else:
+            wait_for_all()
+            super()._save_checkpoint(model, trial)
+            wait_for_all()
+        del self._whole
+        wait_for_all()  # a process that ends has the launcher end the others
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if self.args.should_save:
-            weights = {name: tensor.detach().contiguous() for name, tensor in self._trained().items()}
+        if rank() == 0:
+            weights = {name: tensor.contiguous() for name, tensor in self._whole.items()}
             if not all(tensor.isfinite().all() for tensor in weights.values() if tensor.is_floating_point()):
                 step = self.state.global_step
                 raise AnchorvecError(self.explain("a weight", step, self.rows_of(step)))
@@ -118,7 +158,31 @@ class CheckpointedTrainer(Trainer):
             raise AnchorvecError(f"{resume_from_checkpoint}: this checkpoint is one of another model")
         with torch.no_grad():
             for name, tensor in trained.items():
-                tensor.copy_(weights[name])
+                tensor.copy_(shared_out(weights[name], tensor))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not is_sharded(self.model):
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        optimizer, scheduler = self._optimizer_and_scheduler()
+        state = whole_state(optimizer.state_dict())
+        if rank() == 0:
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not is_sharded(self.model):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        optimizer, scheduler = self._optimizer_and_scheduler()
+        state = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", weights_only=True, mmap=True)
+        optimizer.load_state_dict(shared_out_state(state, optimizer))
+        scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+
+    def _optimizer_and_scheduler(self) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+        assert self.optimizer is not None
+        assert self.lr_scheduler is not None
+        return self.optimizer, self.lr_scheduler
 
     def _trained(self) -> dict[str, Tensor]:
         """The parameters that are trained, tied ones once, and the buffers that the model is saved with."""

@@ -1,7 +1,7 @@
 """How a stage is computed on this machine: what to hold at a time, from the memory that is free when it starts."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -10,6 +10,8 @@ from transformers import PreTrainedModel
 
 from anchorvec.device import default_device, resolve_precision
 from anchorvec.model.packing import packing_pays
+from anchorvec.processes import gathered
+from anchorvec.ranks import ranks
 from anchorvec.training.memory import ADAM_BYTES, kept_bytes, tokens_that_fit
 
 ENOUGH_TOKENS = {"cpu": 1_536, "cuda": 65_536}
@@ -24,6 +26,7 @@ _LAYER_STATES = 32
 
 _CHECKPOINTING = "gradient checkpointing: the longest texts do not fit into the free memory without it"
 _CACHED = "cached gradients, every text is encoded twice"
+_CONVERTED = "weights are converted to bf16 in each micro-batch: on several devices not once a step"
 _NOT_COMPILED = "layers are not compiled: the stage is too short for it to pay"
 
 
@@ -54,8 +57,9 @@ class Demand:
 
     `packed`, and `padded_because`, why not. `precision`, `gradient_checkpointing` and `micro_batch_tokens` are the
     recipe's. `longest`: the tokens of the longest text; `least_tokens`: those that must be held at one time;
-    `logits_bytes` exist beside what is kept; `step_tokens`: those of a step that would best be held at once, with
-    cached gradients where they do not fit. `long_enough`: compiling the layers pays.
+    `logits_bytes` exist beside what is kept; `shards`: the devices that the weights are shared out among;
+    `step_tokens`: those of a step that would best be held at once, with cached gradients where they do not fit.
+    `long_enough`: compiling the layers pays.
     """
 
     packed: bool
@@ -65,6 +69,7 @@ class Demand:
     longest: int
     least_tokens: int
     logits_bytes: int = 0
+    shards: int = 1
     step_tokens: float | None = None
     long_enough: bool = False
     padded_because: str = ""
@@ -93,7 +98,9 @@ def decide_engine(
     open, that is used if the least that must be held would not fit otherwise.
     """
     device = device or default_device()
-    beside = demand.logits_bytes + ADAM_BYTES * trained
+    # DDP copies the gradients, in fp32, to exchange them
+    copied = 4 if ranks() > 1 and demand.shards == 1 else 0
+    beside = demand.logits_bytes + (ADAM_BYTES + copied) * trained / demand.shards
 
     def kept_and_fit(checkpointing: bool) -> tuple[float, int]:
         per_token, fixed = kept(checkpointing)
@@ -112,6 +119,7 @@ def decide_engine(
         f"texts are padded: {demand.padded_because}": not demand.packed,
         _CHECKPOINTING: checkpointing and asked == "auto",
         f"{_CACHED}: a step of {step_tokens or 0:,.0f} tokens does not fit at once": cached,
+        _CONVERTED: ranks() > 1 and resolve_precision(demand.precision) == "bf16",
         _NOT_COMPILED: device.type == "cuda" and not demand.long_enough,
     }
     held = micro_batch_tokens or max(1, min(fit, ENOUGH_TOKENS.get(device.type, 1_536)))
@@ -124,6 +132,25 @@ def decide_engine(
         cached_gradients=cached,
         compiled=demand.long_enough and device.type == "cuda" and demand.packed and not checkpointing,
         slower=tuple(line for line, taken in slower.items() if taken),
+    )
+
+
+def agreed(engine: Engine, model: PreTrainedModel) -> Engine:
+    """The `engine` that every process takes for its share: what fits into the memory of all.
+
+    Sets gradient checkpointing on `model` where another one needs it.
+    """
+    flags = [engine.gradient_checkpointing, engine.cached_gradients, engine.compiled, engine.fits]
+    tokens, checkpointing, cached, compiled, fits = zip(*gathered([engine.micro_batch_tokens, *flags]), strict=True)
+    if any(checkpointing) and not engine.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return replace(
+        engine,
+        micro_batch_tokens=min(tokens),
+        gradient_checkpointing=any(checkpointing),
+        cached_gradients=any(cached),
+        compiled=all(compiled),
+        fits=all(fits),
     )
 
 

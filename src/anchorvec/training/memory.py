@@ -10,6 +10,8 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from anchorvec.ranks import ranks_here
+
 ADAM_BYTES = 12
 """For a trained parameter: its gradient and the two moments of AdamW, in fp32."""
 
@@ -50,11 +52,14 @@ def release_freed_memory() -> None:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that this process may still take on `device`; on a CPU, within the limit of its container."""
+    """Bytes that this process may still take on `device`.
+
+    On a CPU, within the limit of its container, and with the other processes of the run as hungry.
+    """
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    return min([psutil.virtual_memory().available, *_cgroup_rooms()])
+    return min([psutil.virtual_memory().available, *_cgroup_rooms()]) // ranks_here()
 
 
 def _cgroup_rooms() -> Iterator[int]:

@@ -12,6 +12,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from anchorvec.files import writing
 from anchorvec.interrupts import Interrupts
+from anchorvec.processes import any_of
+from anchorvec.ranks import rank
 from anchorvec.run import STAGE_TITLES, StageName
 from anchorvec.terminal import terminal
 
@@ -51,6 +53,7 @@ class StageProgress(TrainerCallback):
             TextColumn("{task.fields[steps]} {task.fields[status]}"),
             TimeRemainingColumn(),
             console=terminal(stderr=True),
+            disable=rank() > 0,
         )
 
     def __enter__(self) -> Self:
@@ -77,13 +80,15 @@ class StageProgress(TrainerCallback):
             now, deadline = time.monotonic(), self.deadline()
             total = max(1e-9, deadline - self.started)
             self.bar.update(self.task, completed=now - self.started, total=total, steps=f"step {step}")
-            if now + (now - self.started) / step > deadline:
-                self.out_of_time = True
-                control.should_training_stop = True
+            self.out_of_time = rank() == 0 and now + (now - self.started) / step > deadline
+        signalled = self.interrupts is not None and self.interrupts.received is not None
+        self.out_of_time, signalled = any_of(self.out_of_time, signalled)
+        if self.out_of_time:
+            control.should_training_stop = True
         if control.should_training_stop or step >= state.max_steps:
             control.should_log = True
             return
-        if self.interrupts is not None and self.interrupts.received is not None:
+        if signalled:
             self.interrupted = control.should_training_stop = True
         control.should_save = self.interrupted or (self.save_steps is not None and step % self.save_steps == 0)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -11,13 +12,15 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import PreTrainedModel, PrinterCallback
+from transformers import PreTrainedModel, PrinterCallback, set_seed
 
 from anchorvec.data.stage_inputs import StageInputs, rows_with_places
-from anchorvec.device import check_one_device, default_device, resolve_precision
+from anchorvec.device import default_device, resolve_precision
 from anchorvec.errors import AnchorvecError
 from anchorvec.files import write_json, write_json_lines
 from anchorvec.interrupts import Interrupts
+from anchorvec.processes import PATIENCE
+from anchorvec.ranks import rank, ranks, ranks_here
 from anchorvec.recipe import Recipe, StageOne, StageTwo
 from anchorvec.run import STAGE_TITLES, Run, StageName
 from anchorvec.terminal import say
@@ -142,7 +145,12 @@ class Stage:
                 computed.get_buffer(name).copy_(value)
 
     def begin(self, engine: Engine, computed: nn.Module | None) -> None:
-        """Note the `engine`; keep it, and the buffers of `computed`, to go on with where the stage is interrupted."""
+        """Note the `engine`; keep it, and the buffers of `computed`, to go on with where the stage is interrupted.
+
+        Of several processes the first one does.
+        """
+        if rank() > 0:
+            return
         self.note(engine)
         if self.checkpoints.start is not None:
             return
@@ -156,8 +164,10 @@ class Stage:
     def explain(self, what: str, step: int, rows: Sequence[int]) -> str:
         """The error of a step in which `what` is no finite number; its `rows` by their numbers over all data sets.
 
-        All rows are written into the run's folder, with their places and texts.
+        All rows are written into the run's folder, with their places and texts, by the first of several processes.
         """
+        if rank() > 0:
+            return f"{self.name}: {what} is no finite number any more at step {step}"
         named = rows_with_places(self.recipe, self.inputs, self.name, rows)
         write_json_lines(self.run.not_finite, named)
         places = ", ".join(row["place"] for row in named[:_NAMED_ROWS])
@@ -182,15 +192,17 @@ class Stage:
 
     def arguments(self) -> dict[str, Any]:
         """The trainer's arguments that both stages share."""
-        check_one_device()
         settings, device = self.settings, default_device()
         # On a GPU the texts of the next steps are tokenized while it works; a CPU has no core left for that.
-        workers = min(4, (os.cpu_count() or 1) - 1) if device.type == "cuda" else 0
+        workers = min(4, max(1, (os.cpu_count() or 1) // ranks_here() - 1)) if device.type == "cuda" else 0
         endless = 1 if self.deadline is None else max(1, _NO_LIMIT // settings.steps)
         return {
             "output_dir": str(self.checkpoints.folder),
             "max_steps": endless * settings.steps,
-            "per_device_train_batch_size": settings.pairs_per_step,
+            "per_device_train_batch_size": settings.pairs_per_step,  # of the whole step, which `SharedSteps` share out
+            "ddp_find_unused_parameters": False,
+            "ddp_broadcast_buffers": False,  # they are the same everywhere, and stay so
+            "ddp_timeout": round(PATIENCE.total_seconds()),
             "learning_rate": settings.learning_rate,
             "warmup_steps": endless * settings.warmup_steps,
             "lr_scheduler_type": "constant_with_warmup" if settings.schedule == "constant" else settings.schedule,
@@ -202,7 +214,8 @@ class Stage:
             "logging_first_step": True,
             "logging_nan_inf_filter": False,  # training stops there
             "save_strategy": "no",  # StageProgress says when
-            "report_to": self.recipe.report_to or "none",
+            "log_level_replica": "error",
+            "report_to": (self.recipe.report_to or "none") if rank() == 0 else "none",
             "run_name": f"{self.run.folder.name} {STAGE_TITLES[self.name]}",
             "disable_tqdm": True,
             "dataloader_drop_last": True,
@@ -230,7 +243,10 @@ def run_trainer(stage: Stage, trainer: TimedTrainer, progress: StageProgress, sa
         say(f"{STAGE_TITLES[stage.name]}: goes on after step {step}")
         trainer.go_on_from(checkpoint)
         progress.seconds = trainer.seconds
-    stage.run.cut_log(stage.name, step)
+    if rank() == 0:
+        stage.run.cut_log(stage.name, step)
+    if ranks() > 1:
+        set_seed(stage.recipe.seed + rank())  # for dropout
     if stage.scoring is not None:
         trainer.add_callback(ScoresOnTheWay(stage.scoring, trainer, progress, save))
     keep_freed_memory()
@@ -239,6 +255,7 @@ def run_trainer(stage: Stage, trainer: TimedTrainer, progress: StageProgress, sa
     end_trackers(stage.recipe.report_to)
     done, planned = trainer.state.global_step, trainer.args.max_steps
     if progress.interrupted:
+        stage.interrupts.received = stage.interrupts.received or signal.SIGTERM  # where another process was asked to
         stage.interrupts.stop(f"{STAGE_TITLES[stage.name]} has a checkpoint after step {done}")
     if done < planned and not progress.out_of_time:
         raise AnchorvecError(

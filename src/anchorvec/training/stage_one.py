@@ -1,6 +1,7 @@
 """Stage I of a run: an embedder is trained by what can be reconstructed from its embeddings."""
 
 import copy
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,15 @@ from anchorvec.objectives.bag_of_tokens import BagOfTokensReconstruction
 from anchorvec.objectives.bag_of_words import BagOfWordsReconstruction
 from anchorvec.objectives.masked import MaskedReconstruction, TokenMasking
 from anchorvec.objectives.reconstruction import Reconstruction, TextReconstruction
+from anchorvec.ranks import rank, ranks
 from anchorvec.recipe import Recipe, StageOne
+from anchorvec.run import STAGE_TITLES
 from anchorvec.terminal import say
 from anchorvec.training.bag_of_words import bag_of_tokens, bag_of_words_loss
-from anchorvec.training.engine import UNPACKABLE, Demand, Engine, choose_engine, why_padded
+from anchorvec.training.engine import UNPACKABLE, Demand, Engine, agreed, choose_engine, why_padded
 from anchorvec.training.lora import add_lora, merged
 from anchorvec.training.memory import release_freed_memory
+from anchorvec.training.sharding import copy_whole, is_sharded, shard
 from anchorvec.training.stage import Stage, run_trainer
 from anchorvec.training.trainers import ReconstructionTrainer
 
@@ -64,7 +68,13 @@ def train_stage_one(stage: Stage) -> Path:
 
     run_trainer(stage, trainer, progress, save_on_the_way)
     folder = stage.run.stage("stage_one")
-    save(objective.model, folder)
+    model = objective.model
+    if is_sharded(objective):
+        whole = load_causal_lm(stage.start) if rank() == 0 else None
+        copy_whole(model, whole)
+        model = whole or model
+    if rank() == 0:
+        save(model, folder)
     return folder
 
 
@@ -101,9 +111,19 @@ def stage_one_objective(stage: Stage, tokenize: PairTokenizer) -> tuple[Reconstr
     if engine is None:
         demand = stage_one_demand(stage, objective, default_device(), objective.packed, padded_because or UNPACKABLE)
         engine = choose_engine(model, lambda n: (objective.encode([part * n]), n * len(part)), demand)
+    engine = agreed(engine, model)
     if engine.compiled:
         objective.compile_layers()
+    if settings.sharded:
+        _shard(objective, bf16=stage.bf16)
     return objective, engine
+
+
+def _shard(objective: Reconstruction, *, bf16: bool) -> None:
+    if ranks() == 1:
+        say(f"{STAGE_TITLES['stage_one']}: sharded over one device, which holds all: as without")
+        return
+    shard(objective, objective.model, bf16=bf16)
 
 
 def stage_one_demand(
@@ -114,6 +134,7 @@ def stage_one_demand(
     `packed`, and `padded_because`, why not.
     """
     recipe, settings = stage.recipe, stage.one
+    share = math.ceil(settings.pairs_per_step / ranks())
     return Demand(
         packed=packed,
         precision=recipe.model.precision,
@@ -121,7 +142,8 @@ def stage_one_demand(
         micro_batch_tokens=settings.micro_batch_tokens,
         longest=recipe.longest_read,
         least_tokens=objective.passes * recipe.longest_read,
-        logits_bytes=objective.score_bytes(settings.pairs_per_step, recipe.training_tokens, device),
+        shards=ranks() if settings.sharded else 1,
+        logits_bytes=objective.score_bytes(share, recipe.training_tokens, device),
         long_enough=stage.long_enough,
         padded_because=padded_because,
     )

@@ -29,8 +29,9 @@ from anchorvec.model.packing import packed_features, use_packed_texts
 from anchorvec.model.portable import make_portable
 from anchorvec.objectives.bag_of_words import SAMPLE_PAIRS, BagOfWordsLoss
 from anchorvec.objectives.contrastive import Loss, contrastive_loss
+from anchorvec.ranks import rank, ranks
 from anchorvec.training.bag_of_words import bag_of_words_loss
-from anchorvec.training.engine import UNPACKABLE, Demand, Engine, choose_engine, why_padded
+from anchorvec.training.engine import UNPACKABLE, Demand, Engine, agreed, choose_engine, why_padded
 from anchorvec.training.lora import fuse_adapters, lora_config
 from anchorvec.training.memory import release_freed_memory
 from anchorvec.training.stage import Stage, run_trainer
@@ -78,7 +79,8 @@ def train_stage_two(stage: Stage) -> Path:
     trainer.orders = orders
     run_trainer(stage, trainer, progress, partial(_save, stage, model))
     folder = stage.run.stage("stage_two")
-    _save(stage, model, folder)
+    if rank() == 0:
+        _save(stage, model, folder)
     return folder
 
 
@@ -136,6 +138,7 @@ def stage_two_model(stage: Stage) -> StageTwoModel:
     if engine is None:
         demand = stage_two_demand(stage, model.tokenizer, packed, padded_because or UNPACKABLE)
         engine = choose_engine(body, encode, demand)
+    engine = agreed(engine, body)
     if engine.compiled:
         compile_decoder_layers(body)
     return StageTwoModel(model, engine, bag_of_words)
@@ -144,6 +147,7 @@ def stage_two_model(stage: Stage) -> StageTwoModel:
 def stage_two_demand(stage: Stage, tokenizer: Any, packed: bool, padded_because: str) -> Demand:
     """What `stage` wants to hold, of texts that `tokenizer` reads; `packed`, and `padded_because`, why not."""
     recipe, settings, inputs = stage.recipe, stage.two, stage.inputs
+    share = settings.pairs_per_step // ranks()
     return Demand(
         packed=packed,
         precision=recipe.model.precision,
@@ -154,8 +158,9 @@ def stage_two_demand(stage: Stage, tokenizer: Any, packed: bool, padded_because:
         step_tokens=max(
             large_step(tokenizer, rows, inputs.prompts[name], recipe, packed=packed)
             for name, rows in inputs.contrastive.items()
-        ),
-        logits_bytes=4 * 4 * 2 * SAMPLE_PAIRS * settings.pairs_per_step if settings.bag_of_words_weight else 0,
+        )
+        / ranks(),
+        logits_bytes=4 * 4 * 2 * SAMPLE_PAIRS * share if settings.bag_of_words_weight else 0,
         long_enough=stage.long_enough,
         padded_because=padded_because,
     )

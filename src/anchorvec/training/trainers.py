@@ -5,6 +5,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
@@ -14,12 +15,16 @@ from sentence_transformers import SentenceTransformerTrainer
 from sentence_transformers.base.data_collator import BaseDataCollator
 from torch import Tensor, nn
 
+from anchorvec.data.shares import share
 from anchorvec.errors import AnchorvecError
 from anchorvec.model.packing import token_ids
 from anchorvec.model.working_weights import WorkingWeights
 from anchorvec.objectives.pairs import TokenPair, exchange_partners, micro_batches, tokens_at_once
+from anchorvec.objectives.reconstruction import Reconstruction
+from anchorvec.processes import added, from_first, gathered
+from anchorvec.ranks import rank, ranks
 from anchorvec.terminal import say
-from anchorvec.training.checkpointed import CheckpointedTrainer
+from anchorvec.training.checkpointed import CheckpointedTrainer, hash_of_rows
 
 _OUT_OF_MEMORY_HELP = "set {stage}.gradient_checkpointing=true, or lower {stage}.micro_batch_tokens or data.max_tokens"
 
@@ -28,10 +33,10 @@ class TimedTrainer(CheckpointedTrainer):
     """A trainer whose learning rate follows the clock where `deadline` is set, which gives a `time.monotonic()`.
 
     Its share of the way from the warm-up to 0 is then the share of the time that has passed, so that a stage of which
-    nobody can say how many steps fit into its time comes to the end of its schedule (T13). For one process: the clocks
-    of several would differ. In bf16 the weights are converted once a step. `seconds` of training and `tokens_seen` are
-    counted on where it goes on; `spent` gives the seconds of the whole run, which a checkpoint keeps, `kept_seconds`
-    those before the deadline that are not for training.
+    nobody can say how many steps fit into its time comes to the end of its schedule (T13). Of several processes the
+    clock of the first counts. In bf16 a process that is alone converts the weights once a step. `seconds` of training
+    and `tokens_seen` are counted on where it goes on; `spent` gives the seconds of the whole run, which a checkpoint
+    keeps, `kept_seconds` those before the deadline that are not for training.
     """
 
     deadline: Callable[[], float] | None = None
@@ -43,7 +48,7 @@ class TimedTrainer(CheckpointedTrainer):
     @cached_property
     def working_weights(self) -> WorkingWeights | None:
         """The bf16 copies of the weights, where the stage trains in bf16; on a GPU with fewer operations."""
-        if not self.args.bf16:
+        if not self.args.bf16 or ranks() > 1:  # several must see gradients arrive at the weights themselves
             return None
         # a CPU computes at once what it is told, so that it would gain nothing, and goes on bit for bit as it did
         working = WorkingWeights(self.accelerator.unwrap_model(self.model), fuse=self.args.device.type == "cuda")
@@ -79,7 +84,7 @@ class TimedTrainer(CheckpointedTrainer):
             def of_time(_: int) -> float:
                 start = self.began  # it moves where time is spent on something else
                 whole = max(1e-9, deadline() - self.kept_seconds() - start)
-                share = min(1.0, (time.monotonic() - start) / whole)
+                share = from_first(min(1.0, (time.monotonic() - start) / whole))
                 return float(of_step(round(num_training_steps * share)))
 
             scheduler.lr_lambdas = [of_time] * len(scheduler.lr_lambdas)
@@ -130,19 +135,22 @@ class ReconstructionTrainer(TimedTrainer):
         """
         model.train()
         objective = self.accelerator.unwrap_model(model)
-        self.count_rows((pair.query, pair.document) for pair in inputs["pairs"])
-        pairs: list[TokenPair] = objective.draw(inputs["pairs"], self.state.global_step)
+        own = share(self.args.train_batch_size, rank(), ranks())
+        read: list[TokenPair] = inputs["pairs"]
+        drawn = objective.draw(read, self.state.global_step, own.start)
+        pairs, stand_in = (drawn if own else []), drawn[0]
+        counts = self._count(objective, pairs, hash_of_rows((p.query, p.document) for p in read if own))
         while True:
             parts = micro_batches(pairs, self.micro_batch_tokens, **objective.cut)
-            largest = max(tokens_at_once(part, **objective.cut) for part in parts)
+            largest = max(tokens_at_once(part, **objective.cut) for part in [*parts, [stand_in]])
             try:
                 with self.with_working_weights():
-                    return self._step(model, parts)
+                    return self._step(model, parts, counts, stand_in)
             except RuntimeError as error:
                 if not _out_of_memory(error):
                     raise
                 # One process cannot do a step again while others wait for its gradients.
-                if len(parts) == len(pairs) or self.accelerator.num_processes > 1:
+                if len(parts) == len(pairs) or ranks() > 1:
                     raise AnchorvecError(
                         f"stage_one: out of memory with {largest:,} tokens at a time; "
                         + _OUT_OF_MEMORY_HELP.format(stage="stage_one")
@@ -158,42 +166,47 @@ class ReconstructionTrainer(TimedTrainer):
                 stacklevel=2,
             )
 
-    def _step(self, model: nn.Module, parts: Sequence[Sequence[TokenPair]]) -> Tensor:
-        """Backpropagate the micro-batches of one step."""
+    def _count(self, objective: Reconstruction, pairs: list[TokenPair], rows: int) -> "_Counts":
+        """What all processes count in a step, of which this one has `pairs`, and `rows` by `hash_of_rows`."""
         step = self.state.global_step + 1
-        objective = self.accelerator.unwrap_model(model)
         exchanges = bool(objective.exchanges) and (step == 1 or step % self.exchange_every == 0)
-        pairs = [pair for part in parts for pair in part]  # by length: a partner is about as long, whatever the cut
-        partners = exchange_partners(pairs) if exchanges else None
-        partner_of = {id(pair): partner for pair, partner in zip(pairs, partners or (), strict=False)}
-        counts = torch.tensor(
-            [*objective.targets(pairs), partners is None],  # without partners on any device there is no gap
-            device=self.args.device,
-        )
-        *targets, without_partners = self.accelerator.reduce(counts, "sum").tolist()
-        sums = torch.zeros(2, len(targets), device=self.args.device)  # own, with other pairs' embeddings
+        # by length: a partner is about as long, whatever the cut
+        ordered = [pair for [pair] in micro_batches(pairs, 1, **objective.cut)]
+        partners = exchange_partners(ordered) if exchanges else None
+        parts = len(micro_batches(pairs, self.micro_batch_tokens, **objective.cut))
+        tokens = tokens_at_once(pairs, **objective.cut | {"packed": True})
+        of_all = gathered([rows, tokens, parts, partners is None, *objective.targets(pairs)])
+        hashes, read, cuts, without_partners, *targets = zip(*of_all, strict=True)
+        self.count_rows(hashes)
+        self.tokens_seen += sum(read)
+        if exchanges:
+            self.exchange = {}
+        partner_of = {id(pair): partner for pair, partner in zip(ordered, partners or (), strict=False)}
+        return _Counts([*map(sum, targets)], max(1, *cuts), None if any(without_partners) else partner_of)
+
+    def _step(
+        self, model: nn.Module, parts: Sequence[Sequence[TokenPair]], counts: "_Counts", stand_in: TokenPair
+    ) -> Tensor:
+        """Backpropagate the micro-batches of one step; `stand_in` is computed for one that others have more."""
+        objective = self.accelerator.unwrap_model(model)
+        sums = torch.zeros(2, len(counts.targets), device=self.args.device)  # own, with other pairs' embeddings
+        parts = [*parts, *[()] * (counts.parts - len(parts))]
         for i, part in enumerate(parts):
             last = i == len(parts) - 1
             with nullcontext() if last else self.accelerator.no_sync(model):
+                computed = part or [stand_in]
                 with self.compute_loss_context_manager():
-                    out = model(
-                        part,
-                        targets=targets,
-                        exchange=[partner_of[id(pair)] for pair in part] if partners else None,
-                    )
+                    out = model(computed, targets=counts.targets, exchange=counts.exchanged(computed))
                 # DDP averages over processes; the loss is already this process's share of the step.
-                self.accelerator.backward(out.loss * self.accelerator.num_processes)
-            sums[0] += torch.stack([*out.sums.values()])
-            if partners:
+                self.accelerator.backward(out.loss * (ranks() if part else 0))
+            if part:
+                sums[0] += torch.stack([*out.sums.values()])
+            if part and out.exchanged is not None:
                 sums[1] += torch.stack([out.exchanged.get(name, own) for name, own in out.sums.items()])
-        sums = self.accelerator.reduce(sums, "sum")
-        own, exchanged = (sums / torch.tensor(targets, device=sums.device).clamp(min=1)).tolist()
-        self.tokens_seen += tokens_at_once(pairs, **objective.cut | {"packed": True})
+        own, exchanged = (added(sums) / torch.tensor(counts.targets, device=sums.device).clamp(min=1)).tolist()
         weights = objective.parts
         self.parts.append({name: loss for (name, weight), loss in zip(weights.items(), own, strict=True) if weight})
-        if exchanges:
-            self.exchange = {}
-        if not without_partners:
+        if counts.partners is not None:
             gaps = {name: b - a for name, a, b in zip(weights, own, exchanged, strict=True)}
             self.exchange = {f"exchange_{name}": gaps[name] for name in objective.exchanges if weights[name]}
         loss = sum(weight * part for weight, part in zip(weights.values(), own, strict=True))
@@ -207,6 +220,22 @@ class ReconstructionTrainer(TimedTrainer):
             logs = {**logs, **parts, **self.exchange, "tokens": self.tokens_seen}
             self.parts = []
         super().log(logs, start_time)
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """Of a step in all processes: its targets, part by part, and the most micro-batches that one of them has.
+
+    `partners`: another pair for each one of this process, by its `id`; None where no embeddings are exchanged.
+    """
+
+    targets: list[int]
+    parts: int
+    partners: dict[int, TokenPair] | None
+
+    def exchanged(self, pairs: Sequence[TokenPair]) -> list[TokenPair] | None:
+        """The partners of `pairs`; a pair that stands in for another one is its own."""
+        return None if self.partners is None else [self.partners.get(id(pair), pair) for pair in pairs]
 
 
 class ContrastiveTrainer(TimedTrainer, SentenceTransformerTrainer):
@@ -237,12 +266,15 @@ class ContrastiveTrainer(TimedTrainer, SentenceTransformerTrainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """One optimizer step. Raises AnchorvecError where it runs out of memory, or if the loss is not finite."""
-        self.count_rows(_rows_of(inputs))
+        tokens = 0
         for key, value in inputs.items():
             if key.endswith("attention_mask"):
-                self.tokens_seen += int(value.sum())
+                tokens += int(value.sum())
             elif key.endswith("cu_seq_lens_q"):  # texts without padding
-                self.tokens_seen += int(value[-1])
+                tokens += int(value[-1])
+        hashes, read = zip(*gathered([hash_of_rows(_rows_of(inputs)), tokens]), strict=True)
+        self.count_rows(hashes)
+        self.tokens_seen += sum(read)
         try:
             with self.with_working_weights():
                 loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
@@ -252,6 +284,8 @@ class ContrastiveTrainer(TimedTrainer, SentenceTransformerTrainer):
             raise AnchorvecError(
                 f"stage_two: out of memory; {_OUT_OF_MEMORY_HELP.format(stage='stage_two')}"
             ) from error
+        of_words = getattr(self.loss, "bag_of_words_losses", None) or []
+        loss, *of_words[-1:] = added(torch.stack([loss, *of_words[-1:]])) / ranks()  # each has as many pairs
         self.check_finite("the loss", loss)
         return loss
 
