@@ -81,10 +81,7 @@ def test_several_devices_are_refused_before_any_work(tmp_path, monkeypatch):
     """Neither a plan nor a run begins on them."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for refused in (plan, train):
-        with pytest.raises(
-            AnchorvecError,
-            match="2 devices, .* start with torchrun --nproc-per-node 2",
-        ):
+        with pytest.raises(AnchorvecError, match=r"2 devices, .* start with torchrun --nproc-per-node 2"):
             refused(load_recipe("debug", [f"output={tmp_path / 'run'}"]))
     assert not (tmp_path / "run").exists()
 

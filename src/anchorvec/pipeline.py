@@ -81,7 +81,7 @@ class TrainResult:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "TrainResult":
-        """The inverse of `to_dict`."""
+        """The result that `to_dict` gave the `values` of."""
         return cls(**{**values, "export": Exported(**values["export"]), "scores": scores_of(values["scores"])})
 
     def __rich__(self) -> Group:

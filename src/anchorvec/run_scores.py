@@ -39,7 +39,7 @@ def stored_scores(run: Run) -> Scored:
 
 
 def scores_of(plain: Mapping[str, Mapping[str, Any]]) -> Scored:
-    """The inverse of `plain_scores`."""
+    """The scores that `plain_scores` made `plain` of."""
     return {system: {task: Scores.from_dict(v) for task, v in tasks.items()} for system, tasks in plain.items()}
 
 

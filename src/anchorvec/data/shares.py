@@ -22,7 +22,7 @@ def share(pairs: int, rank: int, ranks: int) -> range:
 
 
 def check_shares(recipe: Recipe, ranks: int) -> None:
-    """Raise AnchorvecError where a step of Stage II of `recipe` cannot be shared out evenly among so many processes.
+    """Raise AnchorvecError where a step of Stage II of `recipe` cannot be shared out evenly among so many `ranks`.
 
     A step of Stage I can always be.
     """

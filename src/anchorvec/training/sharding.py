@@ -57,7 +57,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def for_first(value: Any) -> Any:
-    """All of a tensor, in the CPU's memory, for the first process, and nothing of it for the others, which must ask.
+    """All of `value`, a tensor, in the CPU's memory, for the first process, and nothing of it for the others, which must ask.
 
     A tensor that is not shared out, and anything else, is given back as it is.
     """
@@ -82,7 +82,7 @@ def shared_out(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def shared_out_state(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The inverse of `whole_state`, for this process's parts of the weights of `optimizer`."""
+    """The inverse of `whole_state`, which gave `state`, for this process's parts of the weights of `optimizer`."""
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     numbers = [number for group in state["param_groups"] for number in group["params"]]
     moments = {
