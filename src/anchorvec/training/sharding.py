@@ -57,7 +57,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def for_first(value: Any) -> Any:
-    """All of `value`, a tensor, in the CPU's memory, for the first process, and nothing of it for the others, which must ask.
+    """All of `value`, a tensor, in the CPU's memory for the first process, and nothing of it for others; all must ask.
 
     A tensor that is not shared out, and anything else, is given back as it is.
     """
