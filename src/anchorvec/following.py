@@ -133,3 +133,17 @@ def follow(load: Callable[[Recipe], StageInputs]) -> dict[str, Any]:
 def train_stage(stage: Stage) -> None:
     """Train `stage` in this process."""
     (train_stage_one if stage.name == "stage_one" else train_stage_two)(stage)
+
+
+def check_shares(recipe: Recipe, processes: int) -> None:
+    """Raise AnchorvecError where a step of Stage II of `recipe` cannot be shared out evenly among so many `processes`.
+
+    A step of Stage I can always be.
+    """
+    pairs = recipe.stage_two.pairs_per_step if recipe.stage_two is not None else 0
+    if pairs % processes:
+        near = [n for n in (pairs // processes * processes, (pairs // processes + 1) * processes) if n]
+        raise AnchorvecError(
+            f"stage_two.pairs_per_step: {pairs} pairs are not so many for each of {processes} devices; set it to "
+            f"{' or '.join(map(str, near))}, or use another number of devices"
+        )

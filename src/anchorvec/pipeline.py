@@ -21,7 +21,6 @@ from rich.text import Text
 
 from anchorvec.curve import check_curve, end_curve, scoring_of
 from anchorvec.data import read_pairs
-from anchorvec.data.shares import check_shares
 from anchorvec.data.stage_inputs import StageInputs, stage_inputs
 from anchorvec.device import check_a_process_each, device_name, resolve_precision
 from anchorvec.disk import check_disk
@@ -29,7 +28,7 @@ from anchorvec.evaluation import LocalData, check_test_data, scores_table
 from anchorvec.exporting.folder import Exported, export
 from anchorvec.exporting.hub import make_repository, push_folder
 from anchorvec.files import write_json
-from anchorvec.following import Followers, follow, train_stage
+from anchorvec.following import Followers, check_shares, follow, train_stage
 from anchorvec.interrupts import Interrupts
 from anchorvec.ranks import rank, ranks
 from anchorvec.recipe import Recipe, StageOne, StageTwo, load_recipe, save_recipe

@@ -22,11 +22,11 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from xxhash import xxh3_64_intdigest
 
-from anchorvec.data.shares import SharedSteps
 from anchorvec.errors import AnchorvecError
 from anchorvec.files import write_json
 from anchorvec.processes import wait_for_all
 from anchorvec.ranks import rank, ranks
+from anchorvec.shares import SharedSteps
 from anchorvec.training.checkpoints import Checkpoints
 from anchorvec.training.sharding import for_first, is_sharded, shared_out, shared_out_state, whole, whole_state
 

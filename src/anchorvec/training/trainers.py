@@ -15,7 +15,6 @@ from sentence_transformers import SentenceTransformerTrainer
 from sentence_transformers.base.data_collator import BaseDataCollator
 from torch import Tensor, nn
 
-from anchorvec.data.shares import share
 from anchorvec.errors import AnchorvecError
 from anchorvec.model.packing import token_ids
 from anchorvec.model.working_weights import WorkingWeights
@@ -23,6 +22,7 @@ from anchorvec.objectives.pairs import TokenPair, exchange_partners, micro_batch
 from anchorvec.objectives.reconstruction import Reconstruction
 from anchorvec.processes import added, from_first, gathered
 from anchorvec.ranks import rank, ranks
+from anchorvec.shares import share
 from anchorvec.terminal import say
 from anchorvec.training.checkpointed import CheckpointedTrainer, hash_of_rows
 

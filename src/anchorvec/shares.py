@@ -9,9 +9,6 @@ from typing import Any
 
 from torch.utils.data import BatchSampler
 
-from anchorvec.errors import AnchorvecError
-from anchorvec.recipe import Recipe
-
 
 def share(pairs: int, rank: int, ranks: int) -> range:
     """The places in a step of so many `pairs` that the process `rank` of `ranks` takes; empty where they are too few.
@@ -19,20 +16,6 @@ def share(pairs: int, rank: int, ranks: int) -> range:
     The sizes of two shares differ by one at most.
     """
     return range(pairs * rank // ranks, pairs * (rank + 1) // ranks)
-
-
-def check_shares(recipe: Recipe, ranks: int) -> None:
-    """Raise AnchorvecError where a step of Stage II of `recipe` cannot be shared out evenly among so many `ranks`.
-
-    A step of Stage I can always be.
-    """
-    pairs = recipe.stage_two.pairs_per_step if recipe.stage_two is not None else 0
-    if pairs % ranks:
-        near = [n for n in (pairs // ranks * ranks, (pairs // ranks + 1) * ranks) if n]
-        raise AnchorvecError(
-            f"stage_two.pairs_per_step: {pairs} pairs are not so many for each of {ranks} devices; set it to "
-            f"{' or '.join(map(str, near))}, or use another number of devices"
-        )
 
 
 class SharedSteps(BatchSampler):
