@@ -64,9 +64,9 @@ def first_scoring(recipe: Recipe, run: Run, tests: Sequence[LocalData], scores: 
 
 
 def affordable(whole: WholeSet | None, budget: Budget, scores: Scored) -> tuple[WholeSet | None, float]:
-    """`whole` with the seconds that scoring on it takes; None and 0 where that is too large a part of the time: said.
+    """`whole` with the seconds that scoring on it takes; None and 0 where `budget` has no time for that, which is said.
 
-    They follow from those of the untrained embedder; to load a model takes as long for a set of any size.
+    They follow from those of the untrained embedder in `scores`; to load a model takes as long for a set of any size.
     """
     seconds = whole.times * sum(of_task.seconds for of_task in scores["untrained"].values()) if whole else 0.0
     if whole is None or budget.affords(seconds):
