@@ -5,19 +5,25 @@ taken away. Weights are random where only time and memory are measured; the last
 model for a minute of training and scores it.
 
     python benchmarks/gpu.py RESULTS [--base FOLDER --pairs pairs.jsonl --score-set FOLDER] [--only PART ...]
+    python benchmarks/gpu_scores.py RESULTS --score-set FOLDER      on any machine: nDCG@10 of the vectors
+
+A part that has no more time is stopped, and says so in its result; so does one that lacks a package, as those that read
+a recipe lack pydantic and datasets where these are not there.
 """
 
 import argparse
 import gc
 import json
+import signal
 import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -32,17 +38,16 @@ from anchorvec.model.loading import load_encoder
 from anchorvec.model.packing import reads_packed, use_packed_attention
 from anchorvec.model.working_weights import WorkingWeights
 from anchorvec.objectives.reconstruction import TextReconstruction
-from anchorvec.pipeline import load_training_data
-from anchorvec.recipe import Recipe, load_recipe
 from anchorvec.run import STAGES, Run, StageName
-from anchorvec.start import build_base
 from anchorvec.training import engine
-from anchorvec.training.stage import Stage
-from anchorvec.training.stage_one import train_stage_one
-from anchorvec.training.stage_two import train_stage_two
 from common import make_model, matmul_seconds, synchronise
 from stage_one import draw_pairs, plain_loss
-from stage_two import draw_texts, save_base
+
+if TYPE_CHECKING:
+    from anchorvec.recipe import Recipe
+
+SECONDS = 295.0
+"""Of all parts together."""
 
 SMALL, LARGE = "smollm2-135m", "llama-3.2-1b"
 
@@ -67,8 +72,10 @@ def trained_flops(model: nn.Module, tokens: int, targets: int) -> float:
     return 6.0 * (body * tokens + model.get_output_embeddings().weight.numel() * targets)
 
 
-def recipe(scratch: Path, settings: Mapping[str, Any]) -> Recipe:
+def recipe(scratch: Path, settings: Mapping[str, Any]) -> "Recipe":
     """The recipe of a run on `scratch`'s base and pairs."""
+    from anchorvec.recipe import Recipe
+
     return Recipe.model_validate(
         {
             "model": {"base": str(scratch / "causal"), "max_tokens": settings["max_tokens"], "precision": "bf16"},
@@ -82,6 +89,12 @@ def recipe(scratch: Path, settings: Mapping[str, Any]) -> Recipe:
 
 def stage(which: StageName, shape: str, pairs: int, max_tokens: int, **settings: Any) -> dict[str, Any]:
     """Tokens a second of a stage as `anchorvec train` runs it: from the first record of its log to the last."""
+    from anchorvec.pipeline import load_training_data
+    from anchorvec.training.stage import Stage
+    from anchorvec.training.stage_one import train_stage_one
+    from anchorvec.training.stage_two import train_stage_two
+    from stage_two import draw_texts, save_base
+
     log_every, steps = 6, 13
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
@@ -114,15 +127,16 @@ def stage(which: StageName, shape: str, pairs: int, max_tokens: int, **settings:
 
 
 def same_step(shape: str) -> dict[str, Any]:
-    """How far loss and gradient are from those of the plain engine: weights cast once, layers compiled."""
+    """How far loss and gradient are from those of the plain engine: weights cast once, fused, layers compiled."""
     found = []
-    for cast_once, compiled in ((False, False), (True, False), (True, True)):
+    ways = [(False, False, False), (True, False, False), (True, True, False), (True, True, True)]
+    for cast_once, fused, compiled in ways:
         model = make_model(shape, 0)
         pairs = draw_pairs(16, 0, model.config.vocab_size)
         objective = TextReconstruction(model, packed=True)
-        working = WorkingWeights(objective) if cast_once else None
         if compiled:
             objective.compile_layers()
+        working = WorkingWeights(objective, fuse=fused) if cast_once else None
         with working.in_use() if working else nullcontext():
             for half in (pairs[:8], pairs[8:]):
                 with torch.autocast(default_device().type, torch.bfloat16):
@@ -135,7 +149,7 @@ def same_step(shape: str) -> dict[str, Any]:
             "loss": abs(other[0] - loss) / loss,
             "gradient": max(float((a - b).norm() / a.norm()) for a, b in zip(gradient, other[1], strict=True)),
         }
-        for name, other in zip(("cast_once", "compiled"), others, strict=True)
+        for name, other in zip(("cast_once", "fused", "compiled"), others, strict=True)
     }
 
 
@@ -171,23 +185,25 @@ def against_plain(shape: str, pairs: int, parts: int, peak: float) -> dict[str, 
     found: dict[str, Any] = {"plain": measured(model, plain)}
     objective = TextReconstruction(model, packed=True)
     counts = objective.targets(step_pairs)
-    working = WorkingWeights(objective)
+    working = [WorkingWeights(objective)]
 
     def here() -> None:
-        with working.in_use():
+        with working[0].in_use():
             with torch.autocast(default_device().type, torch.bfloat16):
                 loss = objective(step_pairs, targets=counts).loss
             loss.backward()
 
     tokens = sum(p.tokens() for p in step_pairs)
-    for name in ("packed", "compiled"):
+    for name in ("packed", "fused", "compiled"):
         if name == "compiled":
             objective.compile_layers()
+        if name != "packed":
+            working[0] = WorkingWeights(objective, fuse=True)
         found[name] = measured(model, here)
         found[name]["ratio"] = found["plain"]["seconds"] / found[name]["seconds"]
         flops = trained_flops(model, tokens, sum(counts))
         found[name]["share_of_peak"] = flops / found[name]["seconds"] / peak / 1e12
-        with working.in_use(), torch.autocast(default_device().type, torch.bfloat16):
+        with working[0].in_use(), torch.autocast(default_device().type, torch.bfloat16):
             products = matmul_seconds(model, tokens, sum(counts))
         found[name]["share_of_own_products"] = products / found[name]["seconds"]
     return found | {"tokens": tokens}
@@ -195,6 +211,8 @@ def against_plain(shape: str, pairs: int, parts: int, peak: float) -> dict[str, 
 
 def encoding(shape: str, texts: int) -> dict[str, Any]:
     """Tokens a second of encoding, here and by sentence-transformers, bf16."""
+    from stage_two import draw_texts, save_base
+
     with tempfile.TemporaryDirectory() as name:
         base = save_base(Path(name), {"shape": shape, "seed": 0})
         rows = draw_texts(texts, {"seed": 0, "longest": 512})[1]
@@ -232,6 +250,13 @@ def pipeline(chosen: argparse.Namespace, seconds: float) -> dict[str, Any]:
 
     Queries and documents of the score set are written as fp16 vectors, with their ids, to be scored elsewhere.
     """
+    from anchorvec.pipeline import load_training_data
+    from anchorvec.recipe import load_recipe
+    from anchorvec.start import build_base
+    from anchorvec.training.stage import Stage
+    from anchorvec.training.stage_one import train_stage_one
+    from anchorvec.training.stage_two import train_stage_two
+
     output = chosen.results / "run"
     asked = load_recipe(
         "quickstart",
@@ -259,7 +284,7 @@ def pipeline(chosen: argparse.Namespace, seconds: float) -> dict[str, Any]:
         records: list[Mapping[str, Any]] = []
         train = train_stage_one if name == "stage_one" else train_stage_two
         start = time.monotonic()
-        stage = train(Stage(name, asked, run, stage, inputs, start + share * seconds, records.append))
+        stage = train(Stage(name, asked, run, stage, inputs, partial(float, start + share * seconds), records.append))
         last = [record for record in records if "loss" in record][-1]
         found[name] = {key: last[key] for key in ("step", "loss", "tokens")} | {"seconds": time.monotonic() - start}
         encoder = load_encoder(stage, torch.bfloat16)
@@ -284,6 +309,38 @@ def packs(shape: str) -> dict[str, Any]:
     return {"packs": use_packed_attention(model), "seconds": time.perf_counter() - start}
 
 
+class OutOfTime(BaseException):
+    """A part's time is over; no library takes it for an error of its own."""
+
+
+@contextmanager
+def limited(seconds: float) -> Iterator[None]:
+    """Raise OutOfTime in what runs here after so many `seconds`, and again every five while it goes on."""
+
+    def stop(*_: object) -> None:
+        raise OutOfTime(f"stopped after {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 5.0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def result_of(part: Callable[[], Any], seconds: float) -> dict[str, Any]:
+    """What `part` gives within so many `seconds`, or how it failed: the others are still to be measured."""
+    if seconds <= 1:
+        return {"failed": "no time is left"}
+    try:
+        with limited(seconds):
+            found: dict[str, Any] = part()
+            return found
+    except (Exception, OutOfTime) as error:
+        return {"failed": repr(error)[:500], "traceback": traceback.format_exc()[-1500:]}
+
+
 def main() -> None:
     """Run the parts."""
     options = argparse.ArgumentParser(description=__doc__)
@@ -301,30 +358,28 @@ def main() -> None:
         options.error("--base needs --pairs and --score-set")
     small, large = ("tiny", "tiny") if chosen.tiny else (SMALL, LARGE)
     pairs = 32 if chosen.tiny else 512
-    peak = peak_tflops()
     full = {"lora": None, "learning_rate": 1e-4}
-    parts: list[tuple[str, Callable[[], Any]]] = [
-        ("machine", lambda: {"device": device_name(), "torch": torch.__version__, "peak_tflops": peak}),
-        ("packs", lambda: packs(small)),
-        ("stage_one_small", lambda: stage("stage_one", small, pairs, 128)),
-        ("stage_two_small", lambda: stage("stage_two", small, pairs, 128, **full)),
-        ("stage_two_small_lora", lambda: stage("stage_two", small, pairs, 128)),
-        ("same", lambda: same_step(small)),
-        ("large_step", lambda: against_plain(large, 8 if chosen.tiny else 64, 4, peak)),
-        ("encode_small", lambda: encoding(small, 64 if chosen.tiny else 4096)),
-        ("encode_large", lambda: encoding(large, 64 if chosen.tiny else 1024)),
+    parts: list[tuple[str, float, Callable[[], Any]]] = [
+        ("machine", 5, lambda: {"device": device_name(), "torch": torch.__version__, "peak_tflops": peak_tflops()}),
+        ("packs", 10, lambda: packs(small)),
+        ("stage_one_small", 50, lambda: stage("stage_one", small, pairs, 128)),
+        ("stage_two_small", 30, lambda: stage("stage_two", small, pairs, 128, **full)),
+        ("stage_two_small_lora", 25, lambda: stage("stage_two", small, pairs, 128)),
+        ("same", 20, lambda: same_step(small)),
+        ("large_step", 30, lambda: against_plain(large, 8 if chosen.tiny else 64, 4, peak_tflops())),
+        ("encode_small", 20, lambda: encoding(small, 64 if chosen.tiny else 4096)),
+        ("encode_large", 15, lambda: encoding(large, 64 if chosen.tiny else 1024)),
     ]
     if chosen.base:
-        parts.append(("pipeline", lambda: pipeline(chosen, 20.0 if chosen.tiny else 60.0)))
+        parts.append(("pipeline", 90, lambda: pipeline(chosen, 20.0 if chosen.tiny else 60.0)))
+    slower = 4 if chosen.tiny else 1  # a CPU beside other work
     began = time.perf_counter()
-    for name, part in parts:
+    for name, seconds, part in parts:
         if chosen.only and name not in chosen.only:
             continue
         start = time.perf_counter()
-        try:
-            result = part()
-        except Exception as error:  # the others are still to be measured
-            result = {"failed": repr(error)[:500], "traceback": traceback.format_exc()[-1500:]}
+        result = result_of(part, slower * min(seconds, SECONDS - (start - began) / slower))
+        torch.compiler.reset()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

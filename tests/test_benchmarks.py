@@ -4,12 +4,14 @@ import importlib
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from anchorvec.errors import AnchorvecError
+from anchorvec.evaluation import BeirData
 from support import write_rows
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -211,3 +213,43 @@ def test_a_trial_on_the_tiny_model(trial, tmp_path):
     texts = (tmp_path / "tiny-0" / "pairs.jsonl").read_text()
     assert "in_batch_negatives: similar" in (tmp_path / "tiny-0" / "recipe.yaml").read_text()
     assert len(texts.splitlines()) == found["train_pairs"]
+
+
+def test_a_part_of_the_gpus_benchmark_is_stopped_when_its_time_is_over(monkeypatch):
+    """Its result says so, as it does of an error; the others go on."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    gpu = importlib.import_module("gpu")
+
+    def swallows():
+        while True:
+            try:
+                time.sleep(60)
+            except Exception:  # as libraries do
+                continue
+
+    assert "stopped after 1 s" in gpu.result_of(swallows, 1.2)["failed"]
+    assert gpu.result_of(dict, 0.5)["failed"] == "no time is left"
+    assert gpu.result_of(lambda: {"seconds": 1}, 5) == {"seconds": 1}
+    assert "ZeroDivisionError" in gpu.result_of(lambda: 1 / 0, 5)["failed"]
+
+
+def test_vectors_from_a_gpu_are_scored_elsewhere(monkeypatch, tmp_path):
+    """nDCG@10 from fp16 vectors of any length and the ids beside them."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    scores = importlib.import_module("gpu_scores")
+    corpus = {f"d{i}": {"title": "", "text": "text"} for i in range(3)}
+    data = BeirData(corpus, {"a": "a", "b": "b"}, {"a": {"d0": 1}, "b": {"d2": 1}}, name="set")
+    vectors = {"queries": [[2, 0], [1, 0.1]], "corpus": [[1, 0], [3, 3], [0, 1]]}  # b finds d0, d1, then d2
+    for side, ids in (("queries", data.queries), ("corpus", corpus)):
+        np.save(tmp_path / f"stage_one_{side}.npy", np.array(vectors[side], dtype=np.float16))
+        (tmp_path / f"{side}.json").write_text(json.dumps(list(ids)))
+    assert scores.ndcg_at_10(tmp_path, "stage_one", data) == pytest.approx((1 + 0.5) / 2)
+
+
+@pytest.mark.slow
+def test_the_gpus_benchmark_on_a_tiny_model(tmp_path):
+    """All parts that need no data give a result."""
+    subprocess.run([sys.executable, BENCHMARKS / "gpu.py", tmp_path, "--tiny"], check=True, timeout=1200)
+    found = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
+    assert len(found) == 9
+    assert not [part for part in found if "failed" in part]
