@@ -249,7 +249,7 @@ def test_vectors_from_a_gpu_are_scored_elsewhere(monkeypatch, tmp_path):
 @pytest.mark.slow
 def test_the_gpus_benchmark_on_a_tiny_model(tmp_path):
     """Parts that need no data, and no compiler, give a result each."""
-    parts = ["machine", "packs", "stage_two_small", "encode_small"]
+    parts = ["machine", "packs", "stage_two_small"]
     subprocess.run([sys.executable, BENCHMARKS / "gpu.py", tmp_path, "--tiny", "--only", *parts], check=True)
     found = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
     assert [part["part"] for part in found] == parts
