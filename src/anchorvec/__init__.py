@@ -42,6 +42,9 @@ if TYPE_CHECKING:
     from anchorvec.objectives.pairs import TokenPair
     from anchorvec.objectives.reconstruction import Reconstruction, ReconstructionOutput, TextReconstruction
     from anchorvec.pipeline import TrainResult, train
+    from anchorvec.planning.estimate import StageEstimate
+    from anchorvec.planning.memory import Memory
+    from anchorvec.planning.whole import RunEstimate
     from anchorvec.recipe import (
         DataSettings,
         EndPrompt,
@@ -88,6 +91,7 @@ __all__ = [
     "Lora",
     "MaskedReconstruction",
     "Masking",
+    "Memory",
     "ModelSettings",
     "PairTokenizer",
     "Passage",
@@ -99,8 +103,10 @@ __all__ = [
     "ReconstructionOutput",
     "ReportResult",
     "Run",
+    "RunEstimate",
     "Scores",
     "ShownPair",
+    "StageEstimate",
     "StageOne",
     "StageTwo",
     "TextReconstruction",
@@ -181,6 +187,9 @@ _HOMES = {
     "Run": "run",
     "Budget": "training.budget",
     "Engine": "training.engine",
+    "Memory": "planning.memory",
+    "RunEstimate": "planning.whole",
+    "StageEstimate": "planning.estimate",
     "TrialStep": "training.trial",
 }
 

@@ -176,14 +176,23 @@ def plan(
     step: Annotated[
         bool, typer.Option("--step/--no-step", help="Make one real micro-step of each stage, where it fits.")
     ] = True,
+    machine: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME[:N]", help="Plan for N of a named device, such as a100-80gb:8, instead of for this machine."
+        ),
+    ] = None,
+    machines: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A YAML file of yours with further devices for --machine.")
+    ] = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Show what a recipe would do: recipe, parameters, tokens, disk, a decoded batch, a micro-step. Keeps nothing."""
+    """Show what a recipe would do and take: memory, time, disk, a decoded batch, a micro-step. Keeps nothing."""
     from anchorvec.commands.plan import plan as run
     from anchorvec.recipe import load_recipe
 
     _quiet()
-    _finish(run(load_recipe(recipe, overrides or []), step=step), json_file)
+    _finish(run(load_recipe(recipe, overrides or []), step=step, machine=machine, machines=machines), json_file)
 
 
 @app.command(epilog="Example: anchorvec evaluate first-embedder/model --data beir/scifact --baseline bm25")

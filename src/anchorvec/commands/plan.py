@@ -10,33 +10,31 @@ from rich.console import Group
 from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
-from torch import nn
-from transformers import AutoTokenizer
 
 from anchorvec.data.reading import readout_of
 from anchorvec.data.stage_inputs import LENGTH_SAMPLE, StageInputs, reconstructs, sample_rows
 from anchorvec.data.tokens import PairTokenizer
 from anchorvec.device import check_one_device, default_device, resolve_precision
-from anchorvec.model.decoder import decoder_of
-from anchorvec.model.embedder import can_write, load_causal_lm
+from anchorvec.model.base import has_weights_here
 from anchorvec.objectives.masked import IGNORED
 from anchorvec.objectives.pairs import TokenPair
 from anchorvec.pipeline import load_training_data
+from anchorvec.planning.estimate import estimate_stage, with_precision
+from anchorvec.planning.machines import Machine, find_machine
+from anchorvec.planning.setup import Setup, set_up
+from anchorvec.planning.whole import RunEstimate, estimate_run
 from anchorvec.recipe import Recipe, dump_recipe, load_recipe
 from anchorvec.recipe.description import describe_stage_one, describe_stage_two
 from anchorvec.run import Run
 from anchorvec.start import build_base, with_settings_of_base
-from anchorvec.training.checkpoints import CHECKPOINT_BYTES, most_at_once
 from anchorvec.training.engine import Engine
+from anchorvec.training.memory import free_memory
 from anchorvec.training.stage import Stage
-from anchorvec.training.stage_one import masking_of, pair_tokenizer, stage_one_objective
+from anchorvec.training.stage_one import masking_of, stage_one_objective
 from anchorvec.training.stage_two import StageTwoModel, stage_two_loss, stage_two_model
 from anchorvec.training.trial import TrialStep, try_stage_one, try_stage_two
 
 SHOWN_PAIRS = 3
-
-_SAMPLED_PAIRS = 64
-"""From which the tokens of a pair are estimated."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +68,7 @@ class Plan:
     tokens_per_pair: float
     tokens: dict[str, int]
     engine: dict[str, Engine]
+    estimate: RunEstimate
     trial_steps: dict[str, TrialStep]
     target: Literal["text", "bag_of_words", "masked"] | None
     bag_of_words_weight: float
@@ -116,47 +115,57 @@ class Plan:
             table.add_row(f"{stage} runs", _show_engine(engine, stage))
             for line in engine.slower:
                 table.add_row("", line)
-        for stage, trial in self.trial_steps.items():
-            table.add_row(f"a micro-step of {stage}", str(trial))
         table.add_row(
             "disk",
             f"{sum(self.disk.values()) / 1e9:.2f} GB: " + ", ".join(f"{k} {v / 1e9:.2f}" for k, v in self.disk.items()),
         )
-        return Group(Syntax(self.recipe, "yaml"), table, *(_show_pair(pair, self.target) for pair in self.pairs))
+        for stage, trial in self.trial_steps.items():
+            table.add_row(f"a micro-step of {stage}", str(trial))
+        return Group(
+            Syntax(self.recipe, "yaml"), table, self.estimate, *(_show_pair(pair, self.target) for pair in self.pairs)
+        )
 
 
-def plan(recipe: Recipe | str | Path, *, step: bool = True) -> Plan:
-    """Resolve `recipe`, load its data and base model, decode one batch, and count; nothing is trained or kept.
+def plan(
+    recipe: Recipe | str | Path,
+    *,
+    step: bool = True,
+    machine: str | None = None,
+    machines: str | Path | None = None,
+) -> Plan:
+    """Resolve `recipe`, load its data, decode one batch, and estimate; nothing is trained or kept.
 
-    With `step` one real micro-step of each stage is made, of the longest of some texts, where it fits into the free
-    memory and two minutes.
+    The estimate needs the configuration of the base model and its tokenizer alone. It is of this machine, or of the
+    `machine` that is named as `find_machine` says, from the package's table or the file `machines`. With `step` one
+    real micro-step of each stage is made here, of the longest of some texts, where the weights are here, fit into the
+    free memory, and it takes at most two minutes; the base model is loaded then, and written into the system's
+    temporary folder (TMPDIR) while that lasts.
 
-    The base model is loaded, so a plan needs the memory of one copy, and disk for one in the system's temporary
-    folder (TMPDIR) while it works. `rows_with_negatives` is empty where Stage II wants none. Raises AnchorvecError for
-    a recipe or data that cannot be used.
+    `rows_with_negatives` is empty where Stage II wants none. Raises AnchorvecError for a recipe or data that cannot be
+    used, and for a machine that nobody knows.
     """
+    of = None if machine is None else find_machine(machine, machines)
     recipe = with_settings_of_base(recipe if isinstance(recipe, Recipe) else load_recipe(recipe))
     check_one_device()
     inputs = load_training_data(recipe)
-    target = reconstructs(recipe)
     with tempfile.TemporaryDirectory() as scratch:
-        run = Run(Path(scratch))
-        base = build_base(recipe, run.base)
-        tokenizer = AutoTokenizer.from_pretrained(base)
-        tokenize = pair_tokenizer(recipe, tokenizer)
-        prepared = _prepared(recipe, run, inputs, tokenize, step)
-        base_bytes = sum(path.stat().st_size for path in base.rglob("*") if path.is_file())
-    batch = tokenize(sample_rows(inputs.reconstruction, _SAMPLED_PAIRS, recipe.seed))["pairs"]
-    alpha, writes = (recipe.stage_one.alpha, target == "text") if recipe.stage_one else (0.5, False)
-    alpha = 0.5 if target == "masked" else alpha  # both texts are read
-    per_pair = statistics.mean(pair.tokens(alpha, writes=writes) for pair in batch)
-    stage_two = recipe.stage_two
-    trained = {name: stage.trained for name, stage in prepared.stages.items()}
+        setup = set_up(recipe, inputs, Path(scratch))
+        estimate = estimate_run(setup, of, Path(scratch) / "probe")
+        tokenizer, batch = setup.tokenizer, setup.sample(recipe)
+        left_out = _no_step_because(recipe, setup, estimate, of, step)
+        trials: dict[str, _Tried] = {}
+        if not left_out:
+            run = Run(Path(scratch) / "whole")
+            build_base(recipe, run.base)
+            trials = _tried(recipe, run, inputs, setup.tokenize(recipe))
+    engines = {name: stage.engine for name, stage in estimate.stages.items()}
+    if of is None:
+        engines |= {name: tried.engine for name, tried in trials.items()}
     return Plan(
         recipe=dump_recipe(recipe),
         description=_described(recipe),
-        device=str(default_device()),
-        precision=resolve_precision(recipe.model.precision),
+        device=str(default_device()) if of is None else str(of),
+        precision=resolve_precision(with_precision(recipe, of).model.precision),
         rows={name: report.rows for name, report in inputs.reports.items()},
         rows_with_negatives=inputs.rows_with_negatives,
         steps_of_a_pass=inputs.steps_of_a_pass,
@@ -164,16 +173,19 @@ def plan(recipe: Recipe | str | Path, *, step: bool = True) -> Plan:
         ignored_columns={name: report.ignored_columns for name, report in inputs.reports.items()},
         rejected_rows={name: sum(report.rejected.values()) for name, report in inputs.reports.items()},
         mended_rows={name: sum(report.mended.values()) for name, report in inputs.reports.items()},
-        parameters=prepared.parameters,
-        trained_parameters=trained,
-        disk=_disk(recipe, base_bytes, prepared),
-        tokens_per_pair=per_pair,
-        tokens=_tokens(recipe, inputs, batch, per_pair),
-        engine={name: stage.engine for name, stage in prepared.stages.items()},
-        trial_steps={name: stage.trial for name, stage in prepared.stages.items()},
-        target=target,
-        bag_of_words_weight=stage_two.bag_of_words_weight if stage_two else 0.0,
-        in_batch_negatives=stage_two.in_batch_negatives if stage_two else None,
+        parameters=estimate.parameters,
+        trained_parameters={name: stage.trained for name, stage in estimate.stages.items()},
+        disk=estimate.disk,
+        tokens_per_pair=_tokens_per_pair(recipe, batch),
+        tokens={name: stage.tokens for name, stage in estimate.stages.items()},
+        engine=engines,
+        estimate=estimate,
+        trial_steps={
+            name: trials[name].step if name in trials else TrialStep(0, None, left_out) for name in recipe.stages
+        },
+        target=reconstructs(recipe),
+        bag_of_words_weight=recipe.stage_two.bag_of_words_weight if recipe.stage_two else 0.0,
+        in_batch_negatives=recipe.stage_two.in_batch_negatives if recipe.stage_two else None,
         pairs=[_decoded(pair, tokenizer) for pair in _drawn(recipe, tokenizer, batch[:SHOWN_PAIRS])],
     )
 
@@ -189,72 +201,48 @@ def _described(recipe: Recipe) -> dict[str, str]:
     return rows
 
 
+def _no_step_because(recipe: Recipe, setup: Setup, found: RunEstimate, machine: Machine | None, step: bool) -> str:
+    """Why no micro-step is made here; empty where one is."""
+    if not step:
+        return "not asked for"
+    if not has_weights_here(recipe.model.base, revision=recipe.model.revision):
+        return "the weights are not on this machine"
+    here = default_device()
+    stages = found.stages
+    if machine is not None:
+        stages = {name: estimate_stage(setup, recipe, name, None) for name in recipe.stages}
+    for name, stage in stages.items():
+        held = stage.memory.weights + stage.memory.master_weights
+        if held > free_memory(here):
+            return f"the weights of {name} take {held / 1e9:.1f} GB, and {free_memory(here) / 1e9:.1f} GB are free here"
+    return ""
+
+
 @dataclass(frozen=True)
-class _PreparedStage:
-    """The engine of a stage, the number of parameters that it trains, and a micro-step of it."""
+class _Tried:
+    """The engine that a stage has here on its real weights, and a micro-step of it."""
 
     engine: Engine
-    trained: int
-    trial: TrialStep
+    step: TrialStep
 
 
-@dataclass(frozen=True)
-class _Prepared:
-    """The stages as they would start, the parameters of the causal LM, and those of its decoder."""
-
-    stages: dict[str, _PreparedStage]
-    parameters: int
-    body_parameters: int
-
-
-def _prepared(recipe: Recipe, run: Run, inputs: StageInputs, tokenize: PairTokenizer, step: bool) -> _Prepared:
-    """Both stages set up on the base of `run`, one after the other, each with a micro-step if `step` says so."""
-    stages = {}
-    counts = (0, 0)
+def _tried(recipe: Recipe, run: Run, inputs: StageInputs, tokenize: PairTokenizer) -> dict[str, _Tried]:
+    """A micro-step of each stage on the base of `run`, one after the other."""
+    tried = {}
     if recipe.stage_two:
         stage = Stage("stage_two", recipe, run, run.base, inputs)
         two = stage_two_model(stage)
-        body: Any = two.model[0].model
-        counts = (_parameters(body), _parameters(body))
-        stages["stage_two"] = _PreparedStage(two.engine, _trained(two.model), _try_two(stage, two, step))
-        del two, body
+        tried["stage_two"] = _Tried(two.engine, _try_two(stage, two))
+        del two
     if recipe.stage_one:
         objective, engine = stage_one_objective(Stage("stage_one", recipe, run, run.base, inputs), tokenize)
-        model: Any = objective.model
-        counts = (_parameters(model), _parameters(decoder_of(model)))
-        trial = _NO_STEP
-        if step:
-            pairs = tokenize(sample_rows(inputs.reconstruction, LENGTH_SAMPLE, recipe.seed))["pairs"]
-            trial = try_stage_one(objective, engine, pairs, bf16=_bf16(recipe))
-        stages["stage_one"] = _PreparedStage(engine, _trained(model), trial)
-    elif can_write(run.base):
-        model = load_causal_lm(run.base)
-        counts = (_parameters(model), _parameters(decoder_of(model)))
-    return _Prepared(dict(sorted(stages.items())), *counts)
+        pairs = tokenize(sample_rows(inputs.reconstruction, LENGTH_SAMPLE, recipe.seed))["pairs"]
+        tried["stage_one"] = _Tried(engine, try_stage_one(objective, engine, pairs, bf16=_bf16(recipe)))
+    return tried
 
 
-def _disk(recipe: Recipe, base_bytes: int, prepared: _Prepared) -> dict[str, int]:
-    """Bytes of the base, of what each stage writes, of the most checkpoints at one time, and of the export, in fp32."""
-    disk = {"base": base_bytes}
-    stages = {name: getattr(recipe, name) for name in prepared.stages}
-    disk["checkpoints"] = max(
-        most_at_once(settings) * CHECKPOINT_BYTES * prepared.stages[name].trained for name, settings in stages.items()
-    )
-    if "stage_one" in prepared.stages:
-        disk["stage_one"] = 4 * prepared.parameters
-    if "stage_two" in prepared.stages:
-        disk["stage_two"] = 4 * prepared.stages["stage_two"].trained
-    disk["export"] = 4 * (prepared.body_parameters if "stage_two" in prepared.stages else prepared.parameters)
-    return disk
-
-
-_NO_STEP = TrialStep(0, None, "not asked for")
-
-
-def _try_two(stage: Stage, two: StageTwoModel, step: bool) -> TrialStep:
+def _try_two(stage: Stage, two: StageTwoModel) -> TrialStep:
     """A micro-step of Stage II on the first data set."""
-    if not step:
-        return _NO_STEP
     name, dataset = next(iter(stage.inputs.contrastive.items()))
     rows = sample_rows(dataset, stage.two.pairs_per_step, stage.recipe.seed)
     loss = stage_two_loss(stage, two)
@@ -265,9 +253,12 @@ def _bf16(recipe: Recipe) -> bool:
     return resolve_precision(recipe.model.precision) == "bf16"
 
 
-def _parameters(model: nn.Module) -> int:
-    """Those of the model itself, adapters left out."""
-    return sum(p.numel() for name, p in model.named_parameters() if "lora_" not in name)
+def _tokens_per_pair(recipe: Recipe, batch: list[TokenPair]) -> float:
+    """The mean, over all passes of Stage I, of the pairs of `batch`."""
+    target = reconstructs(recipe)
+    alpha, writes = (recipe.stage_one.alpha, target == "text") if recipe.stage_one else (0.5, False)
+    alpha = 0.5 if target == "masked" else alpha  # both texts are read
+    return statistics.mean(pair.tokens(alpha, writes=writes) for pair in batch)
 
 
 def _full_steps(recipe: Recipe, inputs: StageInputs) -> dict[str, int]:
@@ -276,25 +267,6 @@ def _full_steps(recipe: Recipe, inputs: StageInputs) -> dict[str, int]:
         return {}
     size = recipe.stage_two.pairs_per_step
     return {name: min(1_000, len(rows) // size) for name, rows in inputs.contrastive.items()}
-
-
-def _trained(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-def _tokens(recipe: Recipe, inputs: StageInputs, batch: list[TokenPair], per_pair: float) -> dict[str, int]:
-    """Tokens of each stage, from a sample of its pairs and the tokens of a pair in Stage I."""
-    tokens = {}
-    if one := recipe.stage_one:
-        tokens["stage_one"] = round(per_pair * one.pairs_per_step * one.steps)
-    if two := recipe.stage_two:
-        read = statistics.mean(len(pair.query) + len(pair.document) for pair in batch)
-        rows = sum(report.rows for report in inputs.reports.values())
-        with_negatives = sum(inputs.rows_with_negatives.values()) / rows
-        # a negative is taken to be as long as a positive
-        read += with_negatives * two.negatives * statistics.mean(len(pair.document) for pair in batch)
-        tokens["stage_two"] = round(read * two.pairs_per_step * two.steps)
-    return tokens
 
 
 def _drawn(recipe: Recipe, tokenizer: Any, pairs: list[TokenPair]) -> list[TokenPair]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -17,6 +18,7 @@ from transformers import (
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -24,8 +26,17 @@ from transformers import (
 
 from anchorvec.errors import AnchorvecError
 from anchorvec.model.end import template_of
-from anchorvec.model.folders import faulty_weights, identify, instead, is_local, origin, positions_of, read_json
-from anchorvec.model.loading import load_model
+from anchorvec.model.folders import (
+    faulty_weights,
+    identify,
+    instead,
+    is_local,
+    origin,
+    positions_of,
+    read_json,
+    reading,
+)
+from anchorvec.model.loading import load_model, start_of_adapter
 
 SMOLLM2_ON_THE_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -71,14 +82,7 @@ def load_base(
 
 def _checkpoint(base: str, **where: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any]]:
     """The causal LM and the tokenizer in the folder or on the hub, and what transformers says of the loading."""
-    config = AutoConfig.from_pretrained(base, **where)
-    if config.is_encoder_decoder:
-        raise AnchorvecError(f"{base} is an encoder-decoder ({config.model_type}); name a decoder-only causal LM")
-    if config.get_text_config() is not config or {"vision_config", "audio_config"} & config.sub_configs.keys():
-        raise AnchorvecError(f"{base} ({config.model_type}) reads more than text; name a text-only causal LM")
-    tokenizer = AutoTokenizer.from_pretrained(base, **where)
-    asked = read_json(base, "tokenizer_config.json", where["revision"]) or {}
-    tokenizer.init_kwargs["add_bos_token"] = asked.get("add_bos_token")  # the general class forgets it
+    _, tokenizer = _config_and_tokenizer(base, **where)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         base,
         dtype="auto",
@@ -88,6 +92,65 @@ def _checkpoint(base: str, **where: Any) -> tuple[PreTrainedModel, PreTrainedTok
         **where,
     )
     return loaded[0], tokenizer, loaded[1]
+
+
+def _config_and_tokenizer(base: str, **where: Any) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
+    """What stands beside the weights in the folder or on the hub; AnchorvecError where it is no text-only decoder's."""
+    config = AutoConfig.from_pretrained(base, **where)
+    if config.is_encoder_decoder:
+        raise AnchorvecError(f"{base} is an encoder-decoder ({config.model_type}); name a decoder-only causal LM")
+    if config.get_text_config() is not config or {"vision_config", "audio_config"} & config.sub_configs.keys():
+        raise AnchorvecError(f"{base} ({config.model_type}) reads more than text; name a text-only causal LM")
+    tokenizer = AutoTokenizer.from_pretrained(base, **where)
+    asked = read_json(base, "tokenizer_config.json", where["revision"]) or {}
+    tokenizer.init_kwargs["add_bos_token"] = asked.get("add_bos_token")  # the general class forgets it
+    return config, tokenizer
+
+
+def base_without_weights(
+    base: str | Path, *, revision: str | None = None
+) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
+    """The configuration and the tokenizer of what `base` names, as `load_base` takes it, in no more memory than that.
+
+    `revision` names a branch, tag or commit of a hub id. Raises AnchorvecError for what is no decoder of texts.
+    """
+    base = str(base)
+    if base == "tiny":
+        return tiny_causal_lm().config, byte_tokenizer()
+    if base == "smollm2":
+        base = str(_packaged_smollm2() or SMOLLM2_ON_THE_HUB)
+    if base.endswith(".gguf"):
+        path = Path(base).expanduser()
+        _check_gguf(path)
+        where: dict[str, Any] = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+        return AutoConfig.from_pretrained(**where), PreTrainedTokenizerFast.from_pretrained(**where)
+    found = identify(base, revision=revision)
+    if found.kind in ("run", "data set", "adapter", "nothing"):
+        raise AnchorvecError(f"model.base: {instead(found, wanted='a decoder-only causal LM')}")
+    folder = Path(base).expanduser()
+    name = str(folder) if folder.is_dir() else base
+    if found.kind == "LoRA stage":
+        name = str(start_of_adapter(folder))
+    try:
+        with reading(name):
+            return _config_and_tokenizer(name, revision=revision, trust_remote_code=False)
+    except AnchorvecError as error:
+        raise AnchorvecError(f"model.base: {error}") from error
+
+
+def has_weights_here(base: str | Path, *, revision: str | None = None) -> bool:
+    """Whether files of weights, good ones or not, stand where `base` is, a folder or the hub's cache.
+
+    `revision` names a branch, tag or commit of a hub id.
+    """
+    hub = base_on_hub(str(base))
+    if hub is None:
+        folder = Path(base).expanduser()
+        return not folder.is_dir() or any(
+            path.suffix in (".safetensors", ".bin", ".pt", ".pth") for path in folder.iterdir()
+        )
+    names = ("model.safetensors", "model.safetensors.index.json")
+    return any(isinstance(try_to_load_from_cache(hub, name, revision=revision), str) for name in names)
 
 
 def _embedder_without_head(base: str, revision: str | None, head: bool) -> SentenceTransformer | None:
@@ -215,11 +278,15 @@ def tiny_causal_lm(*, seed: int = 0, vocab_size: int = 257, hidden_size: int = 6
         return LlamaForCausalLM(config)
 
 
-def _load_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _check_gguf(path: Path) -> None:
     if not path.is_file():
         raise AnchorvecError(f"model.base: there is no file {path}")
     if importlib.util.find_spec("gguf") is None:
         raise AnchorvecError("model.base: a GGUF file needs another package: pip install 'anchorvec[gguf]'")
+
+
+def _load_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    _check_gguf(path)
     where: dict[str, Any] = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     # AutoTokenizer would parse the whole file once more, for a config that is not needed.
     tokenizer = PreTrainedTokenizerFast.from_pretrained(**where)

@@ -50,7 +50,7 @@ def load_model(
         if found.kind == "LoRA stage":
             if fault := faulty_weights(folder):  # peft would read a pickle
                 raise AnchorvecError(fault)
-            loaded = load_model(_start_of(folder)).float()  # small updates would be lost in half precision (T9)
+            loaded = load_model(start_of_adapter(folder)).float()  # small updates would be lost in half precision (T9)
             adapted = PeftModel.from_pretrained(loaded[0].model, str(folder))
             loaded[0].model = adapted.merge_and_unload() if merge else adapted
             loaded = loaded.eval()
@@ -99,7 +99,7 @@ def name_and_revision(model: str | Path) -> tuple[str, str]:
     folder = user_path(model).resolve()
     revision = folder_fingerprint(folder)
     if found.kind == "LoRA stage":  # the folder has the adapter alone
-        start = folder_fingerprint(_start_of(folder))
+        start = folder_fingerprint(start_of_adapter(folder))
         revision = hashlib.sha256(f"{revision} {start}".encode()).hexdigest()[:40]
     return f"{folder.parent.name or 'local'}/{folder.name}", revision
 
@@ -116,8 +116,11 @@ def warn_of_named_prompts(model: SentenceTransformer, names: Sequence[str] = ())
         )
 
 
-def _start_of(stage: Path) -> Path:
-    """The embedder folder beside an adapter that its training started from."""
+def start_of_adapter(stage: Path) -> Path:
+    """The embedder folder beside the adapter in `stage` that its training started from.
+
+    Raises AnchorvecError where it is not there any more, or has other weights.
+    """
     start = Run(stage.parent).start_of("stage_two")
     if start is None:
         raise AnchorvecError(f"{stage}: a LoRA adapter whose start, stage_one or base, is not beside it any more")

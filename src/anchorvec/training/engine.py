@@ -20,7 +20,7 @@ ENOUGH_TOKENS = {"cpu": 1_536, "cuda": 65_536}
 COMPILE_PAIRS, COMPILE_SECONDS = 20_000, 120.0
 """A stage of so many pairs, or of so much time, has its decoder layers compiled on a GPU, which takes half a minute."""
 
-_LAYER_STATES = 32
+LAYER_STATES = 32
 """With gradient checkpointing one layer at a time is computed again; it keeps about so many hidden states a token."""
 
 
@@ -179,7 +179,7 @@ def kept_by(
     with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
         per_token, fixed = kept_bytes(model, forward, demand.longest)
     if checkpointing:
-        per_token += _LAYER_STATES * model.config.get_text_config().hidden_size * (2 if bf16 else 4)
+        per_token += LAYER_STATES * model.config.get_text_config().hidden_size * (2 if bf16 else 4)
     return per_token, fixed
 
 

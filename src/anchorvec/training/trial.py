@@ -1,7 +1,8 @@
 """One real micro-step of a stage, of its longest texts: whether it runs on this model, and how long it takes."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +70,17 @@ def try_stage_two(
     `rows` have the columns of `prompts`, which are put before their texts. In `bf16` or not. Raises AnchorvecError
     where it fails.
     """
+    step, tokens = contrastive_step(model, loss, prompts)
+    longest = sorted(rows, key=lambda row: sum(len(row[column] or "") for column in prompts), reverse=True)
+    while engine.cached_gradients and len(longest) > 2 and tokens(longest) > engine.micro_batch_tokens:
+        longest = longest[: max(2, len(longest) // 2)]
+    return _timed("stage_two", loss, step, longest[:2], longest, tokens, engine, bf16)
+
+
+def contrastive_step(
+    model: SentenceTransformer, loss: nn.Module, prompts: Mapping[str, str]
+) -> tuple[Callable[[Sequence[Row]], Tensor], Callable[[Sequence[Row]], int]]:
+    """Two functions of rows: `loss` on `model` of their texts, and the tokens of these; `prompts` are their columns."""
 
     def features(group: Sequence[Row]) -> list[dict[str, Any]]:
         columns = []
@@ -89,10 +101,7 @@ def try_stage_two(
         found: Tensor = loss(columns, torch.zeros(len(group), dtype=torch.long, device=model.device))
         return found
 
-    longest = sorted(rows, key=lambda row: sum(len(row[column] or "") for column in prompts), reverse=True)
-    while engine.cached_gradients and len(longest) > 2 and tokens(longest) > engine.micro_batch_tokens:
-        longest = longest[: max(2, len(longest) // 2)]
-    return _timed("stage_two", loss, step, longest[:2], longest, tokens, engine, bf16)
+    return step, tokens
 
 
 def _timed(
@@ -120,12 +129,20 @@ def _timed(
         module.zero_grad()
         return time.monotonic() - start
 
-    try:
+    with refusing(stage):
         seconds = run(least) * n / tokens(least)
         if len(least) < len(longest):
             if seconds > LONGEST_SECONDS:
                 return TrialStep(n, None, f"it would take about {seconds:.0f} s")
             seconds = run(longest)
+    return TrialStep(n, seconds)
+
+
+@contextmanager
+def refusing(stage: str) -> Iterator[None]:
+    """A context in which `stage` makes a step; what a model raises there becomes an AnchorvecError with the reason."""
+    try:
+        yield
     except (AnchorvecError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -134,4 +151,3 @@ def _timed(
             f"model.base: a first step of {stage} fails on this model; name another one "
             f"({type(error).__name__}: {line})"
         ) from error
-    return TrialStep(n, seconds)
