@@ -249,7 +249,7 @@ CHANGES: list[tuple[str, str, str, str]] = [
     ("export", "model/embedder.py", "name.endswith((\"ForCausalLM\", \"LMHeadModel\"))", "name.endswith((\"Model\", \"LM\"))"),
     ("export", "model/embedder.py", "dtype=torch.float32, use_safetensors=True, **options", "dtype=\"auto\", use_safetensors=True, **options"),
     ("export", "model/loading.py", "adapted.merge_and_unload() if merge else adapted", "adapted.merge_and_unload()"),
-    ("export", "model/loading.py", "load_model(_start_of(folder)).float()", "load_model(_start_of(folder))"),
+    ("export", "model/loading.py", "load_model(start_of_adapter(folder)).float()", "load_model(start_of_adapter(folder))"),
     ("export", "model/loading.py", "Run(stage.parent).start_of(\"stage_two\")", "Run(stage.parent).start_of(\"stage_one\")"),
     ("export", "model/readout.py", "np.cumsum(lengths) - 1", "np.cumsum(lengths) - np.asarray(lengths)"),
     ("export", "model/readout.py", "_positions(lengths) >= np.repeat(left_out, lengths)", "_positions(lengths) >= 0"),
