@@ -29,13 +29,13 @@ Overrides = Annotated[
 ]
 
 
-def _writable(file: Path | None) -> Path | None:
+def _writable(option: typer.CallbackParam, file: Path | None) -> Path | None:
     """Refuse, before the work, a result file that could not be written after it."""
     if file is not None:
         path = file.absolute()
         folder = next(parent for parent in (*path.parents, path) if parent.exists())
         if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-            raise AnchorvecError(f"--json: {file} cannot be written; name a file in a folder of your own")
+            raise AnchorvecError(f"{option.opts[0]}: {file} cannot be written; name a file in a folder of your own")
     return file
 
 
@@ -324,8 +324,12 @@ def report(
     runs: Annotated[
         list[Path], typer.Argument(metavar="RUN_OR_COMPARISON...", help="Folders of runs, or of comparisons.")
     ],
-    output: Annotated[Path | None, typer.Option(help="Write one HTML file, with all that it needs in it.")] = None,
-    markdown: Annotated[Path | None, typer.Option(help="Write the same as Markdown, for a model card.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Write one HTML file, with all that it needs in it.", callback=_writable)
+    ] = None,
+    markdown: Annotated[
+        Path | None, typer.Option(help="Write the same as Markdown, for a model card.", callback=_writable)
+    ] = None,
     json_file: JsonFile = None,
 ) -> None:
     """One page: the verdict with its interval, scores, losses, cost, recipe, data, versions and commands."""

@@ -58,10 +58,9 @@ def report(
     sources = read_sources(folders)
     found = assemble(sources)
     page, card = files
-    if page is not None:
-        write_text(page, html_page(found))
-    if card is not None:
-        write_text(card, markdown_page(found, sources))
+    made = [(page, html_page(found)) if page else None, (card, markdown_page(found, sources)) if card else None]
+    for file, text in filter(None, made):  # both are made before one is written
+        write_text(file, text)
     sentences = [
         "".join(plain(part) for part in parts)
         for verdict in found.verdicts

@@ -45,7 +45,7 @@ def _stage_charts(stage: StageName, series: Sequence[Series]) -> list[Chart]:
         return [_chart(f"{title}: loss", losses, "loss")] if losses else []
     directions = _by_direction(stage, "", series) if len(losses) == 1 else []
     curves = directions or losses
-    by = " by direction" if directions else ""
+    by = f" by direction{_whose(losses, series)}" if directions else ""
     return [_chart(f"{title}: reconstruction loss{by}", curves, "loss, nats per target")] if curves else []
 
 
@@ -59,7 +59,8 @@ def exchange_section(sources: Sequence[Source]) -> Section | None:
     logged = [one for one in series if _curves("stage_one", "loss", [one])]
     if len(logged) == 1:
         curves = _by_direction("stage_one", "exchange_", logged)
-        charts = [_chart("Exchange gap by direction", curves, "gap, nats per target", zero=True)] if curves else []
+        title = f"Exchange gap by direction{_whose(logged, series)}"
+        charts = [_chart(title, curves, "gap, nats per target", zero=True)] if curves else []
     else:
         charts = [
             _chart(f"Exchange gap, {name}", curves, "gap, nats per target", zero=True)
@@ -125,6 +126,11 @@ def _by_direction(stage: str, prefix: str, series: Sequence[Series]) -> list[Cur
     """Both directions of what `series`, of which one alone has any, logged under `prefix` and a direction."""
     found = [(name, _curves(stage, f"{prefix}{key}", series)) for key, name in DIRECTIONS.items()]
     return [Curve(name, i, curves[0].values) for i, (name, curves) in enumerate(found) if curves]
+
+
+def _whose(drawn: Sequence[Curve | Series], series: Sequence[Series]) -> str:
+    """The name of the only one that is `drawn`, where there are several `series`."""
+    return f", {drawn[0].name}" if len(series) > 1 else ""
 
 
 def _with_and_without_stage_one(curves: Sequence[Curve], series: Sequence[Series]) -> list[Curve]:
