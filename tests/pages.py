@@ -20,7 +20,7 @@ class Element:
     parts: list["Element | str"] = field(default_factory=list)
 
     def __iter__(self) -> Iterator["Element"]:
-        """This element and all that are in it, from above."""
+        """The element itself and all that are in it, from above."""
         yield self
         for part in self.parts:
             if isinstance(part, Element):

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 
@@ -68,7 +69,7 @@ def test_the_page_begins_with_what_was_compared(page):
     ]  # fmt: skip
     levels = [int(element.tag[1]) for element in page.root.all("h1", "h2", "h3", "h4")]
     assert levels[0] == 1
-    assert all(below <= above + 1 for above, below in zip(levels, levels[1:], strict=False))
+    assert all(below <= above + 1 for above, below in pairwise(levels))
     links = [link.attributes["href"].removeprefix("#") for link in page.root.get("nav").all("a")]
     assert links == [section.attributes["id"] for name, section in page.sections.items() if name != "Verdict"]
 
@@ -83,7 +84,9 @@ def test_the_verdict_is_a_sentence_with_its_interval(page, content, result):
         f"anchor: no difference shown against e5, {ends} on average over all test sets (3 seeds; "
         f"p = {change['p_holm']:.3f}, corrected for the number of comparisons)."
     )
-    assert others.startswith(f"No difference shown against e5: echo {shown(the_change(content, 'echo', 'all')['mean'])}")
+    assert others.startswith(
+        f"No difference shown against e5: echo {shown(the_change(content, 'echo', 'all')['mean'])}"
+    )
     detectable = sorted(the_change(content, arm, "all")["detectable"] for arm in ("echo", "anchor"))
     assert able.endswith(f"could have shown: {shown(detectable[0])} to {shown(detectable[1])}, by arm.")
     assert failed == f"echo, seed 2, failed: {FAILED}."

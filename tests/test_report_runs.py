@@ -37,7 +37,9 @@ def real(tmp_path_factory):
     corpus = {f"d{i}": {"text": f"note {i} of animal {i * 7 % 5}"} for i in range(12)}
     queries = {f"q{i}": f"which animal {i}?" for i in range(8)}
     write_beir(BeirData(corpus, queries, {f"q{i}": {f"d{i}": 1} for i in range(8)}), folder / "animals")
-    write_rows(folder / "alike.jsonl", [{"sentence1": f"a {i}", "sentence2": f"b {i * 3}", "score": i} for i in range(9)])
+    write_rows(
+        folder / "alike.jsonl", [{"sentence1": f"a {i}", "sentence2": f"b {i * 3}", "score": i} for i in range(9)]
+    )
     values = [f"output={folder / 'first'}", *QUICK, "evaluation.bm25=true", f"evaluation.data=[{folder}]"]
     anchorvec.train(anchorvec.load_recipe("debug", values))
     return folder / "first"
@@ -59,7 +61,8 @@ def test_a_runs_verdict_compares_its_last_model_with_the_untrained_one(real, pag
     """Item by item, over all of its test sets."""
     scores = json.loads((real / "scores.json").read_text())
     before, after = (
-        {task: Scores.from_dict(of_task) for task, of_task in scores[name].items()} for name in ("untrained", "stage_two")
+        {task: Scores.from_dict(of_task) for task, of_task in scores[name].items()}
+        for name in ("untrained", "stage_two")
     )
     expected = statistics.difference([paired(before[task], after[task]) for task in after])
     table = page.tables("Differences")["Differences to the untrained model"]
@@ -69,7 +72,6 @@ def test_a_runs_verdict_compares_its_last_model_with_the_untrained_one(real, pag
     assert table.numbers_of("p", "After Stage II", "All test sets") == [pytest.approx(expected.p_value)]
     assert table.row("After Stage II", "All test sets")[3] == expected.verdict
     assert [row[1] for row in table.rows] == ["All test sets", "alike", "animals"]
-    assert table.row("After Stage II")[3] in page.verdict[0] if len(table.rows) == 1 else True
     assert f"{abs(expected.mean):.3f} [" in page.verdict[0]
     assert page.verdict[1].startswith("The smallest difference that this budget could have shown: ")
     assert page.root.get("header").get("p").text == (
@@ -172,7 +174,6 @@ def test_runs_are_compared_with_the_first(arms, tmp_path):
     corrected = statistics.holm(found)
     table = page.tables("Differences")["Differences to 0"]
     for name, one in zip(("0 (2)", "1"), corrected, strict=True):
-        name = {"0 (2)": "0 (2)", "1": "1"}[name]
         assert table.numbers_of("Difference", name, "All test sets")[0] == pytest.approx(one.mean)
         assert table.numbers_of("p, Holm", name, "All test sets") == [pytest.approx(one.p_holm)]
     assert page.charts("Training")["Stage II: loss"].keys == [
@@ -181,14 +182,13 @@ def test_runs_are_compared_with_the_first(arms, tmp_path):
     changes = page.tables("Recipe")["What differs from the recipe of 0"]
     assert changes.row("1", "stage_one") == ["1", "stage_one", "on", "null"]
     assert changes.row("1", "seed") == ["1", "seed", "1", "0"]
-    assert [one.label.partition(".")[0] for one in page.charts("Cost").values()][0].startswith("Score against")
 
 
 def test_a_run_and_a_comparison_stand_on_one_page(arms, tmp_path):
     """A verdict for each; all series have colours of their own."""
     result = report([arms, arms / "0" / "0", arms / "2" / "1"], tmp_path / "page.html")
     page = Page(tmp_path / "page.html")
-    assert len([line for line in page.sections["Verdict"].all("p")]) == 2
+    assert len(page.sections["Verdict"].all("p")) == 2
     assert len(result.verdict) > 2
     curves = page.charts("Training")["Stage II: loss"].spec["layer"]
     assert [layer["mark"]["color"] for layer in curves] == [f"var(--series-{i})" for i in range(1, 6)]
@@ -228,7 +228,10 @@ def test_what_cannot_be_compared_is_said(arms, tmp_path):
     assert "1, scifact: the two systems were scored on different data; score both on the same" in result.left_out
     assert "1, stsbenchmark: not compared, since its scores are incomplete" in result.left_out
     text = (tmp_path / "page.md").read_text()
-    assert "Of banking, 1: sample: 100 others, usearch: recall 0.980." in text
+    assert (
+        "banking: 100 other documents, drawn, beside the relevant ones, an approximate search, recall 0.980 (1)."
+        in text
+    )
 
 
 def test_a_run_that_was_killed_has_a_page(arms, tmp_path):
@@ -313,7 +316,7 @@ BROKEN = {
     "a control that is no arm": (
         {"comparison.json": json.dumps({"recipe": "a", "budget": {"kind": "steps", "amount": 3}, "seeds": [0],
                                         "control": "b", "arms": {"a": {}}})},
-        "comparison.json: control: 'b' is none of the arms (a)",
+        "comparison.json: the whole file: Value error, the control 'b' is none of the arms (a)",
     ),
     "no arms": (
         {"comparison.json": json.dumps({"recipe": "a", "budget": {"kind": "steps", "amount": 3}, "seeds": [0],

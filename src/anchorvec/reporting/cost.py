@@ -74,7 +74,8 @@ def _costs(series: Series, run: ReportedRun) -> list[StageCost]:
         tokens, steps = run.tokens.get(stage), run.steps.get(stage)
         if tokens is None and steps is None:
             continue
-        way = engine.get(stage, {}) if isinstance(engine, dict) else {}
+        way = engine.get(stage) if isinstance(engine, dict) else None
+        way = way if isinstance(way, dict) else {}
         micro, per_token = (_whole(way.get(key)) for key in ("micro_batch_tokens", "bytes_per_token"))
         found.append(
             StageCost(

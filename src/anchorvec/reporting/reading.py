@@ -4,9 +4,9 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from anchorvec.errors import AnchorvecError
 from anchorvec.files import read_json_lines, user_path
@@ -38,6 +38,26 @@ class TaskScores(_Form, extra="allow"):
 
     kind: str
     main_score: float
+    sampled: int | None = None
+    recall: float | None = None
+
+    @model_validator(mode="after")
+    def _metrics_are_numbers(self) -> Self:
+        flat = self.model_extra or {}
+        for key in flat:
+            name = key.removesuffix("_interval")
+            if key != name and name in flat and not _is_interval(flat[name], flat[key]):
+                raise ValueError(f"{name} and {key} must be a number and two")
+        return self
+
+    @property
+    def marks(self) -> str:
+        """What makes these other scores than the usual ones; empty if nothing does."""
+        marks = (
+            [f"{self.sampled:,} other documents, drawn, beside the relevant ones"] if self.sampled is not None else []
+        )
+        marks += [f"an approximate search, recall {self.recall:.3f}"] if self.recall is not None else []
+        return ", ".join(marks)
 
     @property
     def metrics(self) -> dict[str, Figure]:
@@ -51,6 +71,11 @@ class TaskScores(_Form, extra="allow"):
     def main(self) -> Figure:
         """The metric by which systems are compared, or the main score where no metric has an interval."""
         return next(iter(self.metrics.values()), Figure(self.main_score))
+
+
+def _is_interval(value: object, ends: object) -> bool:
+    numbers = [value, *ends] if isinstance(ends, list) else []
+    return len(numbers) == 3 and all(isinstance(one, int | float) for one in numbers)
 
 
 SystemScores = Mapping[str, TaskScores]
@@ -131,9 +156,15 @@ class ComparisonFile(_Form):
     budget: Budget
     seeds: list[int]
     control: str
-    arms: dict[str, Arm]
+    arms: dict[str, Arm] = Field(min_length=1)
     differences: list[Change] = []
     command: list[str] = []
+
+    @model_validator(mode="after")
+    def _control_is_an_arm(self) -> Self:
+        if self.control not in self.arms:
+            raise ValueError(f"the control {self.control!r} is none of the arms ({', '.join(self.arms)})")
+        return self
 
 
 @dataclass(frozen=True)

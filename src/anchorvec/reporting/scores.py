@@ -1,12 +1,13 @@
 """The sections of the scores: what each system scored, by kind of task, and by how much they differ."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
 from anchorvec.evaluation.tasks import headings
 from anchorvec.reporting.charts import Dot, colour_of, dot_chart
-from anchorvec.reporting.content import Cell, Chart, Section, Table, number, plain
+from anchorvec.reporting.content import Cell, Chart, Section, Table, listed, number, plain
 from anchorvec.reporting.differences import ALL, MOST_SETS
 from anchorvec.reporting.reading import Change, Source
 from anchorvec.reporting.systems import System, spread, systems_of
@@ -47,9 +48,25 @@ def scores_section(sources: Sequence[Source]) -> Section | None:
         sentences = ["Scores are means over seeds, with the lowest and the highest seed; a tick in a chart is a seed."]
     if any(system.reference for system in systems):
         sentences.append("Hollow points are there to be compared with: the model before training, or BM25.")
+    sentences += _marks(systems)
     tables = [_overview(panels, systems)]
-    tables += [table for kind, tasks in kinds.items() if (table := _all_metrics(kind, tasks, systems)) is not None]
+    averaged = len(panels) < sum(map(len, kinds.values()))
+    tables += [
+        table
+        for kind, tasks in kinds.items()
+        if (table := _all_metrics(kind, tasks, systems, single=averaged)) is not None
+    ]
     return Section("scores", "Scores", sentences, [_chart(panel, systems) for panel in panels], tables)
+
+
+def _marks(systems: Sequence[System]) -> list[str]:
+    """What makes scores of `systems` other ones than the usual: documents that were drawn, an approximate search."""
+    found: dict[str, list[str]] = {}
+    for system in systems:
+        for task in system.tasks():
+            for mark in dict.fromkeys(of_seed[task].marks for of_seed in system.seeds if of_seed[task].marks):
+                found.setdefault(f"{task}: {mark}", []).append(system.name)
+    return [f"{mark} ({listed(names)})." for mark, names in found.items()]
 
 
 def _kinds(systems: Sequence[System]) -> dict[str, list[str]]:
@@ -105,7 +122,8 @@ def _chart(panel: Panel, systems: Sequence[System]) -> Chart:
 def _domain(dots: Sequence[Dot]) -> tuple[float, float]:
     """From the lowest to the highest end of `dots`, with a little room."""
     ends = [end for dot in dots for end in (dot.value, dot.low, dot.high, *dot.others) if end is not None]
-    low, high = min(ends), max(ends)
+    ends = [end for end in ends if math.isfinite(end)]
+    low, high = min(ends, default=0.0), max(ends, default=0.0)
     room = 0.06 * (high - low) or 0.05
     return low - room, high + room
 
@@ -123,13 +141,13 @@ def _overview(panels: Sequence[Panel], systems: Sequence[System]) -> Table:
     return Table("Scores", ["System", *heads, *(["Average"] if several else [])], rows)
 
 
-def _all_metrics(kind: str, tasks: Sequence[str], systems: Sequence[System]) -> Table | None:
-    """All metrics of all systems on the test sets of a `kind`; None where the overview has them."""
+def _all_metrics(kind: str, tasks: Sequence[str], systems: Sequence[System], *, single: bool) -> Table | None:
+    """All metrics of all systems on the test sets of a `kind`; None where there is one, unless `single` is wanted."""
     every = [
         of_seed[task].metrics for system in systems for of_seed in system.seeds for task in tasks if task in of_seed
     ]
     metrics = list(dict.fromkeys(name for metrics in every for name in metrics))
-    if len(metrics) < 2 and len(tasks) <= MOST_SETS:
+    if len(metrics) < 2 and not single:
         return None
     rows: list[list[Cell]] = []
     for task in tasks:

@@ -75,7 +75,7 @@ def _differing(recipe: Mapping[str, Any], other: Mapping[str, Any]) -> list[tupl
     found = []
     mine, others = flattened(recipe), flattened(other)
     for key in dict.fromkeys([*mine, *others]):
-        inside = [section for section in (key.rpartition(".")[0], key.partition(".")[0]) if section]
+        inside = [section for section in (key.rpartition(".")[0], key.partition(".")[0]) if section not in ("", key)]
         off = any(section in (mine if key not in mine else others) for section in inside)
         if key.startswith(_OWN) or off or mine.get(key, _ON) == others.get(key, _ON):
             continue
@@ -161,9 +161,8 @@ def versions_section(sources: Sequence[Source]) -> Section | None:
     runs = [run for run in _runs(sources) if run.record]
     found: dict[str, dict[str, list[str]]] = {}
     for run in runs:
-        versions = run.record.get("versions")
         known = {name: run.record[name] for name in ("device", "threads", "precision") if name in run.record}
-        for name, value in {**known, **(versions if isinstance(versions, dict) else {})}.items():
+        for name, value in {**known, **_versions(run)}.items():
             found.setdefault(name, {}).setdefault(str(value), []).append(run.name)
     rows: list[list[Cell]] = []
     for name, of_value in found.items():
@@ -175,6 +174,11 @@ def versions_section(sources: Sequence[Source]) -> Section | None:
     return Section("versions", "Versions and machine", [], [], [table]) if rows else None
 
 
+def _versions(run: ReportedRun) -> Mapping[str, Any]:
+    found = run.record.get("versions")
+    return found if isinstance(found, dict) else {}
+
+
 def repeat_section(sources: Sequence[Source]) -> Section | None:
     """The commands that make the same again, from `sources`; None where none is known."""
     comparisons = [source.comparison for source in sources if source.comparison is not None]
@@ -183,7 +187,7 @@ def repeat_section(sources: Sequence[Source]) -> Section | None:
     if not lines:
         return None
     code = [Code("Commands", "\n".join(lines), "bash", folded=len(lines) > 12)]
-    versions: dict[str, Any] = next((run.record["versions"] for run in _runs(sources) if "versions" in run.record), {})
+    versions = next((found for run in _runs(sources) if (found := _versions(run))), {})
     own = ("python", "anchorvec")
     pins = [f"{name}=={str(value).partition('+')[0]}" for name, value in versions.items() if name not in own]
     if pins:
