@@ -8,7 +8,7 @@ import platform
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -20,7 +20,7 @@ from rich.console import Group
 from rich.text import Text
 
 from anchorvec.curve import check_curve, end_curve, scoring_of
-from anchorvec.data import read_pairs
+from anchorvec.data import Pairs, read_pairs
 from anchorvec.data.stage_inputs import StageInputs, stage_inputs
 from anchorvec.device import check_a_process_each, device_name, resolve_precision
 from anchorvec.disk import check_disk
@@ -50,7 +50,7 @@ from anchorvec.run_scores import (
 )
 from anchorvec.start import build_base, with_settings_of_base
 from anchorvec.terminal import say
-from anchorvec.training.budget import Budget
+from anchorvec.training.budget import Budget, Limit, Measured
 from anchorvec.training.checkpoints import Checkpoints
 from anchorvec.training.progress import OnLog
 from anchorvec.training.stage import Stage
@@ -164,10 +164,10 @@ def run_stages(
     """
     command = command or shlex.join(["anchorvec", "train", str(run.recipe), "--resume"])
     timed = budget.minutes is not None
-    check_curve(recipe, tests=len(tests) + len(recipe.evaluation.tasks), timed=timed)
+    check_curve(recipe, tests=len(tests) + len(recipe.evaluation.tasks), timed=budget.is_limited)
     with run.locked(), Interrupts(command) as interrupts:
         _begin(recipe, run, inputs, budget, record)
-        check_disk(recipe, run, timed=timed)
+        check_disk(recipe, run, timed=budget.is_limited)
         checkpoint = _checkpoint_under_way(recipe, run)
         budget = time_left(run, budget, checkpoint)
         as_begun, scores = _with_number_formats(recipe, run), stored_scores(run)
@@ -183,18 +183,18 @@ def run_stages(
         for i, name in enumerate(recipe.stages):
             stage = run.stage(name)
             if not is_embedder(stage):
-                deadline = _deadline(run, name, partial(budget.deadline, len(recipe.stages) - i, scoring, last), budget)
+                limit = _limit(run, name, budget, len(recipe.stages) - i, scoring, last)
                 start = run.start_of(name) or run.base
                 before = main_scores(scores, system_of(run, start), whole)
                 score = partial(score_on_the_way, as_begun, tests)
                 way = scoring_of(as_begun, run, name, before=before, score=score, seconds=scoring.seconds)
-                train_stage(of_run(name, as_begun, run, start, deadline=deadline, checkpoint=checkpoint, scoring=way))
+                train_stage(of_run(name, as_begun, run, start, limit=limit, checkpoint=checkpoint, scoring=way))
                 run.note("seconds", {name: budget.spent()})
                 checkpoint = None
             recipe = _finished(name, recipe, run, budget)
             interrupts.stop()
             score_model(as_begun, run, tests, scores, name, stage)
-            end_curve(as_begun, run, name, main_scores(scores, name, whole), timed=timed)
+            end_curve(as_begun, run, name, main_scores(scores, name, whole), timed=budget.is_limited)
         if whole is not None and budget.left() < whole_seconds * scoring.slowdown():
             say(f"{whole.data.name}: no time is left to score on the whole of it")
         elif whole is not None:
@@ -218,7 +218,7 @@ def _begin(recipe: Recipe, run: Run, inputs: StageInputs, budget: Budget, record
     if run.record.is_file():
         check_same_data(run, described)
         return
-    noted = {"minutes": budget.minutes, "stage_one_share": budget.stage_one_share}
+    noted = {"minutes": budget.minutes, "tokens": budget.tokens, "stage_one_share": budget.stage_one_share}
     write_json(run.record, described | {"budget": noted, "seconds": {"base": budget.spent()}})
 
 
@@ -242,27 +242,33 @@ def _with_number_formats(recipe: Recipe, run: Run) -> Recipe:
 
 
 def _finished(name: StageName, recipe: Recipe, run: Run, budget: Budget) -> Recipe:
-    """`recipe` with the steps that the finished stage `name` made where it ended by a time; it is saved.
+    """`recipe` with the steps that the finished stage `name` made where it ended at a limit; it is saved.
 
     The checkpoints of the stage are removed.
     """
-    if budget.minutes is not None:
+    if budget.is_limited:
         recipe = with_steps(recipe, name, run.steps()[name])
         save_recipe(recipe, run.recipe)
     run.remove_checkpoints(name)
     return recipe
 
 
-def _deadline(
-    run: Run, name: StageName, deadline: Callable[[float], Callable[[], float] | None], budget: Budget
-) -> Callable[[], float] | None:
-    """When the stage `name` must end, which began when the record of `run` says, or now; None: with its steps."""
+def _limit(run: Run, name: StageName, budget: Budget, stages: int, scoring: Measured, last: Measured) -> Limit | None:
+    """What the first of so many `stages`, `name`, may use; None: it makes its steps. `scoring`, `last`: `deadline`'s.
+
+    It began when the record of `run` says, or now.
+    """
+    before = [used for stage, used in run.tokens().items() if stage != name]
+    if (tokens := budget.tokens_of_stage(stages, sum(before))) is not None:
+        say(f"{STAGE_TITLES[name]}: {tokens:,} tokens")
+        return Limit(tokens=tokens)
     began = run.noted("seconds").get(f"{name}_began", budget.spent())
-    moving = deadline(began)
-    if moving is not None:
-        run.note("seconds", {f"{name}_began": began})
-        say(f"{STAGE_TITLES[name]}: {(moving() - time.monotonic()) / 60:.1f} minutes")
-    return moving
+    moving = budget.deadline(stages, scoring, last, began)
+    if moving is None:
+        return None
+    run.note("seconds", {f"{name}_began": began})
+    say(f"{STAGE_TITLES[name]}: {(moving() - time.monotonic()) / 60:.1f} minutes")
+    return Limit(deadline=moving)
 
 
 def _export(run: Run) -> Exported:
@@ -289,6 +295,14 @@ def load_training_data(recipe: Recipe) -> StageInputs:
 
     Raises AnchorvecError for data that cannot be read, or that have fewer pairs than a step of a stage.
     """
+    return stage_inputs(recipe, load_pairs(recipe))
+
+
+def load_pairs(recipe: Recipe) -> dict[str, Pairs]:
+    """The pairs of the recipe's data sets by their names; what was left out of one is said on stderr.
+
+    Raises AnchorvecError for data that cannot be read.
+    """
     loaded = {}
     for source in recipe.data.train:
         loaded[source.name] = read_pairs(
@@ -301,7 +315,7 @@ def load_training_data(recipe: Recipe) -> StageInputs:
         report = loaded[source.name].report
         if report.rejected or report.mended or report.dropped_negatives or report.ignored_columns:
             say(report.summary())
-    return stage_inputs(recipe, loaded)
+    return loaded
 
 
 def describe_run(recipe: Recipe, inputs: StageInputs) -> dict[str, Any]:

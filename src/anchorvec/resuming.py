@@ -68,7 +68,8 @@ def check_same_data(run: Run, record: Mapping[str, Any]) -> None:
 def _recipe_of(run: Run, asked: Recipe) -> Recipe:
     """The recipe of `run`, with what may differ as in `asked`; AnchorvecError where something else does."""
     stored = load_recipe(run.recipe)
-    timed = run.noted("budget").get("minutes") is not None
+    noted = run.noted("budget")
+    timed = noted.get("minutes") is not None or noted.get("tokens") is not None
     made = [name for name in STAGES if timed and is_embedder(run.stage(name))]  # their steps were saved as they came
     free = {*_FREE, *(f"{name}.{key}" for name in STAGES for key in _FREE_OF_STAGES)}
     free |= {f"{name}.{key}" for name in made for key in ("steps", "warmup_steps")}
@@ -102,11 +103,19 @@ def _values(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 def _budget_of(run: Run, asked: Budget | None) -> Budget:
     """The budget that `run` began with; AnchorvecError where `asked` is another one."""
     noted = run.noted("budget")
-    minutes = noted.get("minutes")
-    if asked is not None and asked.minutes is not None and asked.minutes != minutes:
-        has = "the steps of its recipe" if minutes is None else f"{minutes:g} minutes"
-        raise AnchorvecError(f"minutes: {run.folder} was begun with {has}, not with {asked.minutes:g} minutes")
-    return Budget(minutes, stage_one_share=noted["stage_one_share"]) if noted else asked or Budget()
+    minutes, tokens = noted.get("minutes"), noted.get("tokens")
+    if asked is not None and asked.is_limited and (asked.minutes, asked.tokens) != (minutes, tokens):
+        key = "minutes" if asked.minutes is not None else "tokens"
+        has, wanted = _words(minutes, tokens), _words(asked.minutes, asked.tokens)
+        raise AnchorvecError(f"{key}: {run.folder} was begun with {has}, not with {wanted}")
+    return Budget(minutes, stage_one_share=noted["stage_one_share"], tokens=tokens) if noted else asked or Budget()
+
+
+def _words(minutes: float | None, tokens: int | None) -> str:
+    """What a budget is, in words."""
+    if minutes is not None:
+        return f"{minutes:g} minutes"
+    return "the steps of its recipe" if tokens is None else f"{tokens:,} tokens"
 
 
 def time_left(run: Run, budget: Budget, checkpoint: Path | None) -> Budget:

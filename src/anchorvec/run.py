@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +75,11 @@ class Run:
     def log(self) -> Path:
         """A record for each logged step, as JSON Lines."""
         return self.folder / "log.jsonl"
+
+    @property
+    def rows(self) -> Path:
+        """For each stage, and after each of its steps, a hash of the rows that were trained on so far, as JSON."""
+        return self.folder / "rows.json"
 
     @property
     def tensorboard(self) -> Path:
@@ -205,6 +210,15 @@ class Run:
         found: dict[str, Any] = json.loads(self.record.read_text(encoding="utf-8")) if self.record.exists() else {}
         return found
 
+    def note_rows(self, name: StageName, hashes: Sequence[int]) -> None:
+        """Write down the `hashes` of the rows of the stage `name`, one a step."""
+        write_json(self.rows, self.read_rows() | {name: [f"{number:016x}" for number in hashes]})
+
+    def read_rows(self) -> dict[str, list[str]]:
+        """The hashes of the rows by stage; empty where no stage is finished."""
+        found: dict[str, list[str]] = json.loads(self.rows.read_text(encoding="utf-8")) if self.rows.exists() else {}
+        return found
+
     def remove_checkpoints(self, name: StageName) -> None:
         """Remove the checkpoints of the stage `name`, which is finished."""
         folder = self.checkpoints(name)
@@ -234,8 +248,20 @@ class Run:
 
     def steps(self) -> dict[str, int]:
         """The last logged step of each stage."""
-        records = [json.loads(line) for line in self.log.read_text(encoding="utf-8").splitlines()]
-        return {record["stage"]: record["step"] for record in records}
+        return {stage: record["step"] for stage, record in self.last_records().items()}
+
+    def tokens(self) -> dict[str, int]:
+        """The decoder tokens of each stage until its last logged step."""
+        return {stage: record["tokens"] for stage, record in self.last_records().items()}
+
+    def last_records(self) -> dict[str, dict[str, Any]]:
+        """The last record of each stage in the log; empty where there is none."""
+        found = {}
+        for line in self.log.read_text(encoding="utf-8").splitlines() if self.log.is_file() else []:
+            with suppress(ValueError):  # of the last line, in whose midst the process was killed
+                record = json.loads(line)
+                found[record["stage"]] = record
+        return found
 
 
 def _check_writable(output: Path) -> None:

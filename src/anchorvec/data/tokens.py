@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+from anchorvec.data.negatives import row_hash
 from anchorvec.model.end import template_of
 from anchorvec.model.readout import prompt_length
 from anchorvec.objectives.pairs import TokenPair
@@ -52,7 +53,8 @@ class PairTokenizer:
             for prompt in {row[name] for row in rows for name in ("query_prompt", "document_prompt")}
         }
         prompts = [[lengths[row[name]] for row in rows] for name in ("query_prompt", "document_prompt")]
-        columns = zip(queries, documents, query_targets, document_targets, *prompts, strict=True)
+        hashes = [row_hash(row["query"], row["positive"]) for row in rows]
+        columns = zip(queries, documents, query_targets, document_targets, *prompts, hashes, strict=True)
         return {"pairs": [TokenPair(*column) for column in columns]}
 
     def read_and_write(self, texts: Sequence[str], prompts: Sequence[str]) -> tuple[list[list[int]], list[list[int]]]:

@@ -11,7 +11,8 @@ from anchorvec.model.packing import padded_tokens
 class TokenPair:
     """One pair as token ids: each text as it is read (closed by its end) and as it is written.
 
-    And the tokens of each text's prompt, which a mean may leave out, as `prompt_length` counts them.
+    And the tokens of each text's prompt, which a mean may leave out, as `prompt_length` counts them. `row` is the hash
+    of the row's texts, by which it is the same row to whatever reads it.
     """
 
     query: list[int]
@@ -20,6 +21,7 @@ class TokenPair:
     document_targets: list[int]
     query_prompt: int = 0
     document_prompt: int = 0
+    row: int = 0
 
     def read(self, alpha: float = 0.5) -> list[list[int]]:
         """The texts that are read, in the directions that `alpha` trains."""

@@ -1,6 +1,6 @@
 """By how much systems differ: as a comparison's file says, or computed item by item for single runs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from anchorvec.errors import AnchorvecError
@@ -36,11 +36,22 @@ def with_changes(source: Source) -> Source:
         pairs, faults = _pairs(control, scores)
         notes += [f"{name}, {fault}" for fault in faults]
         found += [(name, kind, statistics.difference(sets)) for kind, sets in _averaged(pairs).items()]
-    overall = [row for row in found if row[1] == ALL]
-    parts = [row for row in found if row[1] != ALL]
-    changes = [_change(*row) for group in (overall, parts) for row in _corrected(group)]
+    changes = corrected(found)
     name = f"the {SYSTEM_TITLES['untrained']} model" if len(source.series) == 1 else source.control
     return replace(source, control=name, changes=changes, notes=notes)
+
+
+def groups(kinds: Mapping[str, str]) -> dict[str, list[str]]:
+    """Under which name which test sets are averaged, of `kinds`, set -> kind: all, and each set, or of many each kind.
+
+    A single set has its own name alone.
+    """
+    if len(kinds) < 2:
+        return {task: [task] for task in kinds}
+    found: dict[str, list[str]] = {ALL: list(kinds)}
+    for task, kind in kinds.items():
+        found.setdefault(task if len(kinds) <= MOST_SETS else kind, []).append(task)
+    return found
 
 
 def _stages(run: ReportedRun) -> tuple[SystemScores, dict[str, SystemScores]]:
@@ -70,20 +81,21 @@ def _pairs(control: SystemScores, system: SystemScores) -> tuple[dict[tuple[str,
 
 def _averaged(pairs: dict[tuple[str, str], Pair]) -> dict[str, list[Pair]]:
     """Under which name which test sets are averaged: all, and each set, or of many sets each kind."""
-    if len(pairs) < 2:
-        return {task: [pair] for (task, _), pair in pairs.items()}
-    groups: dict[str, list[Pair]] = {ALL: list(pairs.values())}
-    for (task, kind), pair in pairs.items():
-        groups.setdefault(task if len(pairs) <= MOST_SETS else kind, []).append(pair)
-    return groups
+    by_task = {task: pair for (task, _), pair in pairs.items()}
+    return {name: [by_task[task] for task in tasks] for name, tasks in groups(dict(pairs)).items()}
 
 
-def _corrected(rows: Sequence[tuple[str, str, Difference]]) -> list[tuple[str, str, Difference]]:
-    """`rows` with p-values that are corrected for their number, if there are several."""
-    if len(rows) < 2:
-        return list(rows)
-    corrected = statistics.holm([found for *_, found in rows])
-    return [(name, kind, found) for (name, kind, _), found in zip(rows, corrected, strict=True)]
+def corrected(rows: Sequence[tuple[str, str, Difference]]) -> list[Change]:
+    """`rows` of system, kind and difference; p-values are corrected by Holm's method where there are several.
+
+    Those over all test sets for the number of systems, the others for the number of them all.
+    """
+    changes = []
+    for group in ([row for row in rows if row[1] == ALL], [row for row in rows if row[1] != ALL]):
+        found = [row[2] for row in group]
+        found = statistics.holm(found) if len(found) > 1 else found
+        changes += [_change(name, kind, one) for (name, kind, _), one in zip(group, found, strict=True)]
+    return changes
 
 
 def _change(name: str, kind: str, found: Difference) -> Change:

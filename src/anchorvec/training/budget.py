@@ -1,4 +1,4 @@
-"""How long a run lasts: its steps, or a time in which its scorings and the export must fit too."""
+"""How long a run lasts: its steps, decoder tokens, or a time in which its scorings and the export must fit too."""
 
 import math
 import time
@@ -9,7 +9,7 @@ from anchorvec.device import pace
 from anchorvec.errors import AnchorvecError
 
 STAGE_ONE_SHARE = 0.1
-"""Of the time for training, where a budget is a time; the rest is Stage II's."""
+"""Of the time for training, or of the tokens, where a budget is one of these; the rest is Stage II's."""
 
 EXPORT_SECONDS = 30.0
 """Of a time that are kept for the export."""
@@ -45,21 +45,65 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Budget:
-    """How long a run lasts: the steps of its recipe, or `minutes` of wall time from `began`, a `time.monotonic()`.
+class Limit:
+    """What a stage may use in place of its recipe's steps: the time until `deadline`, or so many decoder `tokens`.
 
-    What scoring and the export leave of the time is for training, `stage_one_share` of it for Stage I. A stage then
-    makes as many steps as fit, and its learning rate follows the clock.
+    `deadline` gives a `time.monotonic()`, and may move.
+    """
+
+    deadline: Callable[[], float] | None = None
+    tokens: int | None = None
+
+    def used(self, began: float, tokens: int, kept_seconds: Callable[[], float] = lambda: 0.0) -> float:
+        """The share of it that a stage has used which `began` at a `time.monotonic()`, and trained on so many `tokens`.
+
+        It may be more than 1. `kept_seconds` gives those before the deadline that are not for training.
+        """
+        if self.tokens is not None:
+            return tokens / self.tokens
+        assert self.deadline is not None
+        return (time.monotonic() - began) / max(1e-9, self.deadline() - kept_seconds() - began)
+
+    def seconds_left(self) -> float | None:
+        """Until the deadline; None: there is none."""
+        return None if self.deadline is None else self.deadline() - time.monotonic()
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long a run lasts: the steps of its recipe, or one of two others, which each stage spends to its end.
+
+    `minutes` of wall time from `began`, a `time.monotonic()`: what scoring and the export leave of them is for
+    training. Or so many decoder `tokens` in the forward passes of training, of reading and of writing, whatever is
+    computed again in the backward pass. `stage_one_share` of either is for Stage I. A stage then makes as many steps as
+    fit, and its learning rate follows what is used.
     """
 
     minutes: float | None = None
     began: float = field(default_factory=time.monotonic)
     stage_one_share: float = STAGE_ONE_SHARE
+    tokens: int | None = None
 
     def __post_init__(self) -> None:
-        """Raise AnchorvecError for a time in which nothing can be trained."""
+        """Raise AnchorvecError for a time, or a number of tokens, in which nothing can be trained."""
         if self.minutes is not None and not 0 < self.minutes < math.inf:
             raise AnchorvecError(f"minutes: {self.minutes} is no time to train in; give, for example, 20")
+        if self.tokens is not None and self.tokens < 1:
+            raise AnchorvecError(f"tokens: {self.tokens} is nothing to train on; give, for example, 300000")
+        if self.tokens is not None and self.minutes is not None:
+            raise AnchorvecError("a budget is a time or tokens, not both; leave minutes or tokens out")
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether something other than the recipe's steps says how long a stage lasts."""
+        return self.minutes is not None or self.tokens is not None
+
+    def tokens_of_stage(self, stages: int, used: int) -> int | None:
+        """The tokens of the first of so many `stages` that are left, after `used` ones; None: it has no such limit."""
+        if self.tokens is None:
+            return None
+        left = self.tokens - used
+        return max(1, round(self.stage_one_share * left) if stages > 1 else left)
 
     def check(self, stages: int, scoring: Measured, last: Measured) -> None:
         """Raise AnchorvecError where less than a minute is left to train so many `stages`.

@@ -12,7 +12,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.data_loader import prepare_data_loader
 from safetensors.torch import load_file, save_file
@@ -35,12 +34,11 @@ WEIGHTS, STATE, ORDERS = "model.safetensors", "stage.json", "similar_pairs.safet
 Explain = Callable[[str, int, Sequence[int]], str]
 
 
-def hash_of_rows(rows: Iterable[Sequence[Sequence[int]]]) -> int:
-    """An integer of 64 bits with a sign, of `rows` in any order, each the token ids of its texts.
+def hash_of_rows(hashes: Iterable[int]) -> int:
+    """An integer of 64 bits with a sign, of rows in any order, of which `hashes` are those of each.
 
     The sum of two is that of the rows of both, modulo 2^64.
     """
-    hashes = (xxh3_64_intdigest(b"|".join(np.asarray(ids).tobytes() for ids in row)) for row in rows)
     return (sum(hashes) + 2**63) % 2**64 - 2**63
 
 
@@ -54,11 +52,10 @@ class CheckpointedTrainer(Trainer):
 
     checkpoints: Checkpoints | None = None
     explain: Explain = staticmethod("{} is no finite number any more at step {}, of the rows {}".format)
-    rows_hash = 0
-    """Of the rows of all steps so far."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.orders: dict[str, Tensor] = {}
+        self.row_hashes: list[int] = []  # after each step that of the rows of all steps so far
         super().__init__(*args, **kwargs)
 
     def go_on_from(self, checkpoint: Path) -> None:
@@ -74,17 +71,22 @@ class CheckpointedTrainer(Trainer):
         return {
             "loss_since_log": self._tr_loss.item(),
             "last_logged_step": self._globalstep_last_logged,
-            "rows_hash": self.rows_hash,
+            "row_hashes": self.row_hashes,
         }
 
     def take_up(self, state: dict[str, Any]) -> None:
         """Go on with `state`, which `kept` gave, before training starts."""
-        self.rows_hash = state["rows_hash"]
+        self.row_hashes = state["row_hashes"]
+
+    @property
+    def rows_hash(self) -> int:
+        """Of the rows of all steps so far: what was trained on, and in which order."""
+        return self.row_hashes[-1] if self.row_hashes else 0
 
     def count_rows(self, hashes: Iterable[int]) -> None:
-        """Add the rows of a step to `rows_hash`, of which each of `hashes` is that of some by `hash_of_rows`."""
+        """Add a step to `row_hashes`, of whose rows each of `hashes` is that of some by `hash_of_rows`."""
         step = sum(hashes) % 2**64
-        self.rows_hash = xxh3_64_intdigest(self.rows_hash.to_bytes(8, "little") + step.to_bytes(8, "little"))
+        self.row_hashes.append(xxh3_64_intdigest(self.rows_hash.to_bytes(8, "little") + step.to_bytes(8, "little")))
 
     def check_finite(self, what: str, value: Tensor | float) -> None:
         """Raise AnchorvecError, with the step and its rows, unless `value`, which is `what`, is a finite number.

@@ -16,6 +16,7 @@ from anchorvec.processes import any_of
 from anchorvec.ranks import rank
 from anchorvec.run import STAGE_TITLES, StageName
 from anchorvec.terminal import terminal
+from anchorvec.training.budget import Limit
 
 OnLog = Callable[[Mapping[str, Any]], None]
 
@@ -23,10 +24,10 @@ OnLog = Callable[[Mapping[str, Any]], None]
 class StageProgress(TrainerCallback):
     """Shows loss, tokens per second and time left of `stage`; appends every record to `log_file`, as JSON Lines.
 
-    `on_log` is called with each record. `deadline` gives a `time.monotonic()`, which may move, before which the stage
-    stops: where another step, as long as those so far, would end after it, but not before the first. After every
-    `save_steps` steps, and when one of `interrupts` came, it has a checkpoint written, but not after the last step. As
-    a context manager it gives the terminal back, however the stage ends.
+    `on_log` is called with each record. With a `limit` the stage stops within it: where another step, as large as those
+    so far, would go beyond, but not before the first. After every `save_steps` steps, and when one of `interrupts`
+    came, it has a checkpoint written, but not after the last step. As a context manager it gives the terminal back,
+    however the stage ends.
     """
 
     def __init__(
@@ -34,19 +35,20 @@ class StageProgress(TrainerCallback):
         stage: StageName,
         log_file: Path,
         *,
-        deadline: Callable[[], float] | None = None,
+        limit: Limit | None = None,
         on_log: OnLog | None = None,
         save_steps: int | None = None,
         interrupts: Interrupts | None = None,
     ) -> None:
         self.stage = stage
         self.log_file = log_file
-        self.deadline = deadline
+        self.limit = limit
         self._listener = on_log
         self.save_steps, self.interrupts = save_steps, interrupts
         self.seconds = 0.0  # of training before, where the stage goes on
         self.rows_hash: Callable[[], int] = lambda: 0
-        self.out_of_time = self.interrupted = False
+        self.used: Callable[[], float] = lambda: 0.0  # the share of the limit
+        self.at_limit = self.interrupted = False
         self.bar = Progress(
             TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(),
@@ -55,6 +57,11 @@ class StageProgress(TrainerCallback):
             console=terminal(stderr=True),
             disable=rank() > 0,
         )
+
+    @property
+    def deadline(self) -> Callable[[], float] | None:
+        """That of its limit, if this is a time."""
+        return None if self.limit is None else self.limit.deadline
 
     def __enter__(self) -> Self:
         return self
@@ -67,23 +74,22 @@ class StageProgress(TrainerCallback):
     ) -> None:
         """Start the bar."""
         self.started = time.monotonic() - self.seconds
-        total = state.max_steps if self.deadline is None else max(1e-9, self.deadline() - self.started)
+        total = state.max_steps if self.limit is None else 1.0
         self.task = self.bar.add_task(STAGE_TITLES[self.stage], total=total, steps="", status="")
         self.bar.start()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Move the bar; stop the stage when its time is over; have the last step logged, and checkpoints written."""
+        """Move the bar; stop the stage at its limit; have the last step logged, and checkpoints written."""
         step = state.global_step
-        if self.deadline is None:
+        if self.limit is None:
             self.bar.update(self.task, completed=step, steps=f"{step}/{state.max_steps}")
         else:
-            now, deadline = time.monotonic(), self.deadline()
-            total = max(1e-9, deadline - self.started)
-            self.bar.update(self.task, completed=now - self.started, total=total, steps=f"step {step}")
-            self.out_of_time = rank() == 0 and now + (now - self.started) / step > deadline
+            used = self.used()
+            self.bar.update(self.task, completed=min(1.0, used), steps=f"step {step}")
+            self.at_limit = rank() == 0 and used * (1 + 1 / step) > 1
         signalled = self.interrupts is not None and self.interrupts.received is not None
-        self.out_of_time, signalled = any_of(self.out_of_time, signalled)
-        if self.out_of_time:
+        self.at_limit, signalled = any_of(self.at_limit, signalled)
+        if self.at_limit:
             control.should_training_stop = True
         if control.should_training_stop or step >= state.max_steps:
             control.should_log = True

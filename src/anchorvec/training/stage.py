@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -24,6 +23,7 @@ from anchorvec.ranks import rank, ranks, ranks_here
 from anchorvec.recipe import Recipe, StageOne, StageTwo
 from anchorvec.run import STAGE_TITLES, Run, StageName
 from anchorvec.terminal import say
+from anchorvec.training.budget import Limit
 from anchorvec.training.checkpoints import Checkpoints, step_of
 from anchorvec.training.engine import Engine, compiling_pays
 from anchorvec.training.memory import free_memory, keep_freed_memory
@@ -40,18 +40,17 @@ _ENGINE, _COMPUTED = "engine.json", "computed.safetensors"
 _NAMED_ROWS = 8
 
 _NO_LIMIT = 10_000_000
-"""Steps of a stage that ends at a time, where the trainer wants a number."""
+"""Steps of a stage that ends at a limit, where the trainer wants a number."""
 
 
 @dataclass(frozen=True)
 class Stage:
     """One stage of a run: its `recipe`, the embedder folder `start`, and what it reads.
 
-    With a `deadline`, which gives a `time.monotonic()` and may move, it lasts until then, however many steps that are:
-    the recipe's `steps` say only which share of the time its warm-up has. `on_log` is called with every record of its
-    log. It goes on from the `checkpoint`, or else from what it kept when it started, if it did before. `interrupts` end
-    it early, with a checkpoint. `spent` gives the seconds of the whole run.
-    `scoring` says when its model is scored on the way.
+    With a `limit` it lasts until that is used, however many steps that are: the recipe's `steps` say only which share
+    of it the warm-up has. `on_log` is called with every record of its log. It goes on from the `checkpoint`, or else
+    from what it kept when it started, if it did before. `interrupts` end it early, with a checkpoint. `spent` gives the
+    seconds of the whole run. `scoring` says when its model is scored on the way.
     """
 
     name: StageName
@@ -59,7 +58,7 @@ class Stage:
     run: Run
     start: Path
     inputs: StageInputs
-    deadline: Callable[[], float] | None = None
+    limit: Limit | None = None
     on_log: OnLog | None = None
     checkpoint: Path | None = None
     interrupts: Interrupts = field(default_factory=lambda: Interrupts(""))
@@ -101,15 +100,18 @@ class Stage:
     @property
     def long_enough(self) -> bool:
         """Whether compiling the decoder layers pays."""
-        seconds = None if self.deadline is None else self.deadline() - time.monotonic()
-        return compiling_pays(self.settings.steps * self.settings.pairs_per_step, seconds)
+        if self.limit is None:
+            return compiling_pays(self.settings.steps * self.settings.pairs_per_step, None)
+        # of a pair two texts are read, and two written; most are shorter
+        pairs = (self.limit.tokens or 0) // (4 * self.recipe.longest_read)
+        return compiling_pays(pairs, self.limit.seconds_left())
 
     def progress(self) -> StageProgress:
         """Its bar and log."""
         return StageProgress(
             self.name,
             self.run.log,
-            deadline=self.deadline,
+            limit=self.limit,
             on_log=self.on_log,
             save_steps=self.settings.save_steps,
             interrupts=self.interrupts,
@@ -195,7 +197,7 @@ class Stage:
         settings, device = self.settings, default_device()
         # On a GPU the texts of the next steps are tokenized while it works; a CPU has no core left for that.
         workers = min(4, max(1, (os.cpu_count() or 1) // ranks_here() - 1)) if device.type == "cuda" else 0
-        endless = 1 if self.deadline is None else max(1, _NO_LIMIT // settings.steps)
+        endless = 1 if self.limit is None else max(1, _NO_LIMIT // settings.steps)
         return {
             "output_dir": str(self.checkpoints.folder),
             "max_steps": endless * settings.steps,
@@ -227,13 +229,13 @@ class Stage:
 
 
 def run_trainer(stage: Stage, trainer: TimedTrainer, progress: StageProgress, save: Callable[[Path], object]) -> None:
-    """Train to the last step, or to the deadline of `progress`; either way to the end of the schedule (T13).
+    """Train to the last step, or to the limit of `progress`; either way to the end of the schedule (T13).
 
     `save` writes the model as it is into a new folder, and leaves it as it is. Raises AnchorvecError where `trainer`
     ends before that, and Interrupted where `stage` was: it has a checkpoint then.
     """
     trainer.remove_callback(PrinterCallback)
-    trainer.deadline = progress.deadline
+    trainer.limit, progress.used = progress.limit, trainer.used
     trainer.checkpoints, trainer.explain, trainer.spent = stage.checkpoints, stage.explain, stage.spent
     progress.rows_hash = lambda: trainer.rows_hash
     place_trackers(trainer, stage.run.tensorboard / stage.name)
@@ -253,11 +255,13 @@ def run_trainer(stage: Stage, trainer: TimedTrainer, progress: StageProgress, sa
     with progress, stage.interrupts.deferred():
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     end_trackers(stage.recipe.report_to)
+    if rank() == 0:
+        stage.run.note_rows(stage.name, trainer.row_hashes)
     done, planned = trainer.state.global_step, trainer.args.max_steps
     if progress.interrupted:
         stage.interrupts.received = stage.interrupts.received or signal.SIGTERM  # where another process was asked to
         stage.interrupts.stop(f"{STAGE_TITLES[stage.name]} has a checkpoint after step {done}")
-    if done < planned and not progress.out_of_time:
+    if done < planned and not progress.at_limit:
         raise AnchorvecError(
             f"{progress.stage}.pairs_per_step: training ended too early, after {done} steps, because the data repeat "
             "texts too often for so many different pairs in a step; lower it, or remove repeated texts"

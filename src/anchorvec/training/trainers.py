@@ -13,10 +13,11 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from sentence_transformers import SentenceTransformerTrainer
 from sentence_transformers.base.data_collator import BaseDataCollator
+from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 from torch import Tensor, nn
 
+from anchorvec.data.negatives import row_hash
 from anchorvec.errors import AnchorvecError
-from anchorvec.model.packing import token_ids
 from anchorvec.model.working_weights import WorkingWeights
 from anchorvec.objectives.pairs import TokenPair, exchange_partners, micro_batches, tokens_at_once
 from anchorvec.objectives.reconstruction import Reconstruction
@@ -24,22 +25,23 @@ from anchorvec.processes import added, from_first, gathered
 from anchorvec.ranks import rank, ranks
 from anchorvec.shares import share
 from anchorvec.terminal import say
+from anchorvec.training.budget import Limit
 from anchorvec.training.checkpointed import CheckpointedTrainer, hash_of_rows
 
 _OUT_OF_MEMORY_HELP = "set {stage}.gradient_checkpointing=true, or lower {stage}.micro_batch_tokens or data.max_tokens"
 
 
 class TimedTrainer(CheckpointedTrainer):
-    """A trainer whose learning rate follows the clock where `deadline` is set, which gives a `time.monotonic()`.
+    """A trainer whose learning rate follows what is used of its `limit`, a time or decoder tokens, where it has one.
 
-    Its share of the way from the warm-up to 0 is then the share of the time that has passed, so that a stage of which
-    nobody can say how many steps fit into its time comes to the end of its schedule (T13). Of several processes the
-    clock of the first counts. In bf16 a process that is alone converts the weights once a step. `seconds` of training
-    and `tokens_seen` are counted on where it goes on; `spent` gives the seconds of the whole run, which a checkpoint
-    keeps, `kept_seconds` those before the deadline that are not for training.
+    Its share of the way from the warm-up to 0 is then the share that is used, so that a stage of which nobody can say
+    how many steps fit comes to the end of its schedule (T13). Of several processes the clock of the first counts, and
+    the tokens of all. In bf16 a process that is alone converts the weights once a step. `seconds` of training and
+    `tokens_seen` are counted on where it goes on; `spent` gives the seconds of the whole run, which a checkpoint keeps,
+    `kept_seconds` those before a deadline that are not for training.
     """
 
-    deadline: Callable[[], float] | None = None
+    limit: Limit | None = None
     spent: Callable[[], float] = staticmethod(lambda: 0.0)
     kept_seconds: Callable[[], float] = staticmethod(lambda: 0.0)
     seconds = 0.0
@@ -73,24 +75,26 @@ class TimedTrainer(CheckpointedTrainer):
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
-        """The schedule of the training arguments, over steps or over time; the time starts here."""
+        """The schedule of the training arguments, over steps or over the limit; the time starts here."""
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         self.began = time.monotonic() - self.seconds
-        if self.deadline is not None:
+        if self.limit is not None:
             assert isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR)
             [of_step, *_] = scheduler.lr_lambdas
-            deadline = self.deadline
 
-            def of_time(_: int) -> float:
-                start = self.began  # it moves where time is spent on something else
-                whole = max(1e-9, deadline() - self.kept_seconds() - start)
-                share = from_first(min(1.0, (time.monotonic() - start) / whole))
-                return float(of_step(round(num_training_steps * share)))
 
-            scheduler.lr_lambdas = [of_time] * len(scheduler.lr_lambdas)
+            def of_share(_: int) -> float:
+                return float(of_step(round(num_training_steps * from_first(min(1.0, self.used())))))
+
+            scheduler.lr_lambdas = [of_share] * len(scheduler.lr_lambdas)
             for group, base in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, strict=True):
-                group["lr"] = base * of_time(0)  # where no time is left, the one step that is made has a rate of 0
+                group["lr"] = base * of_share(0)  # where no time is left, the one step that is made has a rate of 0
         return scheduler
+
+    def used(self) -> float:
+        """The share of its limit that it has used."""
+        assert self.limit is not None
+        return self.limit.used(self.began, self.tokens_seen, self.kept_seconds)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Have the callbacks score the model as it is, which a `control.should_evaluate` asks for."""
@@ -139,7 +143,7 @@ class ReconstructionTrainer(TimedTrainer):
         read: list[TokenPair] = inputs["pairs"]
         drawn = objective.draw(read, self.state.global_step, own.start)
         pairs, stand_in = (drawn if own else []), drawn[0]
-        counts = self._count(objective, pairs, hash_of_rows((p.query, p.document) for p in read if own))
+        counts = self._count(objective, pairs, hash_of_rows(pair.row for pair in read if own))
         while True:
             parts = micro_batches(pairs, self.micro_batch_tokens, **objective.cut)
             largest = max(tokens_at_once(part, **objective.cut) for part in [*parts, [stand_in]])
@@ -238,6 +242,14 @@ class _Counts:
         return None if self.partners is None else [self.partners.get(id(pair), pair) for pair in pairs]
 
 
+class _CollatorWithRows(SentenceTransformerDataCollator):
+    """The library's own; a batch also has the hash of each of its rows, as a list, which stays on the host."""
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+        batch: dict[str, Any] = super().__call__(features)
+        return batch | {"rows": [row_hash(row["query"], row["positive"]) for row in features]}
+
+
 class ContrastiveTrainer(TimedTrainer, SentenceTransformerTrainer):
     """sentence-transformers' trainer; it also counts the tokens that it reads."""
 
@@ -252,6 +264,8 @@ class ContrastiveTrainer(TimedTrainer, SentenceTransformerTrainer):
         if state["bag_of_words"]:
             loss: Any = self.loss
             loss.bag_of_words_losses = [torch.tensor(loss) for loss in state["bag_of_words"]]
+
+    data_collator_class = _CollatorWithRows
 
     def get_data_collator(self, *args: Any, **options: Any) -> BaseDataCollator:
         """The library's own; it reads of each column the texts that are there, as a row may have no hard negative."""
@@ -272,7 +286,7 @@ class ContrastiveTrainer(TimedTrainer, SentenceTransformerTrainer):
                 tokens += int(value.sum())
             elif key.endswith("cu_seq_lens_q"):  # texts without padding
                 tokens += int(value[-1])
-        hashes, read = zip(*gathered([hash_of_rows(_rows_of(inputs)), tokens]), strict=True)
+        hashes, read = zip(*gathered([hash_of_rows(inputs["rows"]), tokens]), strict=True)
         self.count_rows(hashes)
         self.tokens_seen += sum(read)
         try:
@@ -297,14 +311,6 @@ class ContrastiveTrainer(TimedTrainer, SentenceTransformerTrainer):
                 logs["bag_of_words"] = statistics.mean(map(float, losses))
                 losses.clear()
         super().log(logs, start_time)
-
-
-def _rows_of(inputs: dict[str, Any]) -> list[tuple[list[int], ...]]:
-    """The token ids of a batch: of each query with its positive, then of the hard negatives one by one."""
-    columns = [key.removesuffix("_input_ids") for key in inputs if key.endswith("_input_ids")]
-    features = ({key.removeprefix(f"{c}_"): inputs[key] for key in inputs if key.startswith(f"{c}_")} for c in columns)
-    queries, positives, *negatives = map(token_ids, features)
-    return [*zip(queries, positives, strict=True), *((text,) for column in negatives for text in column)]
 
 
 def _features_of_texts(
