@@ -1,8 +1,8 @@
 """Turn an open decoder LLM into a text embedder.
 
-Each command is a function here: `quickstart`, `train`, `plan`, `evaluate`, `search`, `decode`, `export`, `report`.
-What they take and give back is here too, and what other training code can build on: the objectives of Stage I and their
-pairs.
+Each command is a function here: `quickstart`, `train`, `compare`, `plan`, `evaluate`, `search`, `decode`, `export`,
+`report`. What they take and give back is here too, and what other training code can build on: the objectives of Stage I
+and their pairs.
 """
 
 import importlib
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from anchorvec.commands.quickstart import QuickstartResult, quickstart
     from anchorvec.commands.report import ReportResult, report
     from anchorvec.commands.search import Hit, Index, search
+    from anchorvec.comparing.compare import compare
+    from anchorvec.comparing.result import CompareResult
     from anchorvec.data.passages import Passage
     from anchorvec.data.tokens import PairTokenizer
     from anchorvec.evaluation import (
@@ -74,6 +76,7 @@ __all__ = [
     "BagOfWordsReconstruction",
     "BeirData",
     "Budget",
+    "CompareResult",
     "Compared",
     "Comparison",
     "DataSettings",
@@ -118,6 +121,7 @@ __all__ = [
     "__version__",
     "bm25_scores",
     "build_embedder",
+    "compare",
     "decode",
     "difference",
     "evaluate",
@@ -143,6 +147,8 @@ _HOMES = {
     "Hit": "commands.search",
     "Index": "commands.search",
     "search": "commands.search",
+    "CompareResult": "comparing.result",
+    "compare": "comparing.compare",
     "Passage": "data.passages",
     "PairTokenizer": "data.tokens",
     "Averages": "evaluation",

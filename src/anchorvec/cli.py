@@ -169,6 +169,35 @@ def train(
     _finish(result, json_file)
 
 
+@app.command(epilog="Example: anchorvec compare arms/base --arms e5 echo --budget 300000tokens output=runs/compared")
+def compare(
+    recipe: RecipeName,
+    arms: Annotated[
+        list[str],
+        typer.Option(metavar="ARM...", help="Two or more: shipped ones (e5, echo, ...), files, key=value, the recipe."),
+    ],
+    rest: Annotated[
+        list[str] | None, typer.Argument(metavar="[ARM|KEY=VALUE]...", help="More arms; values for all of them.")
+    ] = None,
+    budget: Annotated[str, typer.Option(help="Of each run: 300000tokens, 125steps of Stage II, 30minutes.")] = "",
+    seeds: Annotated[int, typer.Option(help="How many, from the recipe's own on.")] = 3,
+    tries: Annotated[int, typer.Option(help="Learning rates that each arm tries; 0: the recipe's is taken.")] = 3,
+    control: Annotated[str | None, typer.Option(help="What the others are compared with; else the first arm.")] = None,
+    resume: Resume = False,
+    json_file: JsonFile = None,
+) -> None:
+    """Train arms of one recipe with the same budget on the same rows, and compare their scores."""
+    from anchorvec.comparing.compare import compare as run
+
+    _quiet()
+    names = [*arms, *(word for word in rest or [] if "=" not in word)]
+    overrides = [word for word in rest or [] if "=" in word]
+    options: dict[str, Any] = {"budget": budget, "seeds": seeds, "tries": tries, "control": control}
+    with _told_how_to_go_on():
+        result = run(recipe, names, **options, overrides=overrides, resume=resume)
+    _finish(result, json_file)
+
+
 @app.command(epilog="Example: anchorvec plan paper/llama-3.2-1b 'data.train=[{path: pairs.jsonl}]'")
 def plan(
     recipe: RecipeName,

@@ -104,7 +104,7 @@ def _budget_of(run: Run, asked: Budget | None) -> Budget:
     """The budget that `run` began with; AnchorvecError where `asked` is another one."""
     noted = run.noted("budget")
     minutes, tokens = noted.get("minutes"), noted.get("tokens")
-    if asked is not None and asked.is_limited and (asked.minutes, asked.tokens) != (minutes, tokens):
+    if noted and asked is not None and asked.is_limited and (asked.minutes, asked.tokens) != (minutes, tokens):
         key = "minutes" if asked.minutes is not None else "tokens"
         has, wanted = _words(minutes, tokens), _words(asked.minutes, asked.tokens)
         raise AnchorvecError(f"{key}: {run.folder} was begun with {has}, not with {wanted}")

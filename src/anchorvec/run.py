@@ -252,7 +252,7 @@ class Run:
 
     def tokens(self) -> dict[str, int]:
         """The decoder tokens of each stage until its last logged step."""
-        return {stage: record["tokens"] for stage, record in self.last_records().items()}
+        return {stage: record["tokens"] for stage, record in self.last_records().items() if "tokens" in record}
 
     def last_records(self) -> dict[str, dict[str, Any]]:
         """The last record of each stage in the log; empty where there is none."""

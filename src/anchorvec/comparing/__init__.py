@@ -1,0 +1,1 @@
+"""Arms of one recipe, trained with the same budget on the same rows, and how far they differ."""
