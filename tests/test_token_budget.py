@@ -79,7 +79,7 @@ def test_a_killed_run_goes_on_with_the_tokens_it_had_left(spent, tmp_path):
     run, result = spent
     with killed_after(result.steps["stage_one"] + 3):
         anchorvec.train(asked(tmp_path / "run"), budget=Budget(tokens=TOKENS, stage_one_share=0.3))
-    with pytest.raises(AnchorvecError, match="tokens: .* was begun with 12,000 tokens, not with 5 tokens"):
+    with pytest.raises(AnchorvecError, match=r"tokens: .* was begun with 12,000 tokens, not with 5 tokens"):
         anchorvec.train(asked(tmp_path / "run"), budget=Budget(tokens=5), resume=True)
     anchorvec.train(asked(tmp_path / "run"), resume=True)
     assert_same_run(tmp_path / "run", run.folder)

@@ -14,6 +14,7 @@ from anchorvec.errors import AnchorvecError
 if TYPE_CHECKING:
     from anchorvec.commands.decode import Decoded, decode
     from anchorvec.commands.plan import Plan, ShownPair, plan
+    from anchorvec.commands.plan_comparison import ArmPlan, ComparisonPlan, plan_comparison
     from anchorvec.commands.quickstart import QuickstartResult, quickstart
     from anchorvec.commands.report import ReportResult, report
     from anchorvec.commands.search import Hit, Index, search
@@ -69,6 +70,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AnchorvecError",
+    "ArmPlan",
     "Averages",
     "BagOfTokens",
     "BagOfTokensReconstruction",
@@ -79,6 +81,7 @@ __all__ = [
     "CompareResult",
     "Compared",
     "Comparison",
+    "ComparisonPlan",
     "DataSettings",
     "Decoded",
     "Difference",
@@ -128,6 +131,7 @@ __all__ = [
     "export",
     "load_recipe",
     "plan",
+    "plan_comparison",
     "quickstart",
     "report",
     "search",
@@ -140,6 +144,9 @@ _HOMES = {
     "Plan": "commands.plan",
     "ShownPair": "commands.plan",
     "plan": "commands.plan",
+    "ArmPlan": "commands.plan_comparison",
+    "ComparisonPlan": "commands.plan_comparison",
+    "plan_comparison": "commands.plan_comparison",
     "QuickstartResult": "commands.quickstart",
     "quickstart": "commands.quickstart",
     "ReportResult": "commands.report",

@@ -183,19 +183,24 @@ def compare(
     seeds: Annotated[int, typer.Option(help="How many, from the recipe's own on.")] = 3,
     tries: Annotated[int, typer.Option(help="Learning rates that each arm tries; 0: the recipe's is taken.")] = 3,
     control: Annotated[str | None, typer.Option(help="What the others are compared with; else the first arm.")] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Show what it would take; train nothing.")] = False,
     resume: Resume = False,
     json_file: JsonFile = None,
 ) -> None:
     """Train arms of one recipe with the same budget on the same rows, and compare their scores."""
+    from anchorvec.commands.plan_comparison import plan_comparison
     from anchorvec.comparing.compare import compare as run
 
     _quiet()
     names = [*arms, *(word for word in rest or [] if "=" not in word)]
     overrides = [word for word in rest or [] if "=" in word]
     options: dict[str, Any] = {"budget": budget, "seeds": seeds, "tries": tries, "control": control}
+    options |= {"overrides": overrides}
     with _told_how_to_go_on():
-        result = run(recipe, names, **options, overrides=overrides, resume=resume)
-    _finish(result, json_file)
+        _finish(
+            plan_comparison(recipe, names, **options) if plan else run(recipe, names, **options, resume=resume),
+            json_file,
+        )
 
 
 @app.command(epilog="Example: anchorvec plan paper/llama-3.2-1b 'data.train=[{path: pairs.jsonl}]'")

@@ -5,6 +5,7 @@ import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import log
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -142,7 +143,10 @@ class _Comparison:
             kept = self.record.of(arm)
             scored = [entry for entry in kept["tries"] if entry["score"] is not None]
             if scored:
-                best = max(scored, key=lambda entry: entry["score"])["learning_rate"]
+                # of the same score that which is nearest to the recipe's
+                best = max(scored, key=lambda of: (of["score"], -abs(log(of["learning_rate"] / arm.rate))))[
+                    "learning_rate"
+                ]
                 kept["learning_rate"] = _rates(arm.with_rate(best))
                 edge = best in (min(arm.grid(self.asked.tries)), max(arm.grid(self.asked.tries)))
                 at_edge = ", the end of what was tried" if edge else ""
