@@ -35,8 +35,8 @@ class ArmPlan:
 class ComparisonPlan:
     """What a comparison takes: `seeds` runs of each arm, and `tries` at a tenth of their `budget`.
 
-    `tokens` and `seconds` (of training; None: unknown) are those of all runs, `disk` the bytes of what they leave and of
-    the largest checkpoints; less where arms share a base or a Stage I.
+    `tokens` and `seconds` (of training; None: unknown) are those of all runs, `disk` the bytes of what they leave, and
+    of the largest checkpoints; less where arms share a base or a Stage I.
     """
 
     recipe: str
@@ -68,9 +68,7 @@ class ComparisonPlan:
         tries = f", {self.tries} tries at a tenth" if self.tries else ""
         table.add_section()
         table.add_row("all", runs + tries, "", f"{self.tokens:,}", _minutes(self.seconds), _gigabytes(self.disk))
-        table.caption = (
-            "about; minutes of training alone, without scoring; disk less where arms share a base or Stage I"
-        )
+        table.caption = "about; minutes of training alone, without scoring; less where arms share a base or Stage I"
         return Group(table)
 
 

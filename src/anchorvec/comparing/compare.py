@@ -236,6 +236,11 @@ class _Comparison:
         self.record.write()
 
 
+def _rank(rate: float, entry: Mapping[str, Any]) -> tuple[float, float]:
+    """By which the best try is found; `rate` is the recipe's."""
+    return entry["score"], -abs(log(entry["learning_rate"] / rate))
+
+
 def _rates(arm: Arm) -> dict[str, float]:
     """The learning rate of each stage of `arm`."""
     return {name: getattr(arm.recipe, name).learning_rate for name in arm.recipe.stages}

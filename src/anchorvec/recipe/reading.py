@@ -45,7 +45,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
 
 
 def load_arm(name_or_path: str | Path, arm: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe `name_or_path` with what an `arm` of a comparison changes laid over it, and the `overrides` over both.
+    """The recipe `name_or_path` with the `overrides` laid over it, and what an `arm` of a comparison changes over both.
 
     An arm is a recipe, a file or a shipped one such as `arms/echo`, of which the recipe that it extends first of all is
     left out, as `name_or_path` stands in its place; the recipe itself, which changes nothing; or `key=value`.
@@ -60,7 +60,8 @@ def load_arm(name_or_path: str | Path, arm: str | Path, overrides: Sequence[str]
             raise AnchorvecError(
                 f"{source}: {sorted(shared)[0]}: all arms of a comparison share it; change the recipe instead"
             )
-    layers = files + own + [(_COMMAND_LINE, _parse_override(override)) for override in overrides]
+    # a stage that an arm leaves out stays out, whatever the others have in it
+    layers = files + [(_COMMAND_LINE, _parse_override(override)) for override in overrides] + own
     return _resolved(layers, files[-1][0])
 
 
