@@ -183,6 +183,7 @@ def compare(
     seeds: Annotated[int, typer.Option(help="How many, from the recipe's own on.")] = 3,
     tries: Annotated[int, typer.Option(help="Learning rates that each arm tries; 0: the recipe's is taken.")] = 3,
     control: Annotated[str | None, typer.Option(help="What the others are compared with; else the first arm.")] = None,
+    at: Annotated[str, typer.Option(metavar="STEPS", help="Score after these steps of Stage II too: 0,25,50.")] = "",
     plan: Annotated[bool, typer.Option("--plan", help="Show what it would take; train nothing.")] = False,
     resume: Resume = False,
     json_file: JsonFile = None,
@@ -193,7 +194,7 @@ def compare(
 
     _quiet()
     names = [*arms, *(word for word in rest or [] if "=" not in word)]
-    overrides = [word for word in rest or [] if "=" in word]
+    overrides = [word for word in rest or [] if "=" in word] + ([f"evaluation.at=[{at}]"] if at else [])
     options: dict[str, Any] = {"budget": budget, "seeds": seeds, "tries": tries, "control": control}
     options |= {"overrides": overrides}
     with _told_how_to_go_on():

@@ -23,6 +23,7 @@ from anchorvec.processes import join
 from anchorvec.ranks import rank, ranks
 from anchorvec.recipe import Recipe
 from anchorvec.run import Run
+from anchorvec.training.budget import Limit
 from anchorvec.training.stage import Stage
 from anchorvec.training.stage_one import train_stage_one
 from anchorvec.training.stage_two import train_stage_two
@@ -86,10 +87,16 @@ class Followers:
     def train(self, stage: Stage) -> None:
         """Train `stage`, with all of them."""
         if self._tasks is not None:
-            task = {"name": stage.name, "recipe": stage.recipe.model_dump(mode="json"), "timed": bool(stage.deadline)}
+            limit = None if stage.limit is None else {"tokens": stage.limit.tokens}
+            task = {"name": stage.name, "recipe": stage.recipe.model_dump(mode="json"), "limit": limit}
             paths = {"run": stage.run.folder, "start": stage.start, "checkpoint": stage.checkpoint}
             self._tasks.give(task | {key: path and str(path.absolute()) for key, path in paths.items()})
         train_stage(stage)
+
+
+def _first_ones_clock() -> float:
+    """A deadline that does not come: it is the first one's that counts."""
+    return time.monotonic() + 1e6
 
 
 def follow(load: Callable[[Recipe], StageInputs]) -> dict[str, Any]:
@@ -105,7 +112,7 @@ def follow(load: Callable[[Recipe], StageInputs]) -> dict[str, Any]:
         recipe = Recipe.model_validate(task["recipe"])
         inputs = inputs or load(recipe)
         checkpoint = task["checkpoint"] and Path(task["checkpoint"])
-        deadline = (lambda: time.monotonic() + 1e6) if task["timed"] else None  # the first one's clock counts
+        limit = None if task["limit"] is None else Limit(_first_ones_clock, task["limit"]["tokens"])
         with Interrupts("") as interrupts:
             stage = Stage(
                 task["name"],
@@ -113,7 +120,7 @@ def follow(load: Callable[[Recipe], StageInputs]) -> dict[str, Any]:
                 Run(Path(task["run"])),
                 Path(task["start"]),
                 inputs,
-                deadline=deadline,
+                limit=limit,
                 checkpoint=checkpoint,
                 interrupts=interrupts,
             )

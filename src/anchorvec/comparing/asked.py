@@ -104,7 +104,7 @@ class Arm:
         return found
 
     def grid(self, tries: int) -> list[float]:
-        """So many learning rates around its own, each three times the one before, the middle one its own."""
+        """As many learning rates as `tries`, each three times the one before, the middle one its own."""
         powers = range(-(tries // 2), tries - tries // 2)
         return [float(f"{self.rate * _STEP_BETWEEN_TRIES**power:.3g}") for power in powers]
 
@@ -137,7 +137,7 @@ def asked_for(
     control: str | None,
     overrides: Sequence[str],
 ) -> Asked:
-    """What `compare` was asked for; the parameters are its own.
+    """What `compare` was asked for; `recipe`, `arms`, `budget`, `seeds`, `tries`, `control`, `overrides` are its own.
 
     Raises AnchorvecError for what is none: an unknown arm, fewer than two of them, one named twice, a budget without a
     unit, no seed, arms with different base models, nothing to score on, no folder.

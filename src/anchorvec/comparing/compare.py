@@ -5,6 +5,7 @@ import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import log
 from pathlib import Path
 from statistics import fmean
@@ -31,6 +32,9 @@ from anchorvec.training.trackers import check_trackers
 TRIES = "tries"
 """The folder of the runs by which learning rates are chosen."""
 
+_NOTHING_BUT_THE_END = {"data": [], "tasks": [], "bm25": False, "at": [], "every": None, "keep_best": False}
+"""What tries are scored on beside the rows that are held out."""
+
 
 def compare(
     recipe: str | Path,
@@ -40,6 +44,7 @@ def compare(
     seeds: int = 3,
     tries: int = 3,
     control: str | None = None,
+    at: Sequence[int] = (),
     overrides: Sequence[str] = (),
     resume: bool = False,
 ) -> CompareResult:
@@ -57,12 +62,14 @@ def compare(
     - `tries`: how many learning rates of the last stage each arm tries, around its own, at a tenth of the budget; the
       best on rows that are held out of all training is taken. 0: the recipe's.
     - `control`: the arm that the others are compared with; by default the first.
-    - `overrides`: `key=value`, laid over the recipe of every arm.
+    - `at`: steps of Stage II after which every arm is scored, too (`evaluation.at`); 0 is what Stage II starts from.
+    - `overrides`: `key=value`, laid over the recipe under every arm.
     - `resume`: go on with the comparison in that folder. What is finished is not done again; what failed is.
 
     A run that fails is kept with its reason, and the others go on. Raises AnchorvecError for what cannot be compared
     before any work, and if every run failed; Interrupted after Ctrl-C or SIGTERM.
     """
+    overrides = [*overrides, *([f"evaluation.at={list(at)}"] if at else [])]
     asked = asked_for(recipe, arms, budget=budget, seeds=seeds, tries=tries, control=control, overrides=overrides)
     require_extra()
     check_one_device()
@@ -144,9 +151,7 @@ class _Comparison:
             scored = [entry for entry in kept["tries"] if entry["score"] is not None]
             if scored:
                 # of the same score that which is nearest to the recipe's
-                best = max(scored, key=lambda of: (of["score"], -abs(log(of["learning_rate"] / arm.rate))))[
-                    "learning_rate"
-                ]
+                best = max(scored, key=partial(_rank, arm.rate))["learning_rate"]
                 kept["learning_rate"] = _rates(arm.with_rate(best))
                 edge = best in (min(arm.grid(self.asked.tries)), max(arm.grid(self.asked.tries)))
                 at_edge = ", the end of what was tried" if edge else ""
@@ -161,7 +166,7 @@ class _Comparison:
         amount = self.asked.budget.part()
         place = f"{TRIES}/{arm.folder}/{rate:g}"
         recipe = amount.applied(arm.with_rate(rate).recipe, is_try=True)
-        evaluation = recipe.evaluation.model_copy(update={"data": [], "tasks": [], "bm25": False})
+        evaluation = recipe.evaluation.model_copy(update=_NOTHING_BUT_THE_END)
         recipe = recipe.model_copy(update={"seed": self.asked.seeds[0], "evaluation": evaluation})
         kept = self.record.of(arm)
         others = [entry for entry in kept["tries"] if entry["learning_rate"] != rate]
@@ -211,7 +216,7 @@ class _Comparison:
             self.record.put(arm, {"seed": seed, "folder": place, "failed": why})
             return
         found = {key: getattr(finished, key) for key in ("tokens", "steps", "minutes", "scores")}
-        self.record.put(arm, {"seed": seed, "folder": place, **found, "curve": []})
+        self.record.put(arm, {"seed": seed, "folder": place, **found, "curve": finished.run.curve()})
 
     def _hash_rows(self, seed: int) -> None:
         """Note of each run with this `seed` a hash of the rows of Stage II, up to the last step that all have made."""

@@ -71,7 +71,7 @@ class Runs:
         return Finished(run, run.tokens(), run.steps(), result.minutes, scores_of(run, *reversed(STAGES)))
 
     def remember(self, place: str, recipe: Recipe, amount: Amount, tests: Sequence[LocalData]) -> None:
-        """Have later runs take over what they can of a run that is finished; the parameters are those of `run`."""
+        """Have later runs take over from a finished one; `place`, `recipe`, `amount` and `tests` are as in `run`."""
         run = Run(self.folder / place)
         share = run.noted("budget").get("stage_one_share")
         if share is not None:
@@ -105,7 +105,7 @@ def scores_of(run: Run, *systems: str) -> dict[str, dict[str, Any]]:
 
 
 def reason(error: Exception) -> str:
-    """Why a run failed, in a line; what it held in memory is freed."""
+    """Why a run failed with `error`, in a line; what it held in memory is freed."""
     words = " ".join(str(error).split())
     error.__traceback__ = None
     gc.collect()

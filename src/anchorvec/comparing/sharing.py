@@ -59,7 +59,7 @@ def make_base(made: Made, others: Sequence[Made]) -> None:
 
 
 def take_over(made: Made, others: Sequence[Made]) -> None:
-    """Give a run that is new what `others` have of it: scores of the same untrained model and BM25, the same Stage I.
+    """Give `made`, if it is new, what `others` have of it: untrained scores, those of BM25, the same Stage I.
 
     Its recipe is written last: a run that has one is not new.
     """
@@ -95,7 +95,8 @@ def _take_over_records(donor: Run, run: Run, budget: Budget) -> None:
     kept = [line for line in lines if line.strip() and json.loads(line)["stage"] == "stage_one"]
     write_text(run.log, "".join(f"{line}\n" for line in kept))
     write_json(run.rows, {"stage_one": donor.read_rows()["stage_one"]})
-    record = {key: value for key, value in donor.read_record().items() if key != "export"}
+    record = {key: value for key, value in donor.read_record().items() if key not in ("export", "best")}
+    record["curve"] = [point for point in donor.curve() if point["stage"] == "stage_one"]
     record["seconds"] = {key: value for key, value in record["seconds"].items() if not key.startswith("stage_two")}
     record["engine"] = {"stage_one": record["engine"]["stage_one"]}
     record["budget"] = record["budget"] | {"stage_one_share": budget.stage_one_share}

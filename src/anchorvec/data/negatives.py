@@ -72,11 +72,6 @@ def text_hashes(texts: Any) -> Hashes:
     return np.fromiter(map(xxh3_64_intdigest, texts.cast(pa.binary()).to_pylist()), np.uint64, len(texts))
 
 
-def row_hash(query: str, positive: str) -> int:
-    """The hash of a row by its `query` and its `positive`, as they stand in the data: 64 bits."""
-    return xxh3_64_intdigest(f"{query}\0{positive}".encode())
-
-
 def _hash_negatives(pairs: datasets.Dataset, hashes: Hashes) -> NDArray[np.int32]:
     """Fill `hashes` (rows, 2 + negatives) with those of the negatives that are used.
 

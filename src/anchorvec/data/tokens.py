@@ -4,10 +4,9 @@ from collections.abc import Callable, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from anchorvec.data.negatives import row_hash
 from anchorvec.model.end import template_of
 from anchorvec.model.readout import prompt_length
-from anchorvec.objectives.pairs import TokenPair
+from anchorvec.objectives.pairs import TokenPair, row_hash
 
 
 class PairTokenizer:

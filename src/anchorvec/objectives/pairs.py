@@ -4,6 +4,8 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from xxhash import xxh3_64_intdigest
+
 from anchorvec.model.packing import padded_tokens
 
 
@@ -42,6 +44,11 @@ class TokenPair:
         """
         written = self.written(alpha) if writes else []
         return sum(map(len, self.read(alpha))) + sum(map(len, written))
+
+
+def row_hash(query: str, positive: str) -> int:
+    """The hash of a row by its `query` and its `positive`, as they stand in the data: 64 bits."""
+    return xxh3_64_intdigest(f"{query}\0{positive}".encode())
 
 
 def micro_batches(

@@ -16,10 +16,9 @@ from sentence_transformers.base.data_collator import BaseDataCollator
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 from torch import Tensor, nn
 
-from anchorvec.data.negatives import row_hash
 from anchorvec.errors import AnchorvecError
 from anchorvec.model.working_weights import WorkingWeights
-from anchorvec.objectives.pairs import TokenPair, exchange_partners, micro_batches, tokens_at_once
+from anchorvec.objectives.pairs import TokenPair, exchange_partners, micro_batches, row_hash, tokens_at_once
 from anchorvec.objectives.reconstruction import Reconstruction
 from anchorvec.processes import added, from_first, gathered
 from anchorvec.ranks import rank, ranks
@@ -81,7 +80,6 @@ class TimedTrainer(CheckpointedTrainer):
         if self.limit is not None:
             assert isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR)
             [of_step, *_] = scheduler.lr_lambdas
-
 
             def of_share(_: int) -> float:
                 return float(of_step(round(num_training_steps * from_first(min(1.0, self.used())))))
