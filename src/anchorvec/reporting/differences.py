@@ -82,7 +82,7 @@ def _pairs(control: SystemScores, system: SystemScores) -> tuple[dict[tuple[str,
 def _averaged(pairs: dict[tuple[str, str], Pair]) -> dict[str, list[Pair]]:
     """Under which name which test sets are averaged: all, and each set, or of many sets each kind."""
     by_task = {task: pair for (task, _), pair in pairs.items()}
-    return {name: [by_task[task] for task in tasks] for name, tasks in groups(dict(pairs)).items()}
+    return {name: [by_task[task] for task in tasks] for name, tasks in groups(dict(pairs.keys())).items()}
 
 
 def corrected(rows: Sequence[tuple[str, str, Difference]]) -> list[Change]:
