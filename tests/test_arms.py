@@ -90,6 +90,10 @@ REFUSED = [
     ([*BAGS[:1], "stage_one.source=own"], r"stage_one\.source: it is for candidates: vocabulary"),
     ([*BAGS, *BOTH_WAYS], r"stage_one\.lm_weight: a token is predicted .* attention in both directions shows it"),
     ([*BAGS, "model.read=twice"], r"stage_one\.lm_weight: .* the first copy of a text shows it"),
+    (
+        ["stage_two.generation_weight=1", "model.read=twice"],
+        r"stage_two\.generation_weight: a document is written after",
+    ),
     (["model.end=none"], r"model\.end: `none` leaves nothing to pool the last token's state at"),
     (["model.read=twice", "model.pooling=mean"], r"model\.pooling: mean would pool both copies of a text"),
     (["model.between=x"], r"model\.between: there are no copies to stand between"),

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 import formulas
 from anchorvec import MaskedReconstruction
@@ -148,3 +149,31 @@ def test_bags_are_told_over_the_vocabulary_as_the_recipe_says(tmp_path):
     expected = 0.3 * bags[0] + 0.7 * bags[1] + 0.7 * torch.stack(lm).mean()
     assert record["loss"] == pytest.approx(float(expected), rel=2e-5)
     assert record["language_model"] == pytest.approx(float(torch.stack(lm).mean()), rel=2e-5)
+
+
+@pytest.mark.wires("stage_two.generation_weight")
+def test_documents_are_written_after_queries_with_this_weight(tmp_path):
+    """Beside the contrastive loss, behind a line break, closed by the end token."""
+    path = write_rows(tmp_path / "pairs.jsonl", [*PLAIN, *HARD])
+    values = {"stage_one": None, "stage_two.steps": 1, "stage_two.warmup_steps": 0, "stage_two.pairs_per_step": 4}
+    values |= {"stage_two.generation_weight": 0.3, "stage_two.temperature": 0.2, "stage_two.negatives": 0}
+    run = train(tmp_path / "run", {**values, "seed": 2, "data.train": [{"path": str(path), "instruction": "ask: "}]})
+    [stage], [record] = run.stages.values(), run.log["stage_two"]
+    queries, documents = (stage.steps[0].texts[column] for column in ("query", "positive"))
+    model, losses = formulas_model(run), []
+    with torch.no_grad():
+        for query, document in zip(queries, documents, strict=True):
+            before = [*query, *make_tokenizer()("\n")["input_ids"]]
+            logits = model(torch.tensor([[*before, *document]])).logits[0].log_softmax(-1)
+            losses += [-logits[len(before) + t - 1, y] for t, y in enumerate(document)]
+        contrastive, _ = formulas.contrastive_loss(model, [queries, documents], 0.2)
+    written = float(torch.stack(losses).mean())
+    assert record["generation"] == pytest.approx(written, rel=2e-5)
+    assert record["loss"] == pytest.approx(float(contrastive) + 0.3 * written, rel=2e-5)
+    tokens = [2 * (len(q) + len(d)) + 1 for q, d in zip(queries, documents, strict=True)]
+    assert record["tokens"] == sum(tokens)
+
+
+def formulas_model(run):
+    """The causal LM that Stage II started from, where there was no Stage I."""
+    return AutoModelForCausalLM.from_pretrained(run.folder / "base", attn_implementation="sdpa").double()

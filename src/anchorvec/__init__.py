@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from anchorvec.model.readout import Readout
     from anchorvec.objectives.bag_of_tokens import BagOfTokens, BagOfTokensReconstruction
     from anchorvec.objectives.bag_of_words import BagOfWordsLoss, BagOfWordsReconstruction
+    from anchorvec.objectives.generation import Generation
     from anchorvec.objectives.masked import MaskedReconstruction, TokenMasking
     from anchorvec.objectives.pairs import TokenPair
     from anchorvec.objectives.reconstruction import Reconstruction, ReconstructionOutput, TextReconstruction
@@ -90,6 +91,7 @@ __all__ = [
     "Evaluation",
     "EvaluationSettings",
     "Exported",
+    "Generation",
     "Hit",
     "Index",
     "Interval",
@@ -178,6 +180,7 @@ _HOMES = {
     "BagOfTokensReconstruction": "objectives.bag_of_tokens",
     "BagOfWordsLoss": "objectives.bag_of_words",
     "BagOfWordsReconstruction": "objectives.bag_of_words",
+    "Generation": "objectives.generation",
     "MaskedReconstruction": "objectives.masked",
     "TokenMasking": "objectives.masked",
     "TokenPair": "objectives.pairs",

@@ -201,11 +201,25 @@ def build_base(recipe: Recipe, folder: Path) -> Path:
         prompts=stored_prompts(recipe),
         revision=settings.revision,
         seed=recipe.seed,
-        head=recipe.stage_one is not None,
+        head=recipe.stage_one is not None or recipe.writes,
+        writes=recipe.writes,
     )
     try:
         check_instructions(recipe, AutoTokenizer.from_pretrained(folder))
+        _check_generation(recipe, folder)
     except AnchorvecError:
         shutil.rmtree(folder)  # so that the mended recipe may use the run's folder
         raise
     return folder
+
+
+def _check_generation(recipe: Recipe, folder: Path) -> None:
+    """Raise AnchorvecError where a query and a document after it are longer than the positions of the decoder."""
+    if recipe.stage_two is None or not recipe.stage_two.generation_weight:
+        return
+    positions, longest = identify(folder).positions, recipe.longest_generated
+    if positions is not None and longest > positions:
+        raise AnchorvecError(
+            f"stage_two.generation_weight: a query and the document after it may have {longest} tokens, more than the "
+            f"{positions} positions of {recipe.model.base}; lower data.max_tokens"
+        )

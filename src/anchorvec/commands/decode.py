@@ -15,7 +15,7 @@ from anchorvec.model.embedder import load_causal_lm, load_tokenizer, stored_prom
 from anchorvec.model.readout import prompt_length, stored_readout
 from anchorvec.objectives.reconstruction import TextReconstruction
 from anchorvec.recipe import stored_recipe
-from anchorvec.run import Run
+from anchorvec.run import STAGES, Run
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,8 @@ def decode(
     of a run's stage_one that was trained for something else.
     """
     model: Any = load_causal_lm(folder).eval()
-    if (target := _other_target(Path(folder))) is not None:
-        warnings.warn(
-            f"{folder}: Stage I did not write from embeddings here (stage_one.target: {target}); what is written now "
-            "says little of the text",
-            stacklevel=2,
-        )
+    if reason := _trained_otherwise(Path(folder)):
+        warnings.warn(f"{folder}: {reason}; what is written now says little of the text", stacklevel=2)
     model = model.to(default_device())
     tokenizer: Any = load_tokenizer(folder)
     prompt = stored_prompt(folder, side)
@@ -89,9 +85,13 @@ def decode(
     )
 
 
-def _other_target(folder: Path) -> str | None:
-    """What the Stage I that `folder` is was trained for, if that was not to write; else None."""
+def _trained_otherwise(folder: Path) -> str:
+    """Why the model in `folder`, a stage of a run, was not trained to write from embeddings; empty if it was."""
     folder = folder.resolve()
-    recipe = stored_recipe(Run(folder.parent)) if folder.name == "stage_one" else None
-    target = recipe.stage_one.target if recipe is not None and recipe.stage_one is not None else "text"
-    return None if target == "text" else target
+    recipe = stored_recipe(Run(folder.parent)) if folder.name in STAGES else None
+    if recipe is None:
+        return ""
+    if folder.name == "stage_two":
+        return "Stage II wrote after queries, not from embeddings, here (stage_two.generation_weight)"
+    target = recipe.stage_one.target if recipe.stage_one is not None else "text"
+    return "" if target == "text" else f"Stage I did not write from embeddings here (stage_one.target: {target})"

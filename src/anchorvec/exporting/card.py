@@ -147,6 +147,12 @@ def _ability(stage: Path, recipe: Recipe | None, writes: bool) -> str:
         return "This folder holds no LM head: it can no longer write texts back from their embeddings."
     if recipe and recipe.stage_one and recipe.stage_one.target == "text" and _stage_of(stage) == "stage_one":
         return "This folder is also a causal LM: `anchorvec decode` writes texts back from their embeddings."
+    if recipe and recipe.stage_two and recipe.stage_two.generation_weight and stage.name == "stage_two":
+        both_ways = recipe.model.attention_direction == "bidirectional"
+        return (
+            "This folder is also a causal LM: it writes a document after a query, with its prompt, and a line break"
+            + (", where `model.config.is_causal = True` is set after loading." if both_ways else ".")
+        )
     return "This folder is also a causal LM, but it was not trained to write texts back from their embeddings."
 
 

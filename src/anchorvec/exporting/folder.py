@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoTokenizer
 from anchorvec.errors import AnchorvecError
 from anchorvec.exporting.card import model_card
 from anchorvec.files import new_folder, user_path, write_text
-from anchorvec.model.embedder import can_write, load_causal_lm, save_tokenizer
+from anchorvec.model.embedder import can_write, load_causal_lm, put_head_back, save_tokenizer
 from anchorvec.model.loading import load_model
 from anchorvec.model.portable import BOTH_WAYS_READ_BY, READ_BY, make_portable
 from anchorvec.model.readout import stored_readout
@@ -84,10 +84,8 @@ def export(run: str | Path, out: str | Path, *, texts: Sequence[str] = ()) -> Ex
         # sentence-transformers' own card would look things up on the hub
         model.save_pretrained(str(scratch), create_model_card=False)
         save_tokenizer(model.tokenizer, scratch)
-        if can_write(stage):  # sentence-transformers saved the decoder's body alone (T26)
-            for weights in scratch.glob("model*.safetensors*"):
-                weights.unlink()
-            load_causal_lm(stage).save_pretrained(scratch)
+        if can_write(stage):
+            put_head_back(load_causal_lm(stage), scratch)
         make_portable(scratch)
         readout, writes = stored_readout(scratch), can_write(scratch)
         write_text(scratch / "README.md", model_card(stage, model, name=out.name, readout=readout, writes=writes))

@@ -36,7 +36,7 @@ from anchorvec.model.folders import (
     read_json,
     reading,
 )
-from anchorvec.model.loading import load_model, start_of_adapter
+from anchorvec.model.loading import load_model
 
 SMOLLM2_ON_THE_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 

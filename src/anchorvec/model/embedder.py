@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from peft import PeftModel
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Transformer
 from transformers import (
@@ -27,9 +28,9 @@ from transformers import (
 from anchorvec.errors import AnchorvecError
 from anchorvec.files import new_folder, write_json
 from anchorvec.model.base import check_fit, load_base, without_rowless_tokens
-from anchorvec.model.decoder import check_decoder, read_both_ways
+from anchorvec.model.decoder import check_decoder, decoder_of, read_both_ways
 from anchorvec.model.end import EndPrompt, template_of
-from anchorvec.model.folders import reading
+from anchorvec.model.folders import START, read_json, reading, start_of_adapter
 from anchorvec.model.portable import make_portable
 from anchorvec.model.readout import Readout
 from anchorvec.run import is_embedder
@@ -115,6 +116,13 @@ def save_causal_lm(model: PreTrainedModel, like: str | Path, folder: str | Path)
         make_portable(folder)
 
 
+def put_head_back(model: PreTrainedModel, folder: Path) -> None:
+    """Save `model`, a causal LM, over its decoder's body, which sentence-transformers saved in `folder` (T26)."""
+    for weights in folder.glob("model*.safetensors*"):
+        weights.unlink()
+    model.save_pretrained(folder)
+
+
 def load_causal_lm(folder: str | Path, *, attention: str = "auto") -> PreTrainedModel:
     """The causal LM of an embedder folder with fp32 weights.
 
@@ -130,6 +138,11 @@ def load_causal_lm(folder: str | Path, *, attention: str = "auto") -> PreTrained
             f"{folder}: this folder can no longer write: it holds an embedder without the LM head; "
             "name the run's stage_one folder"
         )
+    if not (folder / "config.json").is_file():
+        model = load_causal_lm(start_of_adapter(folder), attention=attention)
+        with reading(folder):
+            PeftModel.from_pretrained(decoder_of(model), str(folder)).merge_and_unload()  # in place
+        return model
     options = attention_options(attention)
     with reading(folder):
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **options)
@@ -153,10 +166,13 @@ def attention_options(attention: str) -> dict[str, Any]:
 
 
 def can_write(folder: str | Path) -> bool:
-    """Whether the folder holds a causal LM, head included, rather than a decoder body alone (T26)."""
+    """Whether the folder holds a causal LM, head included, rather than a decoder body alone (T26).
+
+    That of an adapter does if it was trained to write, too.
+    """
     path = Path(folder) / "config.json"
-    if not path.is_file():  # a LoRA adapter
-        return False
+    if not path.is_file():  # a LoRA adapter, over a start that has the head
+        return bool((read_json(str(folder), START) or {}).get("writes"))
     with reading(folder):
         architectures = json.loads(path.read_text(encoding="utf-8")).get("architectures") or []
     return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures)

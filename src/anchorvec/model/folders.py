@@ -24,7 +24,7 @@ _DATA_SET = ("dataset_dict.json", "dataset_info.json", "state.json", "corpus.jso
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 """What families call the number of their positions; those without any, or with as many as one likes, name none."""
 START = "start.json"
-"""In the folder of an adapter: the folder and the weights that it was trained over."""
+"""In the folder of an adapter: the folder and the weights that it was trained over, and whether it is to write."""
 
 _PARTS, _PART_BYTES = 32, 2**17
 """Of a file of weights so many parts are hashed; the first one has its header."""
@@ -225,6 +225,23 @@ def origin(folder: Path) -> str:
     """Which stage of which run `folder` is, as a part of a sentence; empty if it is none."""
     run = Run(folder.absolute().parent)
     return f", {folder.name} of the run {run.folder}" if run.record.is_file() and folder.name in STAGES else ""
+
+
+def start_of_adapter(stage: Path) -> Path:
+    """The embedder folder beside the LoRA adapter in the folder `stage` that its training started from.
+
+    Raises AnchorvecError where it is not there any more, or has other weights.
+    """
+    start = Run(stage.parent).start_of("stage_two")
+    if start is None:
+        raise AnchorvecError(f"{stage}: a LoRA adapter whose start, stage_one or base, is not beside it any more")
+    trained_over = read_json(str(stage), START)
+    if trained_over is not None and trained_over["weights"] != weights_fingerprint(start):
+        raise AnchorvecError(
+            f"{stage}: this LoRA adapter was trained over a {trained_over['folder']} with other weights than {start} "
+            "has; put that back beside it"
+        )
+    return start
 
 
 def _limit(sentence_bert: dict[str, Any], tokenizer: dict[str, Any]) -> int | None:

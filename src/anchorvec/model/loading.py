@@ -13,18 +13,15 @@ from transformers.utils.hub import cached_file
 from anchorvec.errors import AnchorvecError
 from anchorvec.files import user_path
 from anchorvec.model.folders import (
-    START,
     faulty_weights,
     folder_fingerprint,
     identify,
     instead,
     is_local,
-    read_json,
     reading,
-    weights_fingerprint,
+    start_of_adapter,
 )
 from anchorvec.model.packing import packing_pays, use_packed_texts
-from anchorvec.run import Run
 
 
 def load_model(
@@ -114,20 +111,3 @@ def warn_of_named_prompts(model: SentenceTransformer, names: Sequence[str] = ())
             "give one as --instruction (in Python: instruction=)",
             stacklevel=3,
         )
-
-
-def start_of_adapter(stage: Path) -> Path:
-    """The embedder folder beside the adapter in `stage` that its training started from.
-
-    Raises AnchorvecError where it is not there any more, or has other weights.
-    """
-    start = Run(stage.parent).start_of("stage_two")
-    if start is None:
-        raise AnchorvecError(f"{stage}: a LoRA adapter whose start, stage_one or base, is not beside it any more")
-    trained_over = read_json(str(stage), START)
-    if trained_over is not None and trained_over["weights"] != weights_fingerprint(start):
-        raise AnchorvecError(
-            f"{stage}: this LoRA adapter was trained over a {trained_over['folder']} with other weights than {start} "
-            "has; put that back beside it"
-        )
-    return start

@@ -4,10 +4,11 @@
 
 The candidates d of a query are all positives and all hard negatives of the step. The loss is the library's own,
 unmodified: it takes all candidates together, so a step may have fewer hard negatives than pairs. Of several processes
-each has its share of the queries, and the candidates of all. Word reconstruction, which can be added to it, is ours.
+each has its share of the queries, and the candidates of all. What can be added to it, word reconstruction and
+generation, is ours.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -28,6 +29,8 @@ from anchorvec.processes import all_gather, gathered
 from anchorvec.ranks import rank, ranks
 
 Loss = CachedMultipleNegativesRankingLoss | MultipleNegativesRankingLoss
+Written = Callable[[Sequence[list[int]], Sequence[list[int]]], tuple[Tensor, int]]
+"""Of the queries and documents of a step, as token ids as they are read: the generation loss, and its tokens."""
 
 
 def contrastive_loss(
@@ -38,6 +41,8 @@ def contrastive_loss(
     bag_of_words: BagOfWordsLoss | None = None,
     bag_of_words_weight: float = 1.0,
     content: Callable[[list[int]], list[int]] = lambda ids: ids,
+    generation: Written | None = None,
+    generation_weight: float = 1.0,
     one_pass: bool = False,
 ) -> Loss:
     """InfoNCE with in-batch negatives over cosine similarities divided by `temperature`.
@@ -45,26 +50,27 @@ def contrastive_loss(
     Texts of at most `micro_batch_tokens`, padding included, are held in memory at a time through cached gradients
     (GradCache), which encode every text twice; None encodes the whole step once. Loss and gradient are the same. With
     `bag_of_words`, `bag_of_words_weight` times that loss is added, of each embedding and the pair's other text.
-    `content` takes the ids of a text as it is read, and leaves out its prompt and its end. With `one_pass` the columns
+    `content` takes the ids of a text as it is read, and leaves out its prompt and its end. With `generation`,
+    `generation_weight` times its loss is added. With `one_pass` the columns
     of a batch, if they are packed, go through `model` together instead of one after another; the library takes one
     length of all their prompts then, so it is for a pooling that leaves none out.
     """
     options: dict[str, Any] = {"scale": 1 / temperature, "directions": ("query_to_doc",)}
-    loss: _Plain | _Cached
-    plain, cached = (_Plain, _Cached) if bag_of_words is None else (_AndBagOfWords, _CachedAndBagOfWords)
+    loss: _PlainAndBeside | _CachedAndBeside
     if micro_batch_tokens is None:
-        loss = plain(model, **options)
+        loss = _PlainAndBeside(model, **options)
     elif reads_packed(model):
-        loss = cached(model, mini_batch_num_tokens=micro_batch_tokens, **options)
+        loss = _CachedAndBeside(model, mini_batch_num_tokens=micro_batch_tokens, **options)
     else:
         # The library's count of tokens leaves padding out, which takes memory too: as many texts as always fit.
         longest = template_of(model.tokenizer).tokens(model.max_seq_length or micro_batch_tokens)
         texts = max(1, micro_batch_tokens // longest)
-        loss = cached(model, mini_batch_size=texts, **options)
+        loss = _CachedAndBeside(model, mini_batch_size=texts, **options)
     loss.one_pass = one_pass
-    if isinstance(loss, _BagOfWords) and bag_of_words is not None:
-        loss.bag_of_words, loss.bag_of_words_weight = bag_of_words, bag_of_words_weight
-        loss.content, loss.bag_of_words_losses = content, []
+    loss.bag_of_words, loss.bag_of_words_weight, loss.content = bag_of_words, bag_of_words_weight, content
+    loss.generation, loss.generation_weight = generation, generation_weight
+    there = {"bag_of_words": bag_of_words, "generation": generation}
+    loss.beside = {name: [] for name, part in there.items() if part is not None}
     return loss
 
 
@@ -174,41 +180,53 @@ def _texts(columns: Iterable[dict[str, Any]]) -> list[int]:
     return [len(column["cu_seq_lens_q"]) - 1 for column in columns]
 
 
-class _BagOfWords:
-    """What adds bag-of-words reconstruction to one of the losses."""
+class _Beside:
+    """What may stand beside one of the losses: bag-of-words reconstruction, and generation."""
 
-    bag_of_words: BagOfWordsLoss
-    bag_of_words_weight: float
+    bag_of_words: BagOfWordsLoss | None = None
+    bag_of_words_weight = 1.0
     content: Callable[[list[int]], list[int]]
-    bag_of_words_losses: list[Tensor]
-    """Of each step, without the weight."""
-    texts: list[list[list[int]]]  # of the batch: queries, positives
+    generation: Written | None = None
+    generation_weight = 1.0
+    beside: dict[str, list[Tensor]]
+    """The losses beside the contrastive one by name: of each step, without their weights."""
+    written_tokens = 0
+    """Tokens of the last step that were passed over for generation."""
+    texts: list[list[list[int]]]  # of the batch, as they are read: queries, positives
 
     def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor) -> Tensor:
         features = list(sentence_features)
-        self.texts = [[self.content(text) for text in token_ids(column)] for column in features[:2]]
+        if self.bag_of_words is not None or self.generation is not None:
+            self.texts = [token_ids(column) for column in features[:2]]
         loss: Tensor = super().forward(features, labels)  # type: ignore[misc]
-        return loss
+        if self.generation is None:
+            return loss
+        written, self.written_tokens = self.generation(*self.texts)
+        self.beside["generation"].append(written.detach())
+        return loss + self.generation_weight * written
 
     def weighted_bag_of_words(self, from_queries: Tensor, from_documents: Tensor) -> Tensor:
         """The weighted loss of bag-of-words reconstruction from the embeddings of the batch, both directions alike."""
-        queries, documents = self.texts
+        assert self.bag_of_words is not None
+        queries, documents = ([self.content(text) for text in column] for column in self.texts)
         to_document = self.bag_of_words(from_queries, queries, documents, to="document")
         to_query = self.bag_of_words(from_documents, documents, queries, to="query")
         loss: Tensor = (to_document + to_query).mean() / 2
-        self.bag_of_words_losses.append(loss.detach())
+        self.beside["bag_of_words"].append(loss.detach())
         return self.bag_of_words_weight * loss
 
 
-class _AndBagOfWords(_BagOfWords, _Plain):
+class _PlainAndBeside(_Beside, _Plain):
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
         loss = super().compute_loss_from_embeddings(embeddings, labels)
-        return loss + self.weighted_bag_of_words(*embeddings[:2])
+        return loss if self.bag_of_words is None else loss + self.weighted_bag_of_words(*embeddings[:2])
 
 
-class _CachedAndBagOfWords(_BagOfWords, _Cached):
+class _CachedAndBeside(_Beside, _Cached):
     def loss_of_columns(self, reps: list[list[Tensor]], labels: Tensor | None, *, with_backward: bool) -> Tensor:
         loss = super().loss_of_columns(reps, labels, with_backward=with_backward)
+        if self.bag_of_words is None:
+            return loss
         told = self.weighted_bag_of_words(torch.cat(reps[0]), torch.cat(reps[1]))
         if with_backward:
             torch.autograd.backward(told)

@@ -69,6 +69,11 @@ def check_recipe(recipe: "Recipe") -> None:
         )
     if recipe.stage_one is not None:
         _check_stage_one(recipe.stage_one, recipe.model)
+    if recipe.stage_two is not None and recipe.stage_two.generation_weight and recipe.model.read == "twice":
+        _refuse(
+            "a document is written after a query that stands there once; it needs model.read: once",
+            "stage_two.generation_weight",
+        )
 
 
 def _check_stage_one(stage: "StageOne", model: "ModelSettings") -> None:

@@ -33,11 +33,21 @@ def describe_stage_one(stage: StageOne) -> str:
 
 def kind_of_stage_two(stage: StageTwo) -> str:
     """What Stage II with the settings `stage` is called."""
-    return "contrastive learning" + " with bag-of-words reconstruction beside it" * bool(stage.bag_of_words_weight)
+    beside = [name for name, weight in _beside(stage).items() if weight]
+    return "contrastive learning" + f" with {' and '.join(beside)} beside it" * bool(beside)
 
 
 def describe_stage_two(stage: StageTwo) -> str:
     """What Stage II with the settings `stage` trains."""
-    weight = f" (weight {stage.bag_of_words_weight:g})" if stage.bag_of_words_weight else ""
+    weights = [f"{weight:g}" for weight in _beside(stage).values() if weight]
+    weight = f" (weight {' and '.join(weights)})" if weights else ""
     trained = "all parameters" if stage.lora is None else f"LoRA of rank {stage.lora.r}"
     return f"{kind_of_stage_two(stage)}{weight}, temperature {stage.temperature:g}; {trained}"
+
+
+def _beside(stage: StageTwo) -> dict[str, float]:
+    """What may stand beside the contrastive loss, with its weight."""
+    return {
+        "bag-of-words reconstruction": stage.bag_of_words_weight,
+        "generation of documents after queries": stage.generation_weight,
+    }

@@ -212,9 +212,20 @@ class Recipe(Section):
         return [name for name in STAGES if getattr(self, name) is not None]
 
     @property
+    def writes(self) -> bool:
+        """Whether the decoder writes texts in a stage, one token after another."""
+        generates = self.stage_two is not None and self.stage_two.generation_weight > 0
+        return generates or (self.stage_one is not None and self.stage_one.target == "text")
+
+    @property
     def training_tokens(self) -> int:
         """The length limit of one text in training, everything counted, and the text once."""
         return self.data.max_tokens or self.model.max_tokens
+
+    @property
+    def longest_generated(self) -> int:
+        """The most tokens of a query and the document that is written after it, and of the line break between them."""
+        return 2 * self.training_tokens + 1
 
     @property
     def longest_read(self) -> int:

@@ -150,6 +150,9 @@ class StageTwo(_Stage):
     bag_of_words_weight: NonNegativeFloat = 0.0
     """Weight of bag-of-words reconstruction (Stage I's `target: bag_of_words`, both directions alike) in the same step,
     beside the contrastive loss. 0: off, the paper's."""
+    generation_weight: NonNegativeFloat = 0.0
+    """Weight of generation in the same step, beside the contrastive loss (GritLM): the decoder also writes the document
+    after the query, causally, a line break between them. The folder keeps its LM head. 0: off, the paper's."""
     in_batch_negatives: Literal["random", "similar"] = "random"
     """Which pairs make a step: `random`, or pairs that are `similar` by their words, so that a query's wrong documents
     are hard ones. Pairs so similar that one may answer the other's query are kept apart, where there are others. With

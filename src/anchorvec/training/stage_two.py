@@ -13,22 +13,26 @@ from sentence_transformers.sentence_transformer.training_args import (
     MultiDatasetBatchSamplers,
     SentenceTransformerTrainingArguments,
 )
-from torch import Tensor
-from transformers import set_seed
+from torch import Tensor, nn
+from transformers import PreTrainedModel, set_seed
 
 from anchorvec.data.reading import without_prompt_and_end
 from anchorvec.data.samplers import DifferentTexts, SimilarPairs
 from anchorvec.data.stage_inputs import large_step
 from anchorvec.data.tokens import PairTokenizer
 from anchorvec.device import default_device, keep_frozen_in_bf16
+from anchorvec.errors import AnchorvecError
 from anchorvec.files import new_folder, write_json
 from anchorvec.model.compiling import compile_decoder_layers
-from anchorvec.model.embedder import attention_options, save_tokenizer
+from anchorvec.model.decoder import decoder_of
+from anchorvec.model.embedder import attention_options, load_causal_lm, put_head_back, save_tokenizer
+from anchorvec.model.end import template_of
 from anchorvec.model.folders import START, weights_fingerprint
 from anchorvec.model.packing import packed_features, use_packed_texts
 from anchorvec.model.portable import make_portable
 from anchorvec.objectives.bag_of_words import SAMPLE_PAIRS, BagOfWordsLoss
 from anchorvec.objectives.contrastive import Loss, contrastive_loss
+from anchorvec.objectives.generation import Generation, generation_loss
 from anchorvec.ranks import rank, ranks
 from anchorvec.training.bag_of_words import bag_of_words_loss
 from anchorvec.training.engine import UNPACKABLE, Demand, Engine, agreed, choose_engine, why_padded
@@ -43,12 +47,13 @@ class StageTwoModel:
     """The embedder with what Stage II trains in it, and the engine it is set up for.
 
     It reads texts up to the limit for training. `bag_of_words` is there where it is a part of the loss, or chooses the
-    negatives.
+    negatives, `generation` where documents are written, too.
     """
 
     model: SentenceTransformer
     engine: Engine
     bag_of_words: BagOfWordsLoss | None
+    generation: Generation | None = None
 
 
 def train_stage_two(stage: Stage) -> Path:
@@ -77,37 +82,46 @@ def train_stage_two(stage: Stage) -> Path:
         callbacks=[progress],
     )
     trainer.orders = orders
-    run_trainer(stage, trainer, progress, partial(_save, stage, model))
+    run_trainer(stage, trainer, progress, partial(_save, stage, prepared))
     folder = stage.run.stage("stage_two")
     if rank() == 0:
-        _save(stage, model, folder)
+        _save(stage, prepared, folder)
     return folder
 
 
-def _save(stage: Stage, model: SentenceTransformer, folder: Path) -> None:
-    """Write `model` as it is into the new `folder`; of one with adapters these alone, and what they stand over."""
+def _save(stage: Stage, prepared: StageTwoModel, folder: Path) -> None:
+    """Write the `prepared` model as it is into the new `folder`; of one with adapters these, and what is below."""
+    model, generation = prepared.model, prepared.generation
     training_tokens = model.max_seq_length
     model.max_seq_length = stage.recipe.model.max_tokens
     with new_folder(folder) as scratch:
         model.save_pretrained(str(scratch), create_model_card=False)
         save_tokenizer(model.tokenizer, scratch)
+        if generation is not None and stage.two.lora is None:
+            put_head_back(generation.model, scratch)
         make_portable(scratch)
         if stage.two.lora is not None:
             start = {"folder": stage.start.name, "weights": weights_fingerprint(stage.start)}
-            write_json(scratch / START, start)
+            write_json(scratch / START, start | {"writes": generation is not None})
     model.max_seq_length = training_tokens
 
 
 def stage_two_loss(stage: Stage, prepared: StageTwoModel) -> Loss:
     """The loss of `stage` on the model that is `prepared` for it."""
     settings, engine = stage.two, prepared.engine
+    held = engine.micro_batch_tokens if engine.cached_gradients else None
+    written = None
+    if prepared.generation is not None:
+        written = partial(generation_loss, prepared.generation, micro_batch_tokens=held, bf16=stage.bf16)
     return contrastive_loss(
         prepared.model,
         temperature=settings.temperature,
-        micro_batch_tokens=engine.micro_batch_tokens if engine.cached_gradients else None,
+        micro_batch_tokens=held,
         bag_of_words=prepared.bag_of_words if settings.bag_of_words_weight else None,
         bag_of_words_weight=settings.bag_of_words_weight,
         content=without_prompt_and_end(prepared.model.tokenizer, stage.recipe),
+        generation=written,
+        generation_weight=settings.generation_weight,
         # in fp32 on a CPU, which computes text by text, it brings nothing
         one_pass=(default_device().type == "cuda" or stage.bf16) and stage.recipe.model.pool_prompt,
     )
@@ -116,9 +130,10 @@ def stage_two_loss(stage: Stage, prepared: StageTwoModel) -> Loss:
 def stage_two_model(stage: Stage) -> StageTwoModel:
     """The embedder that `stage` starts from, with what it trains, set up as the engine says."""
     recipe, settings = stage.recipe, stage.two
-    model = _trained_model(stage)
+    model, causal_lm = _trained_model(stage)
     padded_because = why_padded(recipe.model.attention, recipe.model.precision)
     packed = not padded_because and use_packed_texts(model)
+    generation = None if causal_lm is None else _generation(stage, model, causal_lm, packed)
     _add_lora(stage, model)
 
     def embed(ids: Tensor, mask: Tensor, prompt: int = 0) -> Tensor:
@@ -136,37 +151,55 @@ def stage_two_model(stage: Stage) -> StageTwoModel:
     body: Any = model[0].model
     engine = stage.engine_before(body, packed)
     if engine is None:
-        demand = stage_two_demand(stage, model.tokenizer, packed, padded_because or UNPACKABLE)
+        demand = stage_two_demand(stage, model.tokenizer, packed, padded_because or UNPACKABLE, generation)
         engine = choose_engine(body, encode, demand)
     engine = agreed(engine, body)
-    if engine.compiled:
+    if engine.compiled and generation is not None:
+        generation.compile_layers()
+    elif engine.compiled:
         compile_decoder_layers(body)
-    return StageTwoModel(model, engine, bag_of_words)
+    return StageTwoModel(model, engine, bag_of_words, generation)
 
 
-def stage_two_demand(stage: Stage, tokenizer: Any, packed: bool, padded_because: str) -> Demand:
-    """What `stage` wants to hold, of texts that `tokenizer` reads; `packed`, and `padded_because`, why not."""
+def stage_two_demand(
+    stage: Stage, tokenizer: Any, packed: bool, padded_because: str, generation: Generation | None = None
+) -> Demand:
+    """What `stage` wants to hold, of texts that `tokenizer` reads; `packed`, and `padded_because`, why not.
+
+    `generation`: what writes documents beside the contrastive loss, where something does.
+    """
     recipe, settings, inputs = stage.recipe, stage.two, stage.inputs
+    longest = recipe.longest_read
     share = settings.pairs_per_step // ranks()
+    logits_bytes = 4 * 4 * 2 * SAMPLE_PAIRS * share if settings.bag_of_words_weight else 0
+    if generation is not None:
+        longest = recipe.longest_generated
+        logits_bytes += generation.score_bytes(share, recipe.training_tokens, default_device())
+
+    def step_tokens(name: str, rows: Any) -> float:
+        prompts = inputs.prompts[name]
+        read = large_step(tokenizer, rows, prompts, recipe, packed=packed)
+        if generation is None:
+            return read
+        pair = {column: prompts[column] for column in ("query", "positive")}
+        return read + large_step(tokenizer, rows, pair, recipe, packed=packed)
+
     return Demand(
         packed=packed,
         precision=recipe.model.precision,
         gradient_checkpointing=settings.gradient_checkpointing,
         micro_batch_tokens=settings.micro_batch_tokens,
-        longest=recipe.longest_read,
-        least_tokens=recipe.longest_read,
-        step_tokens=max(
-            large_step(tokenizer, rows, inputs.prompts[name], recipe, packed=packed)
-            for name, rows in inputs.contrastive.items()
-        )
-        / ranks(),
-        logits_bytes=4 * 4 * 2 * SAMPLE_PAIRS * share if settings.bag_of_words_weight else 0,
+        longest=longest,
+        least_tokens=longest,
+        step_tokens=max(step_tokens(name, rows) for name, rows in inputs.contrastive.items()) / ranks(),
+        logits_bytes=logits_bytes,
         long_enough=stage.long_enough,
         padded_because=padded_because,
     )
 
 
-def _trained_model(stage: Stage) -> SentenceTransformer:
+def _trained_model(stage: Stage) -> tuple[SentenceTransformer, PreTrainedModel | None]:
+    """The embedder that `stage` starts from, and the causal LM around its decoder where that is to write, too."""
     release_freed_memory()  # of an earlier stage
     set_seed(stage.recipe.seed)  # LoRA's new weights are drawn before the trainer seeds
     options = attention_options(stage.recipe.model.attention)
@@ -176,7 +209,36 @@ def _trained_model(stage: Stage) -> SentenceTransformer:
         device=str(default_device()),
     ).train()
     model.max_seq_length = stage.recipe.training_tokens
-    return model
+    if not stage.two.generation_weight:
+        return model, None
+    if ranks() > 1:
+        raise AnchorvecError(
+            "stage_two.generation_weight: documents are written beside the contrastive loss by one process alone yet; "
+            "start one, or set it to 0"
+        )
+    causal_lm = load_causal_lm(stage.start, attention=stage.recipe.model.attention).train()
+    nn.Module.to(causal_lm, default_device())  # PreTrainedModel.to is not typed
+    module: Any = model[0]
+    module.model = decoder_of(causal_lm)
+    return model, causal_lm
+
+
+def _generation(stage: Stage, model: SentenceTransformer, causal_lm: PreTrainedModel, packed: bool) -> Generation:
+    """What writes documents after queries with `causal_lm`, whose decoder is that of `model`; a head trains with it."""
+    head: Any = causal_lm.get_output_embeddings()
+    embeddings: Any = causal_lm.get_input_embeddings()
+    if head.weight is not embeddings.weight:
+        head.requires_grad_(stage.two.lora is None)
+        model[0].add_module("lm_head", head)  # for optimizer, gradient norm and checkpoints; it is not saved there
+    tokenizer: Any = model.tokenizer
+    return Generation(
+        causal_lm,
+        separator=template_of(tokenizer).once(tokenizer("\n", add_special_tokens=False)["input_ids"]),
+        end=tokenizer.eos_token_id,
+        limit=stage.recipe.training_tokens,
+        content=without_prompt_and_end(tokenizer, stage.recipe),
+        packed=packed,
+    )
 
 
 def _add_lora(stage: Stage, model: SentenceTransformer) -> None:

@@ -252,16 +252,21 @@ class ContrastiveTrainer(TimedTrainer, SentenceTransformerTrainer):
     """sentence-transformers' trainer; it also counts the tokens that it reads."""
 
     def kept(self) -> dict[str, Any]:
-        """As the base class says, with the bag-of-words losses that the next record tells of."""
-        losses = getattr(self.loss, "bag_of_words_losses", None) or []
-        return super().kept() | {"bag_of_words": [float(loss) for loss in losses]}
+        """As the base class says, with the losses beside the contrastive one that the next record tells of."""
+        beside = {name: [float(loss) for loss in losses] for name, losses in self.beside.items()}
+        return super().kept() | {"beside": beside}
 
     def take_up(self, state: dict[str, Any]) -> None:
         """Go on with the `state` that `kept` gave."""
         super().take_up(state)
-        if state["bag_of_words"]:
-            loss: Any = self.loss
-            loss.bag_of_words_losses = [torch.tensor(loss) for loss in state["bag_of_words"]]
+        for name, losses in state["beside"].items():
+            self.beside[name].extend(torch.tensor(loss) for loss in losses)
+
+    @property
+    def beside(self) -> dict[str, list[Tensor]]:
+        """The losses beside the contrastive one since the last record, by name."""
+        found: dict[str, list[Tensor]] = getattr(self.loss, "beside", {})
+        return found
 
     data_collator_class = _CollatorWithRows
 
@@ -299,14 +304,15 @@ class ContrastiveTrainer(TimedTrainer, SentenceTransformerTrainer):
         of_words = getattr(self.loss, "bag_of_words_losses", None) or []
         loss, *of_words[-1:] = added(torch.stack([loss, *of_words[-1:]])) / ranks()  # each has as many pairs
         self.check_finite("the loss", loss)
+        self.tokens_seen += getattr(self.loss, "written_tokens", 0)
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the tokens so far to a training record, and the bag-of-words loss where it is a part of the loss."""
+        """Add the tokens so far to a training record, and the losses beside the contrastive one."""
         if "loss" in logs:
             logs = {**logs, "tokens": self.tokens_seen}
-            if losses := getattr(self.loss, "bag_of_words_losses", None):
-                logs["bag_of_words"] = statistics.mean(map(float, losses))
+            for name, losses in self.beside.items():
+                logs[name] = statistics.mean(map(float, losses))
                 losses.clear()
         super().log(logs, start_time)
 
