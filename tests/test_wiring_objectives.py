@@ -155,8 +155,13 @@ def test_bags_are_told_over_the_vocabulary_as_the_recipe_says(tmp_path):
 def test_documents_are_written_after_queries_with_this_weight(tmp_path):
     """Beside the contrastive loss, behind a line break, closed by the end token."""
     path = write_rows(tmp_path / "pairs.jsonl", [*PLAIN, *HARD])
-    values = {"stage_one": None, "stage_two.steps": 1, "stage_two.warmup_steps": 0, "stage_two.pairs_per_step": 4}
-    values |= {"stage_two.generation_weight": 0.3, "stage_two.temperature": 0.2, "stage_two.negatives": 0}
+    values = {"model.max_tokens": 64, "stage_one": None, "stage_two.steps": 1, "stage_two.warmup_steps": 0}
+    values |= {
+        "stage_two.pairs_per_step": 4,
+        "stage_two.generation_weight": 0.3,
+        "stage_two.temperature": 0.2,
+        "stage_two.negatives": 0,
+    }
     run = train(tmp_path / "run", {**values, "seed": 2, "data.train": [{"path": str(path), "instruction": "ask: "}]})
     [stage], [record] = run.stages.values(), run.log["stage_two"]
     queries, documents = (stage.steps[0].texts[column] for column in ("query", "positive"))
