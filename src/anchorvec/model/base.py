@@ -35,6 +35,7 @@ from anchorvec.model.folders import (
     positions_of,
     read_json,
     reading,
+    start_of_adapter,
 )
 from anchorvec.model.loading import load_model
 
