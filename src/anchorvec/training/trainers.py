@@ -301,8 +301,11 @@ class ContrastiveTrainer(TimedTrainer, SentenceTransformerTrainer):
             raise AnchorvecError(
                 f"stage_two: out of memory; {_OUT_OF_MEMORY_HELP.format(stage='stage_two')}"
             ) from error
-        of_words = getattr(self.loss, "bag_of_words_losses", None) or []
-        loss, *of_words[-1:] = added(torch.stack([loss, *of_words[-1:]])) / ranks()  # each has as many pairs
+        there = [losses for losses in self.beside.values() if losses]
+        of_all = added(torch.stack([loss, *(losses[-1] for losses in there)])) / ranks()  # each has as many pairs
+        loss = of_all[0]
+        for losses, of_step in zip(there, of_all[1:], strict=True):
+            losses[-1] = of_step
         self.check_finite("the loss", loss)
         self.tokens_seen += getattr(self.loss, "written_tokens", 0)
         return loss
@@ -312,8 +315,9 @@ class ContrastiveTrainer(TimedTrainer, SentenceTransformerTrainer):
         if "loss" in logs:
             logs = {**logs, "tokens": self.tokens_seen}
             for name, losses in self.beside.items():
-                logs[name] = statistics.mean(map(float, losses))
-                losses.clear()
+                if losses:
+                    logs[name] = statistics.mean(map(float, losses))
+                    losses.clear()
         super().log(logs, start_time)
 
 
