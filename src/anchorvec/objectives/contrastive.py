@@ -183,7 +183,7 @@ def _texts(columns: Iterable[dict[str, Any]]) -> list[int]:
 class _Beside:
     """What may stand beside one of the losses: bag-of-words reconstruction, and generation."""
 
-    bag_of_words: BagOfWordsLoss | None = None
+    bag_of_words: BagOfWordsLoss | None  # no default: a module is not found behind a class's own attribute
     bag_of_words_weight = 1.0
     content: Callable[[list[int]], list[int]]
     generation: Written | None = None
