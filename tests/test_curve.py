@@ -229,7 +229,7 @@ def test_the_time_for_scores_is_none_of_the_training(scored_values, tmp_path, mo
     """It is a part of the minutes of a run; but the schedule stands still, and none is begun that would not end."""
     clock = Clock()
     monkeypatch.setattr("anchorvec.training.budget.pace", lambda: 1.0)
-    of_training = ("progress", "stage", "trainers", "budget", "scoring")
+    of_training = ("progress", "trainers", "budget", "scoring")
     for module in (*(f"training.{name}" for name in of_training), "pipeline", "resuming", "run_scores"):
         monkeypatch.setattr(f"anchorvec.{module}.time", clock)
 
@@ -262,7 +262,7 @@ def test_the_time_for_scores_is_none_of_the_training(scored_values, tmp_path, mo
     assert rates == sorted(rates, reverse=True)
     falls = [before - after for before, after in itertools.pairwise(rates)]
     assert max(falls) < 2 * sorted(falls)[len(falls) // 2]
-    assert rates[-1] < 0.25 * asked.stage_two.learning_rate
+    assert rates[-1] < 0.3 * asked.stage_two.learning_rate
     said = capsys.readouterr().err
     assert "Stage II: no time is left for scores after step" in said
     assert f"evaluation.at: Stage II has {steps[-1]['step']} steps, so there are no scores after 500" in said

@@ -174,7 +174,7 @@ def test_everything_is_written_into_output(tmp_path, data, monkeypatch):
     run = train(Path("a/run"), {**data, **SHORT})
     assert {path.name for path in tmp_path.iterdir()} == {"a", "data"}
     written = {path.name for path in (tmp_path / "a" / "run").iterdir()}
-    assert written == {"base", "stage_one", "stage_two", "model", "log.jsonl", "run.json", "recipe.yaml"}
+    assert written == {"base", "stage_one", "stage_two", "model", "log.jsonl", "rows.json", "run.json", "recipe.yaml"}
     asked = {"output": "a/run", "model.precision": "fp32", **data, **SHORT}
     assert anchorvec.load_recipe(run.folder / "recipe.yaml") == recipe(asked)
 

@@ -41,5 +41,7 @@ def tokens_of_a_step(recipe: Recipe, inputs: StageInputs, batch: Sequence[TokenP
         rows = sum(report.rows for report in inputs.reports.values())
         with_negatives = sum(inputs.rows_with_negatives.values()) / rows
         read += with_negatives * two.negatives * statistics.mean(len(pair.document) for pair in batch)
+        if two.generation_weight:  # a document is written behind its query
+            read += statistics.mean(len(pair.query) + len(pair.document) for pair in batch)
         tokens["stage_two"] = read * two.pairs_per_step
     return tokens

@@ -82,17 +82,18 @@ class TimedTrainer(CheckpointedTrainer):
             [of_step, *_] = scheduler.lr_lambdas
 
             def of_share(_: int) -> float:
-                return float(of_step(round(num_training_steps * from_first(min(1.0, self.used())))))
+                return float(of_step(round(num_training_steps * from_first(min(1.0, self.used(by_schedule=True))))))
 
             scheduler.lr_lambdas = [of_share] * len(scheduler.lr_lambdas)
             for group, base in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, strict=True):
                 group["lr"] = base * of_share(0)  # where no time is left, the one step that is made has a rate of 0
         return scheduler
 
-    def used(self) -> float:
-        """The share of its limit that it has used."""
+    def used(self, *, by_schedule: bool = False) -> float:
+        """The share of its limit that it has used; `by_schedule`: without the time that scores to come will take."""
         assert self.limit is not None
-        return self.limit.used(self.began, self.tokens_seen, self.kept_seconds)
+        kept = self.kept_seconds if by_schedule else lambda: 0.0
+        return self.limit.used(self.began, self.tokens_seen, kept)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Have the callbacks score the model as it is, which a `control.should_evaluate` asks for."""
