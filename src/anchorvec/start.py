@@ -207,6 +207,8 @@ def build_base(recipe: Recipe, folder: Path) -> Path:
     try:
         check_instructions(recipe, AutoTokenizer.from_pretrained(folder))
         _check_generation(recipe, folder)
+        if settings.pooling == "latent_attention" and settings.attention_direction == "causal":
+            say("model.pooling: latent_attention behind causal attention is not NV-Embed's; that is bidirectional")
     except AnchorvecError:
         shutil.rmtree(folder)  # so that the mended recipe may use the run's folder
         raise

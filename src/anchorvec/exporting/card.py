@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from sentence_transformers import SentenceTransformer
 
 from anchorvec.model.end import template_of
-from anchorvec.model.portable import BOTH_WAYS_READ_BY
+from anchorvec.model.portable import BOTH_WAYS_READ_BY, DENSE_READ_BY, OWN_READ_BY
 from anchorvec.model.readout import Readout
 from anchorvec.recipe import Recipe, dump_recipe, stored_recipe
 from anchorvec.recipe.description import kind_of_stage_one, kind_of_stage_two
@@ -39,7 +39,7 @@ In training, texts were cut to {{ training_tokens }} tokens.
 ```python
 from sentence_transformers import SentenceTransformer
 
-model = SentenceTransformer("{{ name }}")
+model = SentenceTransformer("{{ name }}"{{ trusted }})
 queries = model.encode_query(["how do I join two tables?"])
 documents = model.encode_document(["Merge DataFrame objects with a database-style join."])
 print(model.similarity(queries, documents))
@@ -108,6 +108,7 @@ def model_card(stage: Path, model: SentenceTransformer, *, name: str, readout: R
         about=recipe.about if recipe and trained else "",
         readout=readout,
         warning=_warning(readout),
+        trusted=", trust_remote_code=True" if readout.pooling == "latent_attention" else "",
         max_tokens=model.max_seq_length,
         tokens_read=template_of(model.tokenizer).tokens(model.max_seq_length or 0),
         training_tokens=recipe.data.max_tokens if recipe and trained else None,
@@ -158,9 +159,13 @@ def _ability(stage: Path, recipe: Recipe | None, writes: bool) -> str:
 
 def _warning(readout: Readout) -> str:
     """What a reader must know before all else; empty where there is nothing."""
-    if readout.attention_direction == "causal":
-        return ""
-    return f"Read it with {BOTH_WAYS_READ_BY}, and gives other vectors without a word."
+    both_ways = readout.attention_direction == "bidirectional"
+    lines = [f"Read it with {BOTH_WAYS_READ_BY}, and gives other vectors without a word."] if both_ways else []
+    if readout.pooling == "latent_attention":
+        lines.append(f"It has a module of anchorvec's own (latent attention). Read it with {OWN_READ_BY}.")
+    elif readout.pooling == "dense_mean":
+        lines.append(f"Read it with {DENSE_READ_BY}.")
+    return " ".join(lines)
 
 
 def _describe_score_set(score_set: dict[str, object] | None) -> str:

@@ -16,8 +16,9 @@ from anchorvec.errors import AnchorvecError
 from anchorvec.exporting.card import model_card
 from anchorvec.files import new_folder, user_path, write_text
 from anchorvec.model.embedder import can_write, load_causal_lm, put_head_back, save_tokenizer
+from anchorvec.model.latent_attention import is_of_tokens
 from anchorvec.model.loading import load_model
-from anchorvec.model.portable import BOTH_WAYS_READ_BY, READ_BY, make_portable
+from anchorvec.model.portable import make_portable, read_by
 from anchorvec.model.readout import stored_readout
 from anchorvec.recipe import stored_recipe
 from anchorvec.run import Run, is_embedder
@@ -100,7 +101,7 @@ def export(run: str | Path, out: str | Path, *, texts: Sequence[str] = ()) -> Ex
                     f"{stage}: the exported model differs from the run: in {program} the vectors of some text have "
                     f"cosine {cosine:.6f}, less than {LEAST_COSINE}; nothing was written to {out}"
                 )
-    others = BOTH_WAYS_READ_BY if readout.attention_direction == "bidirectional" else READ_BY
+    others = "; ".join(read_by(readout.attention_direction == "bidirectional", readout.pooling))
     return Exported(str(out), str(stage), len(probes), cosines, not_compared=others, can_write=writes)
 
 
@@ -137,7 +138,11 @@ def encode_with_transformers(folder: str | Path, texts: Sequence[str]) -> Tensor
     with torch.no_grad():
         states = model(**batch, use_cache=False).last_hidden_state  # (texts, length, dim)
     mask = batch["attention_mask"]
-    return stored_readout(folder).pool(states[mask.bool()], mask.sum(dim=1).tolist())
+    own = states[mask.bool()]  # (tokens, dim)
+    with torch.no_grad():
+        for module in [part for part in load_model(folder).float().cpu() if is_of_tokens(part)]:
+            own = module({"token_embeddings": own})["token_embeddings"]
+    return stored_readout(folder).pool(own, mask.sum(dim=1).tolist())
 
 
 def encode_with_sentence_transformers(folder: str | Path, texts: Sequence[str]) -> Tensor:

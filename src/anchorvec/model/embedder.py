@@ -55,10 +55,10 @@ def build_embedder(
     `tiny` (a random model for trials). `max_tokens` counts everything: what the tokenizer adds, the prompt, the text
     and its end. With `end_prompt` None each text ends in the tokenizer's end token; otherwise in the prompt's words. A
     `readout` says all of how texts are read, in place of these two. `prompts` are stored with the model under
-    sentence-transformers' names (`query`, `document`, ...). `seed` matters for `tiny` alone. Without `head` an embedder
-    that has no LM head will do as base, and has none then. `writes`: whether it is to write texts too, which a decoder
-    that reads in both directions must be able to do in one. Raises AnchorvecError if the base is no decoder, has no end
-    token or fewer positions than `max_tokens`, or if `folder` is in use.
+    sentence-transformers' names (`query`, `document`, ...). `seed` matters for `tiny` and for new modules. Without
+    `head` an embedder that has no LM head will do as base, and has none then. `writes`: whether it is to write texts
+    too, which a decoder that reads in both directions must be able to do in one. Raises AnchorvecError if the base is
+    no decoder, has no end token or fewer positions than `max_tokens`, or if `folder` is in use.
     """
     folder = Path(folder)
     with new_folder(folder) as scratch:
@@ -72,7 +72,9 @@ def build_embedder(
         _drop_pad_token(model, tokenizer, base)
         model.save_pretrained(scratch)
         save_tokenizer(tokenizer, scratch)
-        _add_sentence_transformers_files(scratch, readout, prompts or {})
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)  # for new modules
+            _add_sentence_transformers_files(scratch, readout, prompts or {})
     return folder
 
 
@@ -209,6 +211,6 @@ def _add_sentence_transformers_files(folder: Path, readout: Readout, prompts: Ma
         model.save_pretrained(scratch, create_model_card=False)
         for name in ["modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"]:
             shutil.copy2(Path(scratch) / name, folder / name)
-        for module in Path(scratch).glob("[0-9]_*"):
+        for module in Path(scratch).glob("[0-9]*_*"):
             shutil.copytree(module, folder / module.name)
     make_portable(folder)

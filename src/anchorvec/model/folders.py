@@ -52,6 +52,12 @@ class ModelFolder:
     max_tokens: int | None = None
 
     @property
+    def pooling_with_modules(self) -> str | None:
+        """What a recipe calls the pooling of an embedder that anchorvec made, with the modules before it."""
+        names = {"LatentAttention": "latent_attention", "Dense": "dense_mean"}
+        return next((names[module] for module in self.other_modules if module in names), self.pooling)
+
+    @property
     def has_head(self) -> bool:
         """Whether it holds a causal LM, head included, rather than a decoder's body alone (T26)."""
         return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in self.architectures)

@@ -4,10 +4,13 @@ import hashlib
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules.dense import Dense
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from transformers.utils.hub import cached_file
 
 from anchorvec.errors import AnchorvecError
@@ -18,9 +21,11 @@ from anchorvec.model.folders import (
     identify,
     instead,
     is_local,
+    read_json,
     reading,
     start_of_adapter,
 )
+from anchorvec.model.latent_attention import OWN_MODULE, LatentAttention, is_of_tokens
 from anchorvec.model.packing import packing_pays, use_packed_texts
 
 
@@ -50,11 +55,11 @@ def load_model(
             loaded = load_model(start_of_adapter(folder)).float()  # small updates would be lost in half precision (T9)
             adapted = PeftModel.from_pretrained(loaded[0].model, str(folder))
             loaded[0].model = adapted.merge_and_unload() if merge else adapted
+            _load_trained_modules(loaded, folder)
             loaded = loaded.eval()
         else:
-            loaded = SentenceTransformer(
+            loaded = load_sentence_transformer(
                 str(folder) if is_here else name,
-                trust_remote_code=False,
                 local_files_only=is_here,
                 revision=revision,
                 model_kwargs={"use_safetensors": True},
@@ -65,6 +70,45 @@ def load_model(
             "again"
         )
     return loaded
+
+
+def load_sentence_transformer(
+    name: str, *, local_files_only: bool = True, revision: str | None = None, **options: Any
+) -> SentenceTransformer:
+    """The embedder `name`, a folder or hub id, with our own module where it has one, and no other code than libraries'.
+
+    `local_files_only`, `revision` and `options` are those of `SentenceTransformer`.
+    """
+    where: dict[str, Any] = {"local_files_only": local_files_only, "revision": revision}
+    listed = read_json(name, "modules.json", revision) or []
+    if all(module["type"] != OWN_MODULE for module in listed):
+        return SentenceTransformer(name, trust_remote_code=False, **where, **options)
+    device = options.pop("device", None)
+    modules: list[Any] = []
+    for module in listed:
+        kind = LatentAttention if module["type"] == OWN_MODULE else _library_class(module["type"])
+        given = options if kind is Transformer else {}
+        modules.append(kind.load(name, subfolder=module["path"], trust_remote_code=False, **where, **given))
+    settings = read_json(name, "config_sentence_transformers.json", revision) or {}
+    kept: dict[str, Any] = {key: settings.get(key) for key in ("prompts", "default_prompt_name", "similarity_fn_name")}
+    return SentenceTransformer(modules=modules, device=device, **kept)
+
+
+def _library_class(name: str) -> Any:
+    """The module of sentence-transformers that a `modules.json` calls `name`, which may be an older name."""
+    kinds = {kind.__name__: kind for kind in (Transformer, Pooling, Normalize, Dense)}
+    kind = kinds.get(name.rpartition(".")[2]) if name.startswith("sentence_transformers.") else None
+    if kind is None:
+        raise AnchorvecError(f"its module {name} is none that anchorvec puts beside its own; name another model")
+    return kind
+
+
+def _load_trained_modules(model: SentenceTransformer, folder: Path) -> None:
+    """Put the modules that trained beside an adapter, as they are in its `folder`, into `model`, its start."""
+    for i, module in enumerate(read_json(str(folder), "modules.json")):
+        if is_of_tokens(model[i]):
+            trained = type(model[i]).load(str(folder), subfolder=module["path"])  # type: ignore[attr-defined]
+            model[i] = trained.to(model.device)
 
 
 def load_encoder(model: SentenceTransformer | str | Path, dtype: torch.dtype | None = None) -> SentenceTransformer:

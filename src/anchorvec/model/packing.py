@@ -22,6 +22,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
 from anchorvec.model.attention import PACKED_ATTENTION, packed_attentions, reads_no_mask
 from anchorvec.model.decoder import final_states, is_bidirectional
+from anchorvec.model.latent_attention import is_of_tokens
 
 _CHECKED_LENGTHS = (16, 5, 24, 37, 64, 100, 128, 256)
 """Tokens of the texts with which a packed attention is checked; on a CPU, which goes text by text, the first three."""
@@ -184,7 +185,8 @@ def use_packed_texts(model: SentenceTransformer) -> bool:
         return False
     config = module.model.config
     is_decoder = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not config.is_encoder_decoder
-    if not is_decoder or len(model) < 2 or not isinstance(model[1], Pooling):
+    behind = [part for part in list(model)[1:] if not is_of_tokens(part)]
+    if not is_decoder or not behind or not isinstance(behind[0], Pooling):
         return False
     # The library's own switch: False for a model that must be padded; where it packs by itself, that does.
     if module.unpad_inputs is False or module.can_flatten_inputs or not use_packed_attention(module.model):

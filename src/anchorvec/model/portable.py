@@ -10,10 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from anchorvec.files import write_json, write_text
+from anchorvec.model.latent_attention import OWN_MODULE
 
 READ_BY = "sentence-transformers 5.1 and transformers 4.57 or newer"
 BOTH_WAYS_READ_BY = "transformers 5 and sentence-transformers 6 or newer; transformers 4.57 reads this folder as causal"
 """What reads a folder alike whose attention goes in both directions: older versions take no notice of that."""
+
+DENSE_READ_BY = "sentence-transformers 5.7 and transformers 4.57 or newer; older ones cannot load it"
+"""What reads a folder with dense layers before a mean."""
+OWN_READ_BY = (
+    "sentence-transformers that is told `trust_remote_code=True`, with anchorvec installed; else it ends in an error"
+)
+"""What reads a folder with a module of our own."""
 
 _MODULES = "sentence_transformers.models."
 _POOLINGS = {
@@ -32,7 +40,8 @@ def make_portable(folder: Path) -> None:
     modules = _read(folder / "modules.json")
     for module in modules:
         name = module["type"].rpartition(".")[2]
-        module["type"] = _MODULES + name
+        if module["type"] != OWN_MODULE:
+            module["type"] = _MODULES + name
         if name == "Pooling":
             _older_pooling(folder / module["path"] / "config.json")
     write_text(folder / "modules.json", json.dumps(modules, indent=2) + "\n")
@@ -41,6 +50,12 @@ def make_portable(folder: Path) -> None:
     write_json(folder / "sentence_bert_config.json", limit)
     if (folder / "config.json").is_file():  # an adapter has none
         write_json(folder / "config.json", with_older_rope(_read(folder / "config.json")))
+
+
+def read_by(both_ways: bool, pooling: str) -> list[str]:
+    """What reads a folder alike whose attention goes `both_ways`, or does not, and which is pooled by `pooling`."""
+    of_modules = {"latent_attention": [OWN_READ_BY], "dense_mean": [DENSE_READ_BY]}.get(pooling, [])
+    return [*([BOTH_WAYS_READ_BY] if both_ways else []), *of_modules] or [READ_BY]
 
 
 def with_older_rope(config: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from anchorvec.model.end import EndPrompt, stored_between, stored_end, with_end
 from anchorvec.model.folders import identify, reading
+from anchorvec.model.latent_attention import LatentAttention, dense_layers
 from anchorvec.model.packing import to_device
 
 AttentionDirection = Literal["causal", "bidirectional"]
@@ -62,13 +63,23 @@ class Readout:
         )
 
     def modules(self, dim: int) -> list[Module]:
-        """The modules of the saved folder behind the decoder, for states of `dim` numbers."""
-        return [Pooling(dim, pooling_mode=self.pooling, include_prompt=self.pool_prompt)]
+        """The modules of the saved folder behind the decoder, for states of `dim` numbers; new ones, where they train.
+
+        Raises AnchorvecError for a `dim` that its pooling cannot do with.
+        """
+        before: dict[str, Callable[[], list[Module]]] = {
+            "latent_attention": lambda: [LatentAttention(dim)],
+            "dense_mean": lambda: [*dense_layers(dim)],
+        }
+        mode = "mean" if self.pooling in before else self.pooling
+        pooling = Pooling(dim, pooling_mode=mode, include_prompt=self.pool_prompt)
+        return [*before.get(self.pooling, list)(), pooling]
 
     def pool(self, states: Tensor, lengths: Sequence[int], prompts: Sequence[int] | None = None) -> Tensor:
         """The embeddings (texts, dim) of texts of these `lengths`, whose `states` (tokens, dim) stand in one row.
 
-        `prompts`: the tokens of each text's prompt and of what stands before it, as `prompt_length` counts them.
+        Where modules come before the pooling, `states` are what these give. `prompts`: the tokens of each text's prompt
+        and of what stands before it, as `prompt_length` counts them.
         """
         left_out = [0] * len(lengths) if self.pool_prompt or prompts is None else prompts
         return POOLINGS[self.pooling](states, lengths, left_out)
@@ -89,7 +100,7 @@ def stored_readout(folder: str | Path) -> Readout:
         closed=end != "none",
         between=stored_between(tokenizer),
         attention_direction="causal" if found.is_causal else "bidirectional",
-        pooling=found.pooling or "lasttoken",
+        pooling=found.pooling_with_modules or "lasttoken",
         pool_prompt=found.pool_prompt,
     )
 
@@ -146,11 +157,15 @@ _POOLED = {
     "lasttoken": "the final state at the last token",
     "mean": "the mean of the final states",
     "weightedmean": "the mean of the final states, each weighted by its place,",
+    "latent_attention": "the mean, behind attention to 512 trained latents, of the final states",
+    "dense_mean": "the mean, behind dense layers, of the final states",
 }
 
 POOLINGS: dict[str, Callable[[Tensor, Sequence[int], Sequence[int]], Tensor]] = {
     "lasttoken": last_states,
     "mean": mean_states,
     "weightedmean": position_weighted_states,
+    "latent_attention": mean_states,
+    "dense_mean": mean_states,
 }
-"""sentence-transformers' name of a pooling -> the same for packed texts."""
+"""sentence-transformers' name of a pooling -> the same for packed texts. The last two have modules before it."""

@@ -83,6 +83,13 @@ def _check_stage_one(stage: "StageOne", model: "ModelSettings") -> None:
             "stage_one.sharded",
         )
     both_ways, twice = model.attention_direction == "bidirectional", model.read == "twice"
+    if model.pooling in ("latent_attention", "dense_mean") and stage.target != "masked":
+        _refuse(
+            "{pooling} is trained in Stage II alone, and Stage I reads embeddings; it needs stage_one: null, or "
+            "stage_one.target: masked",
+            "model.pooling",
+            pooling=model.pooling,
+        )
     if stage.target == "masked" and not both_ways:
         _refuse(
             "masked tokens are told from those on both sides; it needs model.attention_direction: bidirectional",

@@ -76,9 +76,11 @@ class ModelSettings(Section):
     It costs twice the tokens; `max_tokens` counts it once."""
     between: str = "\n"
     """Words between the two copies of a text that is read `twice`."""
-    pooling: Literal["lasttoken", "mean", "weightedmean"] = "lasttoken"
+    pooling: Literal["lasttoken", "mean", "weightedmean", "latent_attention", "dense_mean"] = "lasttoken"
     """Which final states make the embedding, in sentence-transformers' words: the last one (the paper's), the mean, or
-    the mean with each state weighted by its place."""
+    the mean with each state weighted by its place. Or the mean behind modules that Stage II trains: attention to 512
+    latents (NV-Embed; a module of our own, which sentence-transformers reads with `trust_remote_code=True` alone), or
+    as many parameters in dense layers, `dense_mean`."""
     pool_prompt: bool = True
     """Whether a mean takes in the instruction before a text, with what the tokenizer puts before it. `false` needs
     instructions that do not end in white space, which would be a part of the text's first word."""

@@ -28,6 +28,7 @@ from anchorvec.model.decoder import decoder_of
 from anchorvec.model.embedder import attention_options, load_causal_lm, put_head_back, save_tokenizer
 from anchorvec.model.end import template_of
 from anchorvec.model.folders import START, weights_fingerprint
+from anchorvec.model.loading import load_sentence_transformer
 from anchorvec.model.packing import packed_features, use_packed_texts
 from anchorvec.model.portable import make_portable
 from anchorvec.objectives.bag_of_words import SAMPLE_PAIRS, BagOfWordsLoss
@@ -203,7 +204,7 @@ def _trained_model(stage: Stage) -> tuple[SentenceTransformer, PreTrainedModel |
     release_freed_memory()  # of an earlier stage
     set_seed(stage.recipe.seed)  # LoRA's new weights are drawn before the trainer seeds
     options = attention_options(stage.recipe.model.attention)
-    model = SentenceTransformer(
+    model = load_sentence_transformer(
         str(stage.start),
         model_kwargs={"dtype": torch.float32, "use_safetensors": True, **options},
         device=str(default_device()),
