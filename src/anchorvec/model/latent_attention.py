@@ -90,10 +90,6 @@ class LatentAttention(Module):
         return loaded
 
 
-OWN_MODULE = f"{LatentAttention.__module__}.{LatentAttention.__name__}"
-"""What `modules.json` calls it. sentence-transformers refuses it, unless told to trust it, or cannot import it."""
-
-
 def dense_layers(dim: int) -> list[Dense]:
     """Layers of the library, one after another, with about as many parameters as latent attention for `dim` numbers.
 

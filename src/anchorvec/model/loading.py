@@ -25,8 +25,9 @@ from anchorvec.model.folders import (
     reading,
     start_of_adapter,
 )
-from anchorvec.model.latent_attention import OWN_MODULE, LatentAttention, is_of_tokens
+from anchorvec.model.latent_attention import LatentAttention, is_of_tokens
 from anchorvec.model.packing import packing_pays, use_packed_texts
+from anchorvec.model.untrusted import OWN_MODULE
 
 
 def load_model(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from anchorvec.files import write_json, write_text
-from anchorvec.model.latent_attention import OWN_MODULE
+from anchorvec.model.untrusted import OWN_MODULE
 
 READ_BY = "sentence-transformers 5.1 and transformers 4.57 or newer"
 BOTH_WAYS_READ_BY = "transformers 5 and sentence-transformers 6 or newer; transformers 4.57 reads this folder as causal"

@@ -8,6 +8,12 @@ from transformers import CONFIG_MAPPING
 
 from anchorvec.errors import AnchorvecError
 
+OWN_MODULE = "anchorvec.model.latent_attention.LatentAttention"
+"""The one class of a `modules.json` that is not sentence-transformers' own and is loaded: it is in this package.
+
+sentence-transformers refuses it, unless told to trust it, or cannot import it.
+"""
+
 _INDEX = "model.safetensors.index.json"
 _TOKENIZER_FILES = ("tokenizer_file", "vocab_file", "merges_file")
 """Keys of `tokenizer_config.json` that name a file which is read where the folder has none of that name."""
@@ -26,7 +32,7 @@ def check_untrusted(model: str, read: Callable[[str], Any], folder: Path | None)
         )
     modules = read("modules.json") or []
     for module in modules:
-        if not str(module["type"]).startswith("sentence_transformers."):
+        if module["type"] != OWN_MODULE and not str(module["type"]).startswith("sentence_transformers."):
             raise AnchorvecError(
                 f"{model}: modules.json wants the class {module['type']} to be loaded, which is none of "
                 "sentence-transformers' own; code that comes with a model is never run, name another model"
