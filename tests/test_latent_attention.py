@@ -173,7 +173,7 @@ def test_no_other_code_is_run_beside_our_own_module(trained, tmp_path):
     modules = json.loads((folder / "modules.json").read_text())
     modules[2]["type"] = "others.Pooling"
     (folder / "modules.json").write_text(json.dumps(modules))
-    with pytest.raises(AnchorvecError, match=r"its module others\.Pooling is none that anchorvec puts"):
+    with pytest.raises(AnchorvecError, match=r"wants the class others\.Pooling to be loaded"):
         load_model(folder)
 
 
