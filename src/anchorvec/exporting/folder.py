@@ -138,11 +138,12 @@ def encode_with_transformers(folder: str | Path, texts: Sequence[str]) -> Tensor
     with torch.no_grad():
         states = model(**batch, use_cache=False).last_hidden_state  # (texts, length, dim)
     mask = batch["attention_mask"]
-    own = states[mask.bool()]  # (tokens, dim)
-    with torch.no_grad():
-        for module in [part for part in load_model(folder).float().cpu() if is_of_tokens(part)]:
-            own = module({"token_embeddings": own})["token_embeddings"]
-    return stored_readout(folder).pool(own, mask.sum(dim=1).tolist())
+    own, readout = states[mask.bool()], stored_readout(folder)  # (tokens, dim)
+    if readout.pooling in ("latent_attention", "dense_mean"):
+        with torch.no_grad():
+            for module in [part for part in load_model(folder).float().cpu() if is_of_tokens(part)]:
+                own = module({"token_embeddings": own})["token_embeddings"]
+    return readout.pool(own, mask.sum(dim=1).tolist())
 
 
 def encode_with_sentence_transformers(folder: str | Path, texts: Sequence[str]) -> Tensor:
