@@ -249,20 +249,20 @@ def test_the_time_for_scores_is_none_of_the_training(scored_values, tmp_path, mo
             "evaluation.at=[500]",
         ],
     )
-    result = anchorvec.train(asked, budget=Budget(4.0, began=0.0))
-    assert result.minutes < 4.0
+    result = anchorvec.train(asked, budget=Budget(3.9, began=0.0))
+    assert result.minutes < 3.9
     records = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     scored = [record for record in records if "scores" in record]
     steps = [record for record in records if "loss" in record]
     assert len(scored) >= 3
-    assert sum(record["scoring_seconds"] for record in scored) + steps[-1]["seconds"] < 4 * 60
+    assert sum(record["scoring_seconds"] for record in scored) + steps[-1]["seconds"] < 3.9 * 60
     seconds = [record["seconds"] for record in records]
     assert max(b - a for a, b in itertools.pairwise(seconds)) < 20
     rates = [record["learning_rate"] for record in steps]
     assert rates == sorted(rates, reverse=True)
     falls = [before - after for before, after in itertools.pairwise(rates)]
     assert max(falls) < 2 * sorted(falls)[len(falls) // 2]
-    assert rates[-1] < 0.3 * asked.stage_two.learning_rate
+    assert rates[-1] < 0.25 * asked.stage_two.learning_rate
     said = capsys.readouterr().err
     assert "Stage II: no time is left for scores after step" in said
     assert f"evaluation.at: Stage II has {steps[-1]['step']} steps, so there are no scores after 500" in said

@@ -3,7 +3,6 @@
 import importlib.util
 import itertools
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -116,9 +115,7 @@ def test_what_usearch_finds_is_said_and_it_is_taken_above_a_million(
     assert isinstance(nearest_index(vectors, model, "exact"), ExactIndex)
     first, second = capsys.readouterr().err.splitlines()
     assert first == "usearch: indexing 200 vectors"
-    found = re.fullmatch(r"usearch: recall@10 is ([01]\.\d{3}), of the neighbours of 100 of them", second)
-    assert found is not None
-    assert float(found[1]) > 0.9  # its threads build the index in another order each time
+    assert second == "usearch: recall@10 is 1.000, of the neighbours of 100 of them"
     monkeypatch.setattr(model, "similarity_fn_name", "manhattan")
     assert isinstance(nearest_index(vectors, model), ExactIndex)
     assert "200 vectors are searched exactly, which takes longer (usearch does not" in capsys.readouterr().err

@@ -45,7 +45,7 @@ def test_a_stage_lasts_until_its_deadline(monkeypatch, tmp_path, stage):
     assert run.steps() == {stage: records[-1]["step"]}
     rates = [record["learning_rate"] for record in records]
     assert rates == sorted(rates, reverse=True)
-    assert rates[-1] < 0.2 * getattr(recipe, stage).learning_rate
+    assert rates[-1] < 0.15 * getattr(recipe, stage).learning_rate
 
 
 @pytest.mark.parametrize(

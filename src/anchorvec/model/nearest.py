@@ -4,6 +4,7 @@ Both give exact similarities, the model's own; an approximate search may miss a 
 """
 
 import importlib.util
+import itertools
 import os
 import tempfile
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ _BLOCK = 50_000  # vectors: of 576 numbers 115 MB
 _IN_MEMORY_BYTES = 2**28
 _ON_DEVICE_BYTES = 2**31
 _METRICS = {"cosine": "cos", "dot": "ip", "euclidean": "l2sq"}
+_BY_ONE_THREAD = 1_000  # of the vectors of an index
 _EXPANSION = 256  # candidates that are looked at; with usearch's default of 64 it misses more
 _RECALL_QUERIES, _RECALL_AT = 100, 10
 
@@ -91,9 +93,11 @@ class UsearchIndex:
         self._index = Index(
             ndim=vectors.shape[1], metric=metric, dtype="f16", expansion_add=_EXPANSION, expansion_search=_EXPANSION
         )
-        for start in range(0, len(vectors), _BLOCK):
-            block = vectors[start : start + _BLOCK]
-            self._index.add(np.arange(start, start + len(block)), np.asarray(block, np.float32))
+        # in an empty graph several threads lose each other's links, and it is another one each time
+        starts = [0, *range(_BY_ONE_THREAD, len(vectors), _BLOCK)]
+        for start, end in itertools.pairwise([*starts, len(vectors)]):
+            block = np.asarray(vectors[start:end], np.float32)
+            self._index.add(np.arange(start, end), block, threads=1 if start == 0 else 0)
 
     def search(self, queries: Tensor, top_k: int) -> Found:
         """Of each of `queries` (queries, dim) at most `top_k` of the nearest vectors."""

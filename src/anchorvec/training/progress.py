@@ -48,6 +48,7 @@ class StageProgress(TrainerCallback):
         self.seconds = 0.0  # of training before, where the stage goes on
         self.rows_hash: Callable[[], int] = lambda: 0
         self.used: Callable[[], float] = lambda: 0.0  # the share of the limit
+        self.used_before = 0.0  # the first step
         self.at_limit = self.interrupted = False
         self.bar = Progress(
             TextColumn("{task.description}", style="bold", markup=False),
@@ -74,6 +75,7 @@ class StageProgress(TrainerCallback):
     ) -> None:
         """Start the bar."""
         self.started = time.monotonic() - self.seconds
+        self.used_before = self.used() if state.global_step == 0 and self.limit is not None else 0.0
         total = state.max_steps if self.limit is None else 1.0
         self.task = self.bar.add_task(STAGE_TITLES[self.stage], total=total, steps="", status="")
         self.bar.start()
@@ -86,7 +88,7 @@ class StageProgress(TrainerCallback):
         else:
             used = self.used()
             self.bar.update(self.task, completed=min(1.0, used), steps=f"step {step}")
-            self.at_limit = rank() == 0 and used * (1 + 1 / step) > 1
+            self.at_limit = rank() == 0 and used + (used - self.used_before) / step > 1
         signalled = self.interrupts is not None and self.interrupts.received is not None
         self.at_limit, signalled = any_of(self.at_limit, signalled)
         if self.at_limit:

@@ -122,12 +122,15 @@ class ScoresOnTheWay(TrainerCallback):
 
     def _to_come(self) -> float:
         """Seconds of the scorings that will be made before the stage must end."""
-        step, deadline = self.trainer.state.global_step, self.progress.deadline
-        if deadline is None or step == 0:
+        deadline = self.progress.deadline
+        if deadline is None or self.trainer.state.global_step == 0:
             return 0.0
+        step = self.trainer.state.global_step + 1  # it is counted after the schedule has looked
         now = time.monotonic()
-        step_seconds = (now - self.progress.started) / step
-        return self.seconds * self.scoring.times(step, deadline() - now, step_seconds, self.seconds)
+        left, step_seconds = deadline() - now, (now - self.progress.started) / step
+        own = self.scoring.is_due(step) and self.seconds + step_seconds <= left  # as `_is_time` will say
+        times = own + self.scoring.times(step, left - own * self.seconds, step_seconds, self.seconds)
+        return self.seconds * times
 
     def _score(self, step: int) -> None:
         started = time.monotonic()

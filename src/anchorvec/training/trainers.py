@@ -81,8 +81,14 @@ class TimedTrainer(CheckpointedTrainer):
             assert isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR)
             [of_step, *_] = scheduler.lr_lambdas
 
-            def of_share(_: int) -> float:
-                return float(of_step(round(num_training_steps * from_first(min(1.0, self.used(by_schedule=True))))))
+            looked: dict[int, float] = {}  # once a step, for all groups of weights
+
+            def of_share(step: int) -> float:
+                if step not in looked:
+                    looked.clear()
+                    share = from_first(min(1.0, self.used(by_schedule=True)))
+                    looked[step] = float(of_step(round(num_training_steps * share)))
+                return looked[step]
 
             scheduler.lr_lambdas = [of_share] * len(scheduler.lr_lambdas)
             for group, base in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, strict=True):
