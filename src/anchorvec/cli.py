@@ -11,6 +11,20 @@ import typer
 from rich.text import Text
 
 import anchorvec
+from anchorvec.commands.options import (
+    Cache,
+    Devices,
+    Index,
+    Instruction,
+    JsonFile,
+    ModelFolder,
+    Overrides,
+    Push,
+    Ray,
+    RecipeName,
+    Resume,
+    writable,
+)
 from anchorvec.errors import AnchorvecError, Interrupted
 from anchorvec.ranks import rank
 from anchorvec.terminal import replace_unshown, terminal
@@ -22,52 +36,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 console = terminal()
-
-RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped recipe.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace the recipe's.")
-]
-
-
-def _writable(option: typer.CallbackParam, file: Path | None) -> Path | None:
-    """Refuse, before the work, a result file that could not be written after it."""
-    if file is not None:
-        path = file.absolute()
-        folder = next(parent for parent in (*path.parents, path) if parent.exists())
-        if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-            raise AnchorvecError(f"{option.opts[0]}: {file} cannot be written; name a file in a folder of your own")
-    return file
-
-
-JsonFile = Annotated[
-    Path | None,
-    typer.Option("--json", metavar="FILE", help="Write the result to FILE as JSON.", callback=_writable),
-]
-Resume = Annotated[
-    bool, typer.Option("--resume", help="Go on with the run in the output folder, however it ended; or begin it.")
-]
-Push = Annotated[
-    str | None, typer.Option(metavar="REPO", help="Upload the exported model to this repository of the hub.")
-]
-Instruction = Annotated[
-    str | None,
-    typer.Option(
-        help="Put before each query, or text of a task without queries, in place of the prompt stored with the model."
-    ),
-]
-Cache = Annotated[
-    bool, typer.Option("--cache/--no-cache", help="Keep vectors on disk, and encode no text of which one is kept.")
-]
-Devices = Annotated[
-    str | None,
-    typer.Option(help="Share the texts out among devices: how many, or which (cuda:0,cuda:1; cpu,cpu)."),
-]
-Ray = Annotated[bool, typer.Option("--ray", help="Encode on a Ray cluster, with as many workers as --devices, if any.")]
-Index = Annotated[
-    Literal["exact", "usearch"] | None,
-    typer.Option(help="Compare with all vectors, or search them by usearch, which may miss one."),
-]
-ModelFolder = Annotated[str, typer.Argument(metavar="MODEL", help="A folder with an embedder, or a hub id.")]
 
 
 def main() -> None:
@@ -360,10 +328,10 @@ def report(
         list[Path], typer.Argument(metavar="RUN_OR_COMPARISON...", help="Folders of runs, or of comparisons.")
     ],
     output: Annotated[
-        Path | None, typer.Option(help="Write one HTML file, with all that it needs in it.", callback=_writable)
+        Path | None, typer.Option(help="Write one HTML file, with all that it needs in it.", callback=writable)
     ] = None,
     markdown: Annotated[
-        Path | None, typer.Option(help="Write the same as Markdown, for a model card.", callback=_writable)
+        Path | None, typer.Option(help="Write the same as Markdown, for a model card.", callback=writable)
     ] = None,
     json_file: JsonFile = None,
 ) -> None:
