@@ -21,26 +21,15 @@ from anchorvec.objectives.pairs import micro_batches
 from families import config_classes, tiny_model
 from formulas import embed, info_nce
 from interrupting import assert_same_run, killed_after
-from support import assert_same_gradients, gradients, make_model, make_tokenizer, recipe
+from support import BOTH_WAYS, assert_same_gradients, gradients, make_model, make_tokenizer, recipe
 
 SEPARATOR, END, LIMIT = [10], 0, 14
 ROWS = [("why", "so it is"), ("what is that?", "a text"), ("who", "nobody whom you know"), ("when?", "now")]
 VALUES = {
-    "model.base": "tiny",
-    "model.max_tokens": 64,
-    "model.attention_direction": "bidirectional",
+    **BOTH_WAYS,
     "model.pooling": "mean",
-    "model.pool_prompt": False,
-    "model.end": "none",
-    "data.train": [{"path": "builtin:debug", "instruction": "find:"}],
-    "stage_one": None,
-    "stage_two.steps": 4,
-    "stage_two.warmup_steps": 0,
-    "stage_two.pairs_per_step": 6,
     "stage_two.learning_rate": 1e-3,
     "stage_two.generation_weight": 0.5,
-    "stage_two.save_steps": 1,
-    "stage_two.log_every": 1,
     "stage_two.lora": None,
 }
 

@@ -16,24 +16,10 @@ from anchorvec.model.latent_attention import LatentAttention, dense_layers
 from anchorvec.model.loading import load_encoder, load_model
 from anchorvec.model.readout import stored_readout
 from interrupting import assert_same_run, killed_after
-from support import make_model, make_tokenizer, recipe
+from support import BOTH_WAYS, make_model, make_tokenizer, recipe
 
 TEXTS = ["a", "日本語", "twelve words " * 3, "some more text"]
-VALUES = {
-    "model.base": "tiny",
-    "model.max_tokens": 64,
-    "model.attention_direction": "bidirectional",
-    "model.pool_prompt": False,
-    "model.end": "none",
-    "data.train": [{"path": "builtin:debug", "instruction": "find:"}],
-    "stage_one": None,
-    "stage_two.steps": 4,
-    "stage_two.warmup_steps": 0,
-    "stage_two.pairs_per_step": 6,
-    "stage_two.learning_rate": 1e-2,
-    "stage_two.save_steps": 1,
-    "stage_two.log_every": 1,
-}
+VALUES = {**BOTH_WAYS, "stage_two.learning_rate": 1e-2}
 
 
 def reading(pooling):

@@ -275,5 +275,16 @@ CHANGES: list[tuple[str, str, str, str]] = [
     ("sampling", "data/samplers.py", "prompt = self.prompts.get(column, \"\")", "prompt = \"\""),
     ("sampling", "data/stage_inputs.py", "+ 3 * math.sqrt(pairs)", "+ 0 * math.sqrt(pairs)"),
     ("sampling", "data/stage_inputs.py", "np.random.default_rng(seed).permutation(len(rows))[:n]", "np.arange(len(rows))[:n]"),
+    ("objectives", "model/latent_attention.py", "self.query(self.norm(states))", "self.query(states)"),
+    ("objectives", "model/latent_attention.py", "states + self.mlp(self.norm_of_mlp(states))", "states + self.mlp(states)"),
+    ("objectives", "model/latent_attention.py", "for layer in (self.out, last)", "for layer in (self.out,)"),
+    ("export", "model/loading.py", "kept: dict[str, Any] = {key: settings.get(key) for", "kept: dict[str, Any] = {key: None for"),
+    ("export", "model/loading.py", "given = options if kind is Transformer else {}", "given: dict[str, Any] = {}"),
+    ("export", "model/loading.py", "            _load_trained_modules(loaded, folder)\n", ""),
+    ("wiring", "training/lora.py", "* self.scaling[name]", "* 1.0"),
+    ("wiring", "training/lora.py", "self.lora_dropout[name](x)", "x"),
+    ("wiring", "run_scores.py", "whole.times * sum(", "1.0 * sum("),
+    ("wiring", "training/trainers.py", "self.used(by_schedule=True)", "self.used()"),
+    ("wiring", "training/progress.py", "used + (used - self.used_before) / step > 1", "used > 1"),
 ]
 # fmt: on

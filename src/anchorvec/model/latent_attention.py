@@ -58,12 +58,9 @@ class LatentAttention(Module):
 
     def transform(self, states: Tensor) -> Tensor:
         """What takes the place of each of `states`: (..., dim)."""
-        query, key, value = self.query(self.norm(states)), self.key(self.table), self.value(self.table)
-        rows = query.reshape(1, -1, self.heads, self.dim // self.heads).transpose(
-            1, 2
-        )  # (1, heads, tokens, dim / heads)
-        k, v = (part.view(1, -1, self.heads, self.dim // self.heads).transpose(1, 2) for part in (key, value))
-        found = F.scaled_dot_product_attention(rows, k, v).transpose(1, 2).reshape(states.shape)
+        parts = self.query(self.norm(states)), self.key(self.table), self.value(self.table)
+        by_head = (part.reshape(1, -1, self.heads, self.dim // self.heads).transpose(1, 2) for part in parts)
+        found = F.scaled_dot_product_attention(*by_head).transpose(1, 2).reshape(states.shape)
         states = states + self.out(found)
         changed: Tensor = states + self.mlp(self.norm_of_mlp(states))
         return changed
@@ -95,7 +92,7 @@ def dense_layers(dim: int) -> list[Dense]:
 
     Each gives x + gelu(W x + b) for each final state x, and starts as x.
     """
-    with torch.random.fork_rng(devices=[]):
+    with torch.device("meta"):
         wanted = sum(p.numel() for p in LatentAttention(dim, heads=1).parameters())
     return [
         Dense(
