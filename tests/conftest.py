@@ -46,11 +46,23 @@ def disk_is_not_waited_for():
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def layers_are_not_timed():
+    """What plans tell of this machine's time is tested where it is measured, in `test_planning`."""
+    from anchorvec.planning.probe import Pace
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("anchorvec.planning.whole.save_layers", lambda setup, folder: [])
+        patch.setattr("anchorvec.planning.whole.measure", lambda *of_stage: Pace(1e-5, 2e-5, 1e-9))
+        yield
+
+
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A stand-in for the Hugging Face hub, which all libraries ask in its place; their caches are empty."""
     import datasets
     import huggingface_hub.constants as constants
+    from huggingface_hub import hf_api
 
     from hub import hub_here
 
@@ -63,6 +75,7 @@ def hub(tmp_path, monkeypatch):
             "HF_HUB_CACHE": str(tmp_path / "hub_cache"),
         }.items():
             monkeypatch.setattr(constants, name, value)
+        monkeypatch.setattr(hf_api.api, "endpoint", address)  # kept since it was imported
         monkeypatch.setattr(datasets.config, "HF_ENDPOINT", address)
         monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "data_cache")

@@ -34,6 +34,11 @@ from support import make_pairs, recipe
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def layers_are_not_timed():
+    """Here they are."""
+
+
 def config(*, layers=3, tied=True, vocabulary=260, **others):
     """A Llama that is small in every way."""
     sizes = {**SIZES, "num_hidden_layers": layers, "vocab_size": vocabulary, "tie_word_embeddings": tied, **others}
@@ -325,6 +330,7 @@ assert peak - before < 2e9, peak - before
 """
 
 
+@pytest.mark.slow
 def test_a_model_of_70_billion_is_planned_in_seconds(tmp_path):
     """From its configuration alone, within 30 seconds and 2 GB of memory."""
     large = {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8}

@@ -40,7 +40,7 @@ def test_a_terminal_that_knows_ascii_alone_shows_replacements(tmp_path):
     data = write_rows(tmp_path / "rows.jsonl", rows)
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0"}
     command = [sys.executable, "-m", "anchorvec", "plan", "debug", f"data.train=[{{path: {data}}}]"]
-    command += ["stage_one.pairs_per_step=2", "stage_two.pairs_per_step=2"]
+    command += ["stage_one.pairs_per_step=2", "stage_two.pairs_per_step=2", "--no-step", "--machine", "h100"]
     done = subprocess.run(command, env=environment, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
     assert b"?" in done.stdout

@@ -176,14 +176,13 @@ def run_stages(
         # of a time to keep within, how long it takes is measured: no vectors of an earlier run
         scoring = first_scoring(as_begun, run, tests, scores, cache=not timed)
         whole, whole_seconds = affordable(whole, budget, scores)
-        last = replace(scoring, seconds=scoring.seconds + whole_seconds)
         if checkpoint is None and not is_embedder(run.stage(recipe.stages[0])):
-            budget.check(len(recipe.stages), scoring, last)
+            budget.check(len(recipe.stages), scoring, whole_seconds)
         of_run = partial(Stage, inputs=inputs, on_log=on_log, interrupts=interrupts, spent=budget.spent)
         for i, name in enumerate(recipe.stages):
             stage = run.stage(name)
             if not is_embedder(stage):
-                limit = _limit(run, name, budget, len(recipe.stages) - i, scoring, last)
+                limit = _limit(run, name, budget, len(recipe.stages) - i, scoring, whole_seconds)
                 start = run.start_of(name) or run.base
                 before = main_scores(scores, system_of(run, start), whole)
                 score = partial(score_on_the_way, as_begun, tests)
@@ -253,17 +252,19 @@ def _finished(name: StageName, recipe: Recipe, run: Run, budget: Budget) -> Reci
     return recipe
 
 
-def _limit(run: Run, name: StageName, budget: Budget, stages: int, scoring: Measured, last: Measured) -> Limit | None:
-    """What the first of so many `stages`, `name`, may use; None: it makes its steps. `scoring`, `last`: `deadline`'s.
+def _limit(
+    run: Run, name: StageName, budget: Budget, stages: int, scoring: Measured, whole_seconds: float
+) -> Limit | None:
+    """What the first of so many `stages`, `name`, may use; None: it makes its steps.
 
-    It began when the record of `run` says, or now.
+    It began when the record of `run` says, or now. `scoring` and `whole_seconds` are those of `Budget.deadline`.
     """
     before = [used for stage, used in run.tokens().items() if stage != name]
     if (tokens := budget.tokens_of_stage(stages, sum(before))) is not None:
         say(f"{STAGE_TITLES[name]}: {tokens:,} tokens")
         return Limit(tokens=tokens)
     began = run.noted("seconds").get(f"{name}_began", budget.spent())
-    moving = budget.deadline(stages, scoring, last, began)
+    moving = budget.deadline(stages, scoring, whole_seconds, began)
     if moving is None:
         return None
     run.note("seconds", {f"{name}_began": began})

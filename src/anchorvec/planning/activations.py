@@ -15,6 +15,9 @@ from anchorvec.training.memory import kept_bytes
 
 _PART_TOKENS = 64
 
+_COUNTED: dict[tuple[Any, ...], float] = {}
+"""What was counted, by the configuration and the options."""
+
 
 class _Adapted(nn.Module):
     """A frozen linear layer with an adapter, as peft computes it: the input in fp32 through dropout, then A, then B."""
@@ -50,10 +53,11 @@ def kept_for_a_token(
         return 4.0 * outline.hidden * outline.layers + LAYER_STATES * outline.hidden * (2 if bf16 else 4)
     counted = []
     for layers in sorted({1, min(2, outline.layers)}):
-        key = (layers, bf16, longest, attention, lora)
-        if key not in outline.counted:
-            outline.counted[key] = _counted(outline, *key)
-        counted.append(outline.counted[key])
+        # a comparison plans many runs of one model
+        key = (outline.config.to_json_string(use_diff=False), layers, bf16, longest, attention, lora)
+        if key not in _COUNTED:
+            _COUNTED[key] = _counted(outline, *key[1:])
+        counted.append(_COUNTED[key])
     return counted[0] + (outline.layers - 1) * (counted[-1] - counted[0])
 
 

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,6 @@ class Outline:
 
     config: PreTrainedConfig
     has_head: bool = True
-    counted: dict[tuple[Any, ...], float] = field(default_factory=dict, compare=False)
-    """What was counted of it, by the options; so that it is counted once."""
 
     @cached_property
     def model(self) -> Any:

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -16,6 +17,9 @@ EXPORT_SECONDS = 30.0
 
 _AGAIN_SECONDS = 20.0
 """Between two looks at how fast the machine is."""
+
+_LOOKS = 3
+"""The latest ones, of which the fastest counts: what slows the machine down for a while ends no stage."""
 
 _SMALL_PART = 0.25
 """Of a time, for what a run can do without."""
@@ -34,9 +38,12 @@ class Measured:
     seconds: float
     pace: float = field(default_factory=lambda: pace())
 
-    def slowdown(self) -> float:
-        """How many times as long it would take now; 1 where that is about the same, or less."""
-        times = pace() / self.pace
+    def slowdown(self, now: float | None = None) -> float:
+        """How many times as long it would take at a pace of `now`; 1 where that is about the same, or less.
+
+        None: the pace of this moment.
+        """
+        times = (pace() if now is None else now) / self.pace
         return times if times > _NOISE else 1.0
 
     def now(self) -> float:
@@ -105,12 +112,12 @@ class Budget:
         left = self.tokens - used
         return max(1, round(self.stage_one_share * left) if stages > 1 else left)
 
-    def check(self, stages: int, scoring: Measured, last: Measured) -> None:
+    def check(self, stages: int, scoring: Measured, whole_seconds: float = 0.0) -> None:
         """Raise AnchorvecError where less than a minute is left to train so many `stages`.
 
-        `scoring` and `last` as in `deadline`.
+        `scoring` and `whole_seconds` as in `deadline`.
         """
-        left = self._end(stages, scoring, last) - time.monotonic()
+        left = self._end(stages, scoring, whole_seconds, scoring.slowdown()) - time.monotonic()
         if self.minutes is not None and left < _LEAST_SECONDS:
             raise AnchorvecError(
                 f"the time is too short: {max(0.0, left):.0f} s are left for training, since a scoring takes "
@@ -119,20 +126,26 @@ class Budget:
             )
 
     def deadline(
-        self, stages: int, scoring: Measured, last: Measured, start: float | None = None
+        self, stages: int, scoring: Measured, whole_seconds: float = 0.0, start: float | None = None
     ) -> Callable[[], float] | None:
         """When the first of so many `stages` that are left must end, a `time.monotonic()`; None: with its steps.
 
         It began after `start` seconds of this budget; None: now.
 
-        After each of them comes a `scoring`, after the last one the scoring `last`, and the export. If the machine
-        slows down these will take longer, and the deadline moves: it is computed again every 20 seconds.
+        After each of them comes a `scoring`, after the last one also what takes `whole_seconds` and can be left out,
+        and the export. If the machine slows down these will take longer, and the deadline moves: it is computed again
+        every 20 seconds, by the fastest of the last three looks at the pace. What can be left out is given no more than
+        a quarter of the time however slow the machine is.
         """
         if self.minutes is None:
             return None
         begin = time.monotonic() if start is None else self.began + start
         share = self.stage_one_share if stages > 1 else 1.0
-        return _Moving(lambda: begin + share * (self._end(stages, scoring, last) - begin))
+
+        def at_pace(now: float) -> float:
+            return begin + share * (self._end(stages, scoring, whole_seconds, scoring.slowdown(now)) - begin)
+
+        return _Moving(at_pace)
 
     def spent(self) -> float:
         """Seconds since its beginning."""
@@ -147,20 +160,27 @@ class Budget:
         minutes = math.inf if self.minutes is None else self.minutes
         return self.began + 60 * minutes - EXPORT_SECONDS - time.monotonic()
 
-    def _end(self, stages: int, scoring: Measured, last: Measured) -> float:
-        """When training must end, as the machine is now."""
-        minutes = math.inf if self.minutes is None else self.minutes
-        reserved = EXPORT_SECONDS + (stages - 1) * scoring.seconds + last.seconds
-        return self.began + 60 * minutes - reserved * scoring.slowdown()
+    def _end(self, stages: int, scoring: Measured, whole_seconds: float, slowdown: float) -> float:
+        """When training must end on a machine that is so many times slower than it was."""
+        seconds = math.inf if self.minutes is None else 60 * self.minutes
+        needed = EXPORT_SECONDS + stages * scoring.seconds
+        return self.began + seconds - slowdown * needed - min(slowdown * whole_seconds, _SMALL_PART * seconds)
 
 
 class _Moving:
-    """A time that is computed again when 20 seconds have passed since the last computation."""
+    """A time that is computed again, of the fastest pace of the latest looks, 20 seconds after the last one."""
 
-    def __init__(self, compute: Callable[[], float]) -> None:
-        self._compute, self._at, self._again = compute, compute(), time.monotonic() + _AGAIN_SECONDS
+    def __init__(self, at_pace: Callable[[float], float]) -> None:
+        self._at_pace = at_pace
+        self._looks: deque[float] = deque(maxlen=_LOOKS)
+        self._look()
 
     def __call__(self) -> float:
         if time.monotonic() > self._again:
-            self._at, self._again = self._compute(), time.monotonic() + _AGAIN_SECONDS
+            self._look()
         return self._at
+
+    def _look(self) -> None:
+        self._looks.append(pace())
+        self._at = self._at_pace(min(self._looks))
+        self._again = time.monotonic() + _AGAIN_SECONDS
