@@ -288,6 +288,6 @@ def test_a_plan_counts_what_the_run_did(name, request):
 def test_a_stage_that_is_alone_has_all_the_time():
     """Of two Stage I has its share, and the last one what is left."""
     budget = Budget(minutes=10, stage_one_share=0.25)
-    nothing = Measured(0.0)
-    both, one = (budget.deadline(stages, nothing, nothing)() - time.monotonic() for stages in (2, 1))
+    nothing = Measured(0.0, 1.0)
+    both, one = (budget.deadline(stages, nothing)() - time.monotonic() for stages in (2, 1))
     assert both / one == pytest.approx(0.25, abs=0.01)

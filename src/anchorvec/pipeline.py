@@ -173,8 +173,7 @@ def run_stages(
         as_begun, scores = _with_number_formats(recipe, run), stored_scores(run)
         score_bm25(as_begun, run, [*tests, *([whole.data] if whole else [])], scores)
         # before training, so that a task that cannot be fetched costs nothing
-        # of a time to keep within, how long it takes is measured: no vectors of an earlier run
-        scoring = first_scoring(as_begun, run, tests, scores, cache=not timed)
+        scoring = first_scoring(as_begun, run, tests, scores, timed=timed)
         whole, whole_seconds = affordable(whole, budget, scores)
         if checkpoint is None and not is_embedder(run.stage(recipe.stages[0])):
             budget.check(len(recipe.stages), scoring, whole_seconds)

@@ -51,15 +51,16 @@ def score_bm25(recipe: Recipe, run: Run, tests: Sequence[LocalData], scores: Sco
         score_model(recipe, run, tests, scores, "bm25", None)
 
 
-def first_scoring(recipe: Recipe, run: Run, tests: Sequence[LocalData], scores: Scored, *, cache: bool) -> Measured:
+def first_scoring(recipe: Recipe, run: Run, tests: Sequence[LocalData], scores: Scored, *, timed: bool) -> Measured:
     """What scoring the untrained embedder of `run` takes, or took where that is done.
 
-    `recipe`, `tests`, `scores` and `cache` are as in `score_model`.
+    `recipe`, `tests` and `scores` are as in `score_model`. Where the run is `timed`, no vectors of an earlier one are
+    used, and the machine's pace is measured, too.
     """
     if not run.noted("scoring"):
-        seconds = score_model(recipe, run, tests, scores, "untrained", run.base, cache=cache)
+        seconds = score_model(recipe, run, tests, scores, "untrained", run.base, cache=not timed)
         took = seconds or sum(of_task.seconds for of_task in scores.get("untrained", {}).values())
-        run.note("scoring", asdict(Measured(took)))
+        run.note("scoring", asdict(Measured.at_this_pace(took) if timed else Measured(took, 1.0)))
     return Measured(**run.noted("scoring"))
 
 

@@ -36,7 +36,12 @@ class Measured:
     """The `seconds` that something took, and the `pace` of the machine then, as `device.pace` measures it."""
 
     seconds: float
-    pace: float = field(default_factory=lambda: pace())
+    pace: float
+
+    @classmethod
+    def at_this_pace(cls, seconds: float) -> "Measured":
+        """The `seconds` with the pace of this moment, which takes a quarter of a second to find."""
+        return cls(seconds, pace())
 
     def slowdown(self, now: float | None = None) -> float:
         """How many times as long it would take at a pace of `now`; 1 where that is about the same, or less.
@@ -117,8 +122,10 @@ class Budget:
 
         `scoring` and `whole_seconds` as in `deadline`.
         """
-        left = self._end(stages, scoring, whole_seconds, scoring.slowdown()) - time.monotonic()
-        if self.minutes is not None and left < _LEAST_SECONDS:
+        if self.minutes is None:
+            return
+        left = self._end(self.minutes, stages, scoring, whole_seconds, scoring.slowdown()) - time.monotonic()
+        if left < _LEAST_SECONDS:
             raise AnchorvecError(
                 f"the time is too short: {max(0.0, left):.0f} s are left for training, since a scoring takes "
                 f"{scoring.now():.0f} s here; give {math.ceil(self.minutes + (_LEAST_SECONDS - left) / 60)} minutes or "
@@ -137,13 +144,14 @@ class Budget:
         every 20 seconds, by the fastest of the last three looks at the pace. What can be left out is given no more than
         a quarter of the time however slow the machine is.
         """
-        if self.minutes is None:
+        minutes = self.minutes
+        if minutes is None:
             return None
         begin = time.monotonic() if start is None else self.began + start
         share = self.stage_one_share if stages > 1 else 1.0
 
         def at_pace(now: float) -> float:
-            return begin + share * (self._end(stages, scoring, whole_seconds, scoring.slowdown(now)) - begin)
+            return begin + share * (self._end(minutes, stages, scoring, whole_seconds, scoring.slowdown(now)) - begin)
 
         return _Moving(at_pace)
 
@@ -160,11 +168,10 @@ class Budget:
         minutes = math.inf if self.minutes is None else self.minutes
         return self.began + 60 * minutes - EXPORT_SECONDS - time.monotonic()
 
-    def _end(self, stages: int, scoring: Measured, whole_seconds: float, slowdown: float) -> float:
-        """When training must end on a machine that is so many times slower than it was."""
-        seconds = math.inf if self.minutes is None else 60 * self.minutes
-        needed = EXPORT_SECONDS + stages * scoring.seconds
-        return self.began + seconds - slowdown * needed - min(slowdown * whole_seconds, _SMALL_PART * seconds)
+    def _end(self, minutes: float, stages: int, scoring: Measured, whole_seconds: float, slowdown: float) -> float:
+        """When training must end to keep within `minutes` on a machine that is so many times slower than it was."""
+        needed = slowdown * (EXPORT_SECONDS + stages * scoring.seconds)
+        return self.began + 60 * minutes - needed - min(slowdown * whole_seconds, _SMALL_PART * 60 * minutes)
 
 
 class _Moving:
