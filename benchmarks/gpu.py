@@ -245,6 +245,21 @@ def encoding(shape: str, texts: int) -> dict[str, Any]:
     }
 
 
+_LARGE_STEPS = [
+    "model.max_tokens=256",
+    "data.max_tokens=128",
+    "stage_one.pairs_per_step=256",
+    "stage_one.learning_rate=3e-4",
+    "stage_one.log_every=10",
+    "stage_two.pairs_per_step=512",
+    "stage_two.learning_rate=2e-4",
+    "stage_two.lora=null",
+    "stage_two.in_batch_negatives=random",
+    "stage_two.log_every=10",
+]
+"""Of the quickstart's recipe, for a GPU."""
+
+
 def pipeline(chosen: argparse.Namespace, seconds: float) -> dict[str, Any]:
     """Words, then words beside the contrastive loss, on a real base for so many `seconds` of training; then vectors.
 
@@ -253,6 +268,7 @@ def pipeline(chosen: argparse.Namespace, seconds: float) -> dict[str, Any]:
     from anchorvec.pipeline import load_training_data
     from anchorvec.recipe import load_recipe
     from anchorvec.start import build_base
+    from anchorvec.training.budget import Limit
     from anchorvec.training.stage import Stage
     from anchorvec.training.stage_one import train_stage_one
     from anchorvec.training.stage_two import train_stage_two
@@ -264,16 +280,7 @@ def pipeline(chosen: argparse.Namespace, seconds: float) -> dict[str, Any]:
             f"model.base={json.dumps(chosen.base)}",
             f"data.train={json.dumps([{'path': chosen.pairs, 'name': 'pairs'}])}",
             f"output={json.dumps(str(output))}",
-            "model.max_tokens=256",
-            "data.max_tokens=128",
-            "stage_one.pairs_per_step=256",
-            "stage_one.learning_rate=3e-4",
-            "stage_one.log_every=10",
-            "stage_two.pairs_per_step=512",
-            "stage_two.learning_rate=2e-4",
-            "stage_two.lora=null",
-            "stage_two.in_batch_negatives=random",
-            "stage_two.log_every=10",
+            *_LARGE_STEPS,
         ],
     )
     inputs = load_training_data(asked)
@@ -284,7 +291,8 @@ def pipeline(chosen: argparse.Namespace, seconds: float) -> dict[str, Any]:
         records: list[Mapping[str, Any]] = []
         train = train_stage_one if name == "stage_one" else train_stage_two
         start = time.monotonic()
-        stage = train(Stage(name, asked, run, stage, inputs, partial(float, start + share * seconds), records.append))
+        end = start + share * seconds
+        stage = train(Stage(name, asked, run, stage, inputs, Limit(partial(float, end)), records.append))
         last = [record for record in records if "loss" in record][-1]
         found[name] = {key: last[key] for key in ("step", "loss", "tokens")} | {"seconds": time.monotonic() - start}
         encoder = load_encoder(stage, torch.bfloat16)

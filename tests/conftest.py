@@ -58,6 +58,14 @@ def layers_are_not_timed():
 
 
 @pytest.fixture
+def own_data_cache(tmp_path, monkeypatch):
+    """Arrow files go to the test's own folder."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A stand-in for the Hugging Face hub, which all libraries ask in its place; their caches are empty."""
     import datasets

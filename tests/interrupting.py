@@ -87,3 +87,20 @@ def assert_same_run(found, expected):
         assert torch.equal(found_weights[name], tensor), name
     assert log(found) == log(expected)
     assert not (found / "checkpoints").exists()
+
+
+BOTH_WAYS = {
+    "model.base": "tiny",
+    "model.max_tokens": 64,
+    "model.attention_direction": "bidirectional",
+    "model.pool_prompt": False,
+    "model.end": "none",
+    "data.train": [{"path": "builtin:debug", "instruction": "find:"}],
+    "stage_one": None,
+    "stage_two.steps": 4,
+    "stage_two.warmup_steps": 0,
+    "stage_two.pairs_per_step": 6,
+    "stage_two.save_steps": 1,
+    "stage_two.log_every": 1,
+}
+"""The recipe's values of a short Stage II that reads in both directions."""

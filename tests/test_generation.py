@@ -20,8 +20,8 @@ from anchorvec.objectives.generation import generation_loss
 from anchorvec.objectives.pairs import micro_batches
 from families import config_classes, tiny_model
 from formulas import embed, info_nce
-from interrupting import assert_same_run, killed_after
-from support import BOTH_WAYS, assert_same_gradients, gradients, make_model, make_tokenizer, recipe
+from interrupting import BOTH_WAYS, assert_same_run, killed_after
+from support import assert_same_gradients, gradients, make_model, make_tokenizer, recipe
 
 SEPARATOR, END, LIMIT = [10], 0, 14
 ROWS = [("why", "so it is"), ("what is that?", "a text"), ("who", "nobody whom you know"), ("when?", "now")]

@@ -15,8 +15,8 @@ from anchorvec.model.encoding import encode_packed
 from anchorvec.model.latent_attention import LatentAttention, dense_layers
 from anchorvec.model.loading import load_encoder, load_model
 from anchorvec.model.readout import stored_readout
-from interrupting import assert_same_run, killed_after
-from support import BOTH_WAYS, make_model, make_tokenizer, recipe
+from interrupting import BOTH_WAYS, assert_same_run, killed_after
+from support import make_model, make_tokenizer, recipe
 
 TEXTS = ["a", "日本語", "twelve words " * 3, "some more text"]
 VALUES = {**BOTH_WAYS, "stage_two.learning_rate": 1e-2}

@@ -6,16 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from anchorvec.errors import AnchorvecError
-from anchorvec.recipe import (
-    EndPrompt,
-    Lora,
-    Recipe,
-    StageOne,
-    StageTwo,
-    TrainData,
-    load_arm,
-    load_recipe,
-)
+from anchorvec.recipe import EndPrompt, Lora, Recipe, StageOne, StageTwo, TrainData, load_arm, load_recipe
 
 DATA = "data: {train: [{path: pairs.jsonl}]}\n"
 DOCS = Path(__file__).parent.parent / "docs"

@@ -88,3 +88,18 @@ def test_imports_go_one_way():
     from importlinter.cli import lint_imports
 
     assert lint_imports(config_filename=str(ROOT / "pyproject.toml"), no_cache=True) == 0
+
+
+@pytest.mark.parametrize("folder", ["src", "tests", "benchmarks"])
+def test_files_and_functions_stay_short(folder):
+    """At most 400 lines in a file, and 50 in a function beside its docstring."""
+    for file in (ROOT / folder).rglob("*.py"):
+        text = file.read_text(encoding="utf-8")
+        lines = len(text.splitlines())
+        assert lines <= 400, f"{file}: {lines} lines"
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                first = node.body[0]
+                described = first.end_lineno - first.lineno + 1 if ast.get_docstring(node) else 0
+                lines = node.end_lineno - node.lineno + 1 - described
+                assert lines <= 50, f"{file}: {node.name} has {lines} lines"

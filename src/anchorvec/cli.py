@@ -12,17 +12,22 @@ from rich.text import Text
 
 import anchorvec
 from anchorvec.commands.options import (
+    Baselines,
     Cache,
     Devices,
     Index,
     Instruction,
     JsonFile,
+    Languages,
     ModelFolder,
     Overrides,
     Push,
     Ray,
     RecipeName,
     Resume,
+    Sample,
+    Tasks,
+    TestData,
     writable,
 )
 from anchorvec.errors import AnchorvecError, Interrupted
@@ -201,36 +206,19 @@ def plan(
 @app.command(epilog="Example: anchorvec evaluate first-embedder/model --data beir/scifact --baseline bm25")
 def evaluate(
     model: ModelFolder,
-    data: Annotated[list[Path] | None, typer.Option(help="A test set, or a folder of them; may be repeated.")] = None,
-    task: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME",
-            help="An MTEB task, a type (STS), a benchmark ('MTEB(eng, v2)', BEIR), or paper-15; may be repeated.",
-        ),
-    ] = None,
-    language: Annotated[
-        list[str] | None, typer.Option(help="Of tasks and types these languages alone, such as eng; may be repeated.")
-    ] = None,
+    data: TestData = None,
+    task: Tasks = None,
+    language: Languages = None,
     results: Annotated[
         Path, typer.Option(help="Folder where results of MTEB tasks are kept as mteb does; none is run again.")
     ] = Path("results"),
     batch_size: Annotated[int, typer.Option(help="Texts encoded at a time.", min=1)] = 32,
-    baseline: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Compare with a model, `bm25`, `untrained` (the run's own start), an earlier run, or a file that "
-            "--json wrote; may be repeated."
-        ),
-    ] = None,
+    baseline: Baselines = None,
     instruction: Instruction = None,
     cache: Cache = True,
     devices: Devices = None,
     ray: Ray = False,
-    sample: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Of retrieval, rank the relevant documents and N others, drawn.", min=0),
-    ] = None,
+    sample: Sample = None,
     index: Index = None,
     json_file: JsonFile = None,
 ) -> None:

@@ -198,8 +198,7 @@ def run_stages(
         elif whole is not None:
             score_model(as_begun, run, [whole.data], scores, name, stage, tasks=False)
         exported = _export(run)
-    minutes = budget.spent() / 60
-    return TrainResult(str(run.folder), exported, scores, steps=run.steps(), minutes=minutes, curve=run.curve())
+    return TrainResult(str(run.folder), exported, scores, run.steps(), budget.spent() / 60, curve=run.curve())
 
 
 def _begin(recipe: Recipe, run: Run, inputs: StageInputs, budget: Budget, record: Mapping[str, Any] | None) -> None:

@@ -53,3 +53,25 @@ Index = Annotated[
     typer.Option(help="Compare with all vectors, or search them by usearch, which may miss one."),
 ]
 ModelFolder = Annotated[str, typer.Argument(metavar="MODEL", help="A folder with an embedder, or a hub id.")]
+TestData = Annotated[list[Path] | None, typer.Option(help="A test set, or a folder of them; may be repeated.")]
+Tasks = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME",
+        help="An MTEB task, a type (STS), a benchmark ('MTEB(eng, v2)', BEIR), or paper-15; may be repeated.",
+    ),
+]
+Languages = Annotated[
+    list[str] | None, typer.Option(help="Of tasks and types these languages alone, such as eng; may be repeated.")
+]
+Baselines = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Compare with a model, `bm25`, `untrained` (the run's own start), an earlier run, or a file that "
+        "--json wrote; may be repeated."
+    ),
+]
+Sample = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Of retrieval, rank the relevant documents and N others, drawn.", min=0),
+]

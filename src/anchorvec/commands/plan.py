@@ -158,9 +158,8 @@ def plan(
             run = Run(Path(scratch) / "whole")
             build_base(recipe, run.base)
             trials = _tried(recipe, run, inputs, setup.tokenize(recipe))
-    engines = {name: stage.engine for name, stage in estimate.stages.items()}
-    if of is None:
-        engines |= {name: tried.engine for name, tried in trials.items()}
+    here = trials if of is None else {}
+    engines = {name: here[name].engine if name in here else stage.engine for name, stage in estimate.stages.items()}
     return Plan(
         recipe=dump_recipe(recipe),
         description=_described(recipe),

@@ -25,6 +25,9 @@ from anchorvec.terminal import Bar, say
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
+    from anchorvec.evaluation._mteb import Encoder
+    from anchorvec.evaluation.named import NamedTasks
+
 
 def evaluate(
     model: "SentenceTransformer | str | Path",
@@ -142,8 +145,6 @@ class _Asked:
 
 def _evaluate(model: "SentenceTransformer | str | Path", asked: _Asked, instruction: str | None) -> Evaluation:
     """`evaluate` on data that were read already."""
-    results = Evaluation({})
-    local, seed = asked.local, asked.seed
     with _side_effects_undone(), ExitStack() as stack:
         from anchorvec.evaluation import _mteb
         from anchorvec.evaluation.named import NamedTasks
@@ -152,14 +153,14 @@ def _evaluate(model: "SentenceTransformer | str | Path", asked: _Asked, instruct
         from anchorvec.model.text_encoder import TextEncoder
 
         # Names are looked up before anything is loaded or run, so that a misspelt one fails at once.
-        all_tasks = {part.name: _mteb.local_task(kind_of_data(part), part) for part in local}
+        own_tasks = {part.name: _mteb.local_task(kind_of_data(part), part) for part in asked.local}
         named = NamedTasks(asked.tasks, asked.languages, model=model, results=asked.kept_in, instruction=instruction)
         encoder, encode, of_model = None, None, {}
-        if local or named.to_run:
+        if asked.local or named.to_run:
             stack.enter_context(named.network())
             model = load_encoder(model)
             if instruction is None:
-                warn_of_named_prompts(model, [*all_tasks, *named.to_run])
+                warn_of_named_prompts(model, [*own_tasks, *named.to_run])
             dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
             check_index(asked.index, model)
             encode = stack.enter_context(TextEncoder(model, **asked.encoding))
@@ -167,26 +168,12 @@ def _evaluate(model: "SentenceTransformer | str | Path", asked: _Asked, instruct
             encoder = _mteb.Encoder(encode, instruction)
             for task in named.to_run.values():
                 encoder.check(task)
-            named.leave_out_without_data(alone=not local)
-        prompts = {} if encoder is None else encoder.prompts  # by task, filled while it runs
-        own = {part.name: kind_of_data(part).own_documents(part) for part in local}
-        sizes = {name: _mteb.characters(task) for name, task in [*all_tasks.items(), *named.to_run.items()]}
+            named.leave_out_without_data(alone=not asked.local)
+        sizes = {name: _mteb.characters(task) for name, task in [*own_tasks.items(), *named.to_run.items()]}
         with Bar(sizes, shown=asked.show_progress_bar) as bar:
             if encode is not None:
                 encode.on_texts = bar.advance
-            for name, task in [*all_tasks.items(), *named.tasks.items()]:
-                if name in sizes:
-                    bar.start(name)
-                about = of_model | {"prompts": prompts.setdefault(name, {})}
-                system = encoder if encoder is None else _mteb.ranker(encoder, task, asked.index)
-                if name in all_tasks:
-                    run = partial(_mteb.run, _mteb.without_own(system, own[name]), task, draw=asked.draw)
-                else:
-                    options = {"batch_size": asked.encoding["batch_size"], "draw": asked.draw}
-                    run = partial(named.outcome, name, system, about, **options)
-                of_task = _scores(name, task, run, seed=seed, draw=asked.draw, **about)
-                recall = getattr(system, "recall", None)
-                results |= {part: replace(scores, recall=recall) for part, scores in of_task.items()}
+            results = Evaluation(_scores_of_tasks(asked, own_tasks, named, encoder, of_model, bar))
         results.averages = named.averages()
     if encode is not None:
         encode.say_kept()
@@ -197,6 +184,39 @@ def _evaluate(model: "SentenceTransformer | str | Path", asked: _Asked, instruct
             f"stored with the model: {', '.join(sorted(encoder.read_as_queries))}",
             stacklevel=3,
         )
+    return results
+
+
+def _scores_of_tasks(
+    asked: _Asked,
+    own_tasks: Mapping[str, Any],
+    named: "NamedTasks",
+    encoder: "Encoder | None",
+    of_model: Mapping[str, str],
+    bar: Bar,
+) -> dict[str, Scores]:
+    """Those of `own_tasks`, which are of the local data, and of the `named` ones, one after the other on `bar`.
+
+    `encoder` reads texts; None: all scores are kept already. `of_model` are fields of the scores that say what read.
+    """
+    from anchorvec.evaluation import _mteb
+
+    prompts = {} if encoder is None else encoder.prompts  # by task, filled while it runs
+    own_documents = {part.name: kind_of_data(part).own_documents(part) for part in asked.local}
+    results: dict[str, Scores] = {}
+    for name, task in [*own_tasks.items(), *named.tasks.items()]:
+        if name in own_tasks or name in named.to_run:
+            bar.start(name)
+        about = {**of_model, "prompts": prompts.setdefault(name, {})}
+        system = encoder if encoder is None else _mteb.ranker(encoder, task, asked.index)
+        if name in own_tasks:
+            run = partial(_mteb.run, _mteb.without_own(system, own_documents[name]), task, draw=asked.draw)
+        else:
+            options = {"batch_size": asked.encoding["batch_size"], "draw": asked.draw}
+            run = partial(named.outcome, name, system, about, **options)
+        of_task = _scores(name, task, run, seed=asked.seed, draw=asked.draw, **about)
+        recall = getattr(system, "recall", None)
+        results |= {part: replace(scores, recall=recall) for part, scores in of_task.items()}
     return results
 
 
