@@ -3,20 +3,19 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from peft import get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import anchorvec
 from anchorvec.errors import AnchorvecError
-from anchorvec.model.base import byte_tokenizer
 from anchorvec.model.working_weights import WorkingWeights
 from anchorvec.objectives.reconstruction import TextReconstruction
-from anchorvec.pipeline import load_training_data
 from anchorvec.planning.activations import kept_for_a_token
 from anchorvec.planning.advice import advice
 from anchorvec.planning.arithmetic import Layers, Passes, forward_flops, step_flops
@@ -24,14 +23,12 @@ from anchorvec.planning.estimate import estimate_stage, weights_of
 from anchorvec.planning.machines import Machine, find_machine, machines, share_of_peak
 from anchorvec.planning.memory import memory_of_stage, memory_of_weights
 from anchorvec.planning.outline import Outline
-from anchorvec.planning.setup import set_up
 from anchorvec.recipe import load_recipe
 from anchorvec.training.engine import Engine
 from anchorvec.training.lora import lora_config
 from anchorvec.training.memory import kept_bytes
+from planned import config, folder_of, set_up_debug
 from support import make_pairs, recipe
-
-SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -39,31 +36,10 @@ def layers_are_not_timed():
     """Here they are."""
 
 
-def config(*, layers=3, tied=True, vocabulary=260, **others):
-    """A Llama that is small in every way."""
-    sizes = {**SIZES, "num_hidden_layers": layers, "vocab_size": vocabulary, "tie_word_embeddings": tied, **others}
-    return LlamaConfig(**sizes, max_position_embeddings=512, bos_token_id=None, eos_token_id=0, pad_token_id=None)
-
-
-def folder_of(folder, **sizes):
-    """A base without weights: its configuration and its tokenizer."""
-    made = config(**sizes)
-    made.architectures = ["LlamaForCausalLM"]
-    made.save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def setup(tmp_path):
     """A function that sets up the recipe `debug` on a base without weights."""
-
-    def made(values=None, **sizes):
-        base = folder_of(tmp_path / "base", **sizes)
-        asked = recipe({"model.base": str(base), "stage_one.micro_batch_tokens": 256, **(values or {})})
-        return set_up(asked, load_training_data(asked), tmp_path / "scratch")
-
-    return made
+    return partial(set_up_debug, tmp_path)
 
 
 # Sizes, memory

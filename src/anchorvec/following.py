@@ -143,10 +143,15 @@ def train_stage(stage: Stage) -> None:
 
 
 def check_shares(recipe: Recipe, processes: int) -> None:
-    """Raise AnchorvecError where a step of Stage II of `recipe` cannot be shared out evenly among so many `processes`.
+    """Raise AnchorvecError where Stage II of `recipe` cannot be shared out among so many `processes`.
 
-    A step of Stage I can always be.
+    It needs as many pairs for each, and no generation. A step of Stage I can always be.
     """
+    if processes > 1 and recipe.stage_two is not None and recipe.stage_two.generation_weight:
+        raise AnchorvecError(
+            "stage_two.generation_weight: documents are written beside the contrastive loss by one process alone yet; "
+            "start one, or set it to 0"
+        )
     pairs = recipe.stage_two.pairs_per_step if recipe.stage_two is not None else 0
     if pairs % processes:
         near = [n for n in (pairs // processes * processes, (pairs // processes + 1) * processes) if n]

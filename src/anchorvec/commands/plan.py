@@ -15,6 +15,7 @@ from anchorvec.data.reading import readout_of
 from anchorvec.data.stage_inputs import LENGTH_SAMPLE, StageInputs, reconstructs, sample_rows
 from anchorvec.data.tokens import PairTokenizer
 from anchorvec.device import check_one_device, default_device, resolve_precision
+from anchorvec.following import check_shares
 from anchorvec.model.base import has_weights_here
 from anchorvec.objectives.masked import IGNORED
 from anchorvec.objectives.pairs import TokenPair
@@ -144,9 +145,9 @@ def plan(
     `rows_with_negatives` is empty where Stage II wants none. Raises AnchorvecError for a recipe or data that cannot be
     used, and for a machine that nobody knows.
     """
-    of = None if machine is None else find_machine(machine, machines)
     recipe = with_settings_of_base(recipe if isinstance(recipe, Recipe) else load_recipe(recipe))
     check_one_device()
+    of = None if machine is None else _machine_for(recipe, machine, machines)
     inputs = load_training_data(recipe)
     with tempfile.TemporaryDirectory() as scratch:
         setup = set_up(recipe, inputs, Path(scratch))
@@ -198,6 +199,13 @@ def _described(recipe: Recipe) -> dict[str, str]:
     if recipe.stage_two is not None:
         rows["stage_two"] = describe_stage_two(recipe.stage_two)
     return rows
+
+
+def _machine_for(recipe: Recipe, name: str, own: str | Path | None) -> Machine:
+    """The machine `name`, as `find_machine` says. Raises AnchorvecError where `train` could not run `recipe` on it."""
+    machine = find_machine(name, own)
+    check_shares(recipe, machine.devices)
+    return machine
 
 
 def _no_step_because(recipe: Recipe, setup: Setup, found: RunEstimate, machine: Machine | None, step: bool) -> str:

@@ -32,7 +32,7 @@ class Passes:
 
     def times(self, factor: float) -> "Scaled":
         """So many times as much, `factor`."""
-        return Scaled(self.tokens * factor, self.squares * factor, self.targets * factor)
+        return Scaled(self.tokens, self.squares, self.targets).times(factor)
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,13 @@ class Scaled:
     tokens: float
     squares: float
     targets: float
+
+    def __add__(self, other: "Scaled") -> "Scaled":
+        return Scaled(self.tokens + other.tokens, self.squares + other.squares, self.targets + other.targets)
+
+    def times(self, factor: float) -> "Scaled":
+        """So many times as much, `factor`."""
+        return Scaled(self.tokens * factor, self.squares * factor, self.targets * factor)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """What each stage of a recipe takes on a machine: memory, arithmetic, disk and time."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +12,8 @@ from anchorvec.objectives.bag_of_words import SAMPLE_PAIRS
 from anchorvec.planning.activations import kept_for_a_token
 from anchorvec.planning.arithmetic import Layers, Scaled, forward_flops, step_flops
 from anchorvec.planning.machines import Machine, share_of_peak
-from anchorvec.planning.memory import Memory, Weights, memory_of_stage, memory_of_weights
+from anchorvec.planning.memory import Memory, Weights, memory_of_stage, memory_of_weights, shared_out
+from anchorvec.planning.network import exchanged_bytes, waiting_seconds
 from anchorvec.planning.outline import Outline
 from anchorvec.planning.setup import Setup
 from anchorvec.recipe import Recipe, StageOne, StageTwo
@@ -32,8 +34,9 @@ class StageEstimate:
     """What a stage takes on one of the devices: `memory` in bytes, of which `capacity` are there.
 
     `tokens` and `flops` are those of the whole stage over all devices. `seconds`: of an optimizer step, and of all;
-    None: not known. `share`: of the peak that it is reckoned with, on a named machine. `advice`: values of the recipe
-    with which it fits.
+    None: not known. `share`: of the peak that it is reckoned with, on a named machine. `exchanged`: bytes that a device
+    sends in a step. `whole_model`: bytes of the model that each device holds when a stage starts whose weights are
+    shared out. `advice`: values of the recipe with which it fits.
     """
 
     engine: Engine
@@ -46,6 +49,8 @@ class StageEstimate:
     seconds_per_step: float | None = None
     seconds: float | None = None
     share: float | None = None
+    exchanged: float = 0.0
+    whole_model: float = 0.0
     advice: tuple[str, ...] = ()
 
 
@@ -59,31 +64,19 @@ def estimate_stage(setup: Setup, recipe: Recipe, name: StageName, machine: Machi
     recipe = with_precision(recipe, machine)
     bf16 = resolve_precision(recipe.model.precision) == "bf16"
     devices = 1 if machine is None else machine.devices
-    on_one = recipe.model_copy(
-        update={name: settings.model_copy(update={"pairs_per_step": -(-settings.pairs_per_step // devices)})}
-    )
-    demand = setup.demand(name, on_one, device)
+    sharded = devices > 1 and isinstance(settings, StageOne) and settings.sharded
+    largest_share = -(-settings.pairs_per_step // devices)
+    on_one = recipe.model_copy(update={name: settings.model_copy(update={"pairs_per_step": largest_share})})
+    demand = replace(setup.demand(name, on_one, device), devices=devices, shards=devices if sharded else 1)
     weights = weights_of(setup.outline, recipe, name, bf16=bf16)
-    fixed = memory_of_weights(weights, bf16=bf16)
-    if devices > 1:  # gradients are copied to be exchanged
-        fixed = replace(fixed, gradients=fixed.gradients + 4 * weights.trained)
-    held_by_weights = fixed.weights + fixed.master_weights
-    own = (
-        Memory()
-        if machine is not None
-        else memory_of_stage(Memory(), _NOTHING, held=0, score_bytes=0, embeddings=0, cpu=device.type == "cpu")
-    )
-    capacity = free_memory(device) + own.peak if machine is None else machine.memory - _CONTEXT
-    lora = None if settings.lora is None else (settings.lora.r, settings.lora.dropout)
-
-    def kept(checkpointing: bool) -> tuple[float, float]:
-        attention: Any = "eager" if recipe.model.attention == "eager" else "sdpa"
-        options: dict[str, Any] = {"bf16": bf16, "longest": demand.longest, "attention": attention, "lora": lora}
-        return kept_for_a_token(setup.outline, checkpointing=checkpointing, **options), 0.0
-
-    engine = decide_engine(kept, demand, weights.trained, device, max(0.0, capacity - own.peak - held_by_weights))
+    fixed = _fixed(weights, setup.outline, devices, sharded=sharded, bf16=bf16)
+    whole_model = 4 * weights.whole if sharded else 0.0  # it is shared out after the engine was chosen
+    held_by_weights = whole_model or fixed.weights + fixed.master_weights
+    own, capacity = _room(machine, device)
+    kept = _kept(setup.outline, recipe, settings, demand.longest, bf16=bf16)
+    engine = decide_engine(kept, demand, weights.trained, device, max(0.0, capacity - own - held_by_weights))
     passes = setup.passes(name, recipe)
-    of_device = passes.tokens / devices
+    of_device = passes.tokens * largest_share / settings.pairs_per_step
     at_once = name == "stage_two" and not engine.cached_gradients
     memory = memory_of_stage(
         fixed,
@@ -92,19 +85,58 @@ def estimate_stage(setup: Setup, recipe: Recipe, name: StageName, machine: Machi
         if at_once
         else min(max(engine.micro_batch_tokens, demand.least_tokens), of_device),
         score_bytes=demand.logits_bytes,
-        embeddings=2 * settings.pairs_per_step / devices * setup.outline.hidden,
+        embeddings=2 * largest_share * setup.outline.hidden,
         cpu=device.type == "cpu",
     )
     found = StageEstimate(
         engine=engine,
         memory=memory,
         capacity=capacity,
-        fits=engine.fits and memory.peak <= capacity,
+        fits=engine.fits and max(memory.peak, whole_model) <= capacity,
+        whole_model=whole_model,
         trained=round(weights.trained),
         tokens=round(passes.tokens * settings.steps),
         flops=settings.steps * flops_of_step(setup.outline, settings, engine, passes),
     )
-    return found if machine is None else _timed_on(found, machine, setup.outline, name, settings, weights, bf16)
+    if machine is None:
+        return found
+    on = _On(machine, name, sharded=sharded, bf16=bf16, micro_batches=_micro_batches(engine, of_device, name))
+    return _timed_on(found, on, setup.outline, settings, weights, largest_share)
+
+
+def _room(machine: Machine | None, device: torch.device) -> tuple[float, float]:
+    """Bytes that this process takes already on `device`, and all that it may take; on a `machine` that one's."""
+    if machine is not None:
+        return 0.0, machine.memory - _CONTEXT
+    own = memory_of_stage(Memory(), _NOTHING, held=0, score_bytes=0, embeddings=0, cpu=device.type == "cpu").peak
+    return own, free_memory(device) + own
+
+
+def _kept(
+    outline: Outline, recipe: Recipe, settings: StageOne | StageTwo, longest: int, *, bf16: bool
+) -> Callable[[bool], tuple[float, float]]:
+    """Bytes that `outline` keeps for a token, and 0 for all, by whether gradient checkpointing is on."""
+    lora = None if settings.lora is None else (settings.lora.r, settings.lora.dropout)
+    attention: Any = "eager" if recipe.model.attention == "eager" else "sdpa"
+    options: dict[str, Any] = {"bf16": bf16, "longest": longest, "attention": attention, "lora": lora}
+    return lambda checkpointing: (kept_for_a_token(outline, checkpointing=checkpointing, **options), 0.0)
+
+
+def _fixed(weights: Weights, outline: Outline, devices: int, *, sharded: bool, bf16: bool) -> Memory:
+    """What one of `devices` holds of the `weights` of a stage, whatever the texts."""
+    if sharded:
+        parts: dict[str, Any] = {"in_layers": outline.in_layers, "layers": outline.layers, "head": outline.head}
+        return shared_out(weights, devices=devices, **parts, bf16=bf16)
+    fixed = memory_of_weights(weights, bf16=bf16)
+    if devices == 1:
+        return fixed
+    return replace(fixed, gradients=fixed.gradients + 4 * weights.trained)  # copied to be exchanged
+
+
+def _micro_batches(engine: Engine, of_device: float, name: StageName) -> int:
+    """Of a step that has so many tokens for a device, `of_device`."""
+    at_once = name == "stage_two" and not engine.cached_gradients
+    return 1 if at_once else max(1, math.ceil(of_device / engine.micro_batch_tokens))
 
 
 _NOTHING = Engine(packed=True, gradient_checkpointing=False, micro_batch_tokens=1, bytes_per_token=0, fits=True)
@@ -120,9 +152,10 @@ def with_precision(recipe: Recipe, machine: Machine | None) -> Recipe:
 def weights_of(outline: Outline, recipe: Recipe, name: StageName, *, bf16: bool) -> Weights:
     """The parameters that the stage `name` of `recipe` holds of `outline`, by what becomes of them, in `bf16` or no."""
     settings: StageOne | StageTwo = getattr(recipe, name)
-    head = outline.head if name == "stage_one" else 0  # a tied one is copied for the head too
+    writes = name == "stage_one" or (isinstance(settings, StageTwo) and settings.generation_weight > 0)
+    head = outline.head if writes else 0  # a tied one is copied for the head too
     linear = outline.linear_parameters + head
-    whole = outline.parameters if name == "stage_one" else outline.body_parameters
+    whole = outline.parameters if writes else outline.body_parameters
     own_head = head if head and not outline.tied else 0
     told = isinstance(settings, StageOne) and settings.target == "bag_of_words" and settings.candidates == "texts"
     told = told or (isinstance(settings, StageTwo) and settings.bag_of_words_weight > 0)
@@ -138,8 +171,8 @@ def weights_of(outline: Outline, recipe: Recipe, name: StageName, *, bf16: bool)
             frozen_other=bags,
         )
     adapters = outline.adapters(settings.lora.r)
-    in_bf16 = outline.linear_parameters if name == "stage_two" and bf16 else 0
-    copied = head + outline.linear_parameters - in_bf16
+    in_bf16 = outline.linear_parameters + own_head if name == "stage_two" and bf16 else 0
+    copied = linear - in_bf16
     return Weights(
         trained=adapters,
         trained_linear=adapters,
@@ -169,26 +202,53 @@ def flops_of_step(outline: Outline, settings: StageOne | StageTwo, engine: Engin
     return step_flops(layers, passes, again=again, chunked=passes.targets > 0) + exchanged
 
 
+@dataclass(frozen=True)
+class _On:
+    """Where the stage `name` runs: on the devices of `machine`, its weights `sharded` or not, in `bf16` or not.
+
+    A device computes its part of a step in so many `micro_batches`.
+    """
+
+    machine: Machine
+    name: StageName
+    sharded: bool
+    bf16: bool
+    micro_batches: int
+
+
 def _timed_on(
     found: StageEstimate,
-    machine: Machine,
+    on: _On,
     outline: Outline,
-    name: StageName,
     settings: StageOne | StageTwo,
     weights: Weights,
-    bf16: bool,
+    largest_share: int,
 ) -> StageEstimate:
-    """`found` with its time on `machine`: arithmetic at the measured share of the peak, then the optimizer.
+    """`found` with its time `on` a machine: arithmetic at the measured share of the peak, and then the optimizer.
 
-    Gradients are exchanged meanwhile, so that the longer of the two counts.
+    A step takes as long as the device that has the `largest_share` of its pairs, and what it waits for the network.
     """
-    share = share_of_peak(name, outline.hidden, lora=settings.lora is not None, compiled=found.engine.compiled)
-    peak = (machine.bf16_tflops if bf16 else machine.fp32_tflops) * 1e12
-    computing = found.flops / settings.steps / machine.devices / (share * peak)
-    exchanging = 8 * weights.trained * (1 - 1 / machine.devices) / (machine.link_gbs * 1e9)
-    moved = _OPTIMIZER_TRAFFIC * weights.trained + (_CAST_TRAFFIC * weights.trained_linear if bf16 else 0)
-    step = max(computing, exchanging) + moved / (machine.bandwidth_gbs * 1e9)
-    return replace(found, seconds_per_step=step, seconds=step * settings.steps, share=share)
+    machine = on.machine
+    ways: dict[str, Any] = {"micro_batches": on.micro_batches, "sharded": on.sharded}
+    share = share_of_peak(on.name, outline.hidden, lora=settings.lora is not None, compiled=found.engine.compiled)
+    peak = (machine.bf16_tflops if on.bf16 else machine.fp32_tflops) * 1e12
+    computing = found.flops / settings.steps * largest_share / settings.pairs_per_step / (share * peak)
+    sent = exchanged_bytes(
+        weights.trained,
+        machine.devices,
+        **ways,
+        passes=2 if isinstance(settings, StageOne) and settings.target == "text" else 1,
+        outside=weights.trained - outline.in_layers if on.sharded else 0,
+        bf16=on.bf16,
+        candidates=settings.pairs_per_step * (1 + settings.negatives) * outline.hidden
+        if isinstance(settings, StageTwo)
+        else 0,
+    )
+    held = weights.trained / (machine.devices if on.sharded else 1)
+    casts = on.micro_batches if machine.devices > 1 else 1  # by one process once a step
+    moved = _OPTIMIZER_TRAFFIC * held + (_CAST_TRAFFIC * casts * weights.trained_linear if on.bf16 else 0)
+    step = computing + waiting_seconds(sent, computing, machine, **ways) + moved / (machine.bandwidth_gbs * 1e9)
+    return replace(found, seconds_per_step=step, seconds=step * settings.steps, share=share, exchanged=sent)
 
 
 def disk_of(

@@ -26,7 +26,8 @@ NOT_COMPILED = 0.334 / 0.517
 class Machine:
     """One of `devices` alike: peaks in 10^12 operations a second, memory in GB, bandwidths in GB a second.
 
-    `link_gbs` leads to another device, in one direction. `source` says where the figures are from.
+    `link_gbs` leads to another device, in one direction. `per_machine` devices share a machine, which is tied to others
+    by `network_gbs`, of all its cards together, in one direction. `source` says where the figures are from.
     """
 
     name: str
@@ -37,9 +38,19 @@ class Machine:
     link_gbs: float
     source: str
     devices: int = 1
+    per_machine: int = 8
+    network_gbs: float = 12.5
 
     def __str__(self) -> str:
         return self.name if self.devices == 1 else f"{self.devices} x {self.name}"
+
+    @property
+    def exchange_gbs(self) -> float:
+        """GB a second that each device sends while all exchange in rings: over the slower of link and network.
+
+        A ring enters and leaves each machine once, and as many rings as there are cards share the data.
+        """
+        return self.link_gbs if self.devices <= self.per_machine else min(self.link_gbs, self.network_gbs)
 
     @property
     def memory(self) -> float:
@@ -47,7 +58,8 @@ class Machine:
         return self.memory_gb * 1e9
 
 
-_FIGURES = tuple(field.name for field in fields(Machine) if field.type is float)
+_OPTIONAL = {"per_machine": 8, "network_gbs": 12.5}
+_FIGURES = tuple(field.name for field in fields(Machine) if field.type is float and field.name not in _OPTIONAL)
 
 
 def find_machine(name: str, own: str | Path | None = None) -> Machine:
@@ -93,13 +105,18 @@ def _read(name: str, text: str) -> dict[str, Machine]:
 
 def _machine(place: str, name: str, line: Any) -> Machine:
     line = line if isinstance(line, dict) else {}
-    if unknown := sorted(map(str, line.keys() - {*_FIGURES, "source"})):
-        raise AnchorvecError(f"--machines: {place}: unknown key {unknown[0]}; keys: {', '.join(_FIGURES)}, source")
-    for key in _FIGURES:
-        value = line.get(key)
+    if unknown := sorted(map(str, line.keys() - {*_FIGURES, *_OPTIONAL, "source"})):
+        keys = ", ".join([*_FIGURES, *_OPTIONAL, "source"])
+        raise AnchorvecError(f"--machines: {place}: unknown key {unknown[0]}; keys: {keys}")
+    figures: dict[str, Any] = {}
+    for key in [*_FIGURES, *_OPTIONAL]:
+        value = line.get(key, _OPTIONAL.get(key))
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             raise AnchorvecError(f"--machines: {place}: {key} must be a positive number, and is {value!r}")
-    figures: dict[str, Any] = {key: float(line[key]) for key in _FIGURES}
+        figures[key] = float(value)
+    if not figures["per_machine"].is_integer():
+        raise AnchorvecError(f"--machines: {place}: per_machine must be a whole number, and is {line['per_machine']!r}")
+    figures["per_machine"] = int(figures["per_machine"])
     return Machine(name, **figures, source=str(line.get("source", "yours")))
 
 

@@ -58,6 +58,11 @@ class Weights:
     frozen_copied: float = 0.0
     frozen_other: float = 0.0
 
+    @property
+    def whole(self) -> float:
+        """All of them."""
+        return self.trained + self.frozen_linear + self.frozen_copied + self.frozen_other
+
 
 def memory_of_weights(weights: Weights, *, bf16: bool) -> Memory:
     """The parts that do not depend on the texts, of a stage in `bf16` or fp32, with such `weights`."""
@@ -68,6 +73,24 @@ def memory_of_weights(weights: Weights, *, bf16: bool) -> Memory:
         master_weights=4 * weights.trained,
         gradients=4 * weights.trained + 8 * weights.table,
         optimizer=8 * weights.trained,
+    )
+
+
+def shared_out(weights: Weights, *, devices: int, in_layers: float, layers: int, head: float, bf16: bool) -> Memory:
+    """`memory_of_weights` of one of `devices` among which such `weights` are shared out, with what is gathered.
+
+    `in_layers` of those that train are in so many `layers`, of which one is gathered, in `bf16` or fp32, while the next
+    one comes, and one layer's gradients. The others stay gathered in fp32 for a micro-batch, with their gradients; the
+    LM `head`, so many weights, is copied where it is used in bf16.
+    """
+    layer, outside = in_layers / layers, weights.trained - in_layers
+    size = 2 if bf16 else 4
+    frozen = 4 * (weights.frozen_linear + weights.frozen_copied + weights.frozen_other)
+    return Memory(
+        weights=frozen + 2 * size * layer + 4 * outside + (2 * head if bf16 else 0),
+        master_weights=4 * weights.trained / devices,
+        gradients=4 * weights.trained / devices + (size + 4) * layer + 4 * outside + 8 * weights.table,
+        optimizer=8 * weights.trained / devices,
     )
 
 

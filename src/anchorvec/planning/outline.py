@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from anchorvec.model.decoder import decoder_of
 from anchorvec.training.lora import lora_config
+from anchorvec.training.sharding import layers_to_share
 
 _SMALL = {
     "hidden_size": 64,
@@ -98,6 +99,11 @@ class Outline:
     def linear_parameters(self) -> int:
         """Parameters of the decoder's linear layers, biases too, of which bf16 copies are made."""
         return sum(p.numel() for m in self.body.modules() if isinstance(m, nn.Linear) for p in m.parameters())
+
+    @cached_property
+    def in_layers(self) -> int:
+        """Parameters of the decoder layers. Raises AnchorvecError for a family whose layers cannot be shared out."""
+        return sum(p.numel() for layer in layers_to_share(self.model) for p in layer.parameters())
 
     @cached_property
     def tied(self) -> bool:

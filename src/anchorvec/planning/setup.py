@@ -14,6 +14,7 @@ from anchorvec.device import default_device
 from anchorvec.errors import AnchorvecError
 from anchorvec.model.base import base_without_weights
 from anchorvec.model.folders import identify, is_local
+from anchorvec.objectives.generation import Generation
 from anchorvec.objectives.pairs import TokenPair
 from anchorvec.objectives.reconstruction import Reconstruction
 from anchorvec.planning.arithmetic import Passes, Scaled
@@ -24,7 +25,7 @@ from anchorvec.start import build_base
 from anchorvec.training.engine import UNPACKABLE, Demand, why_padded
 from anchorvec.training.stage import Stage
 from anchorvec.training.stage_one import pair_tokenizer, stage_one_demand, stage_one_objective
-from anchorvec.training.stage_two import stage_two_demand, stage_two_model
+from anchorvec.training.stage_two import StageTwoModel, stage_two_demand, stage_two_model
 
 SAMPLED_PAIRS = 64
 """From which the tokens of a pair are estimated."""
@@ -54,9 +55,9 @@ class Setup:
         return stage_one_objective(self.stage("stage_one", self.recipe), self.tokenize(self.recipe))[0]
 
     @cached_property
-    def packs_stage_two(self) -> bool:
-        """Whether Stage II packs its texts, if the device is for it."""
-        return stage_two_model(self.stage("stage_two", self.recipe)).engine.packed
+    def two(self) -> StageTwoModel:
+        """Stage II's, on the small model: whether it packs its texts, if the device is for it, and what it writes."""
+        return stage_two_model(self.stage("stage_two", self.recipe))
 
     def stage(self, name: StageName, recipe: Recipe) -> Stage:
         """The stage `name` of `recipe`, on the small model."""
@@ -86,8 +87,8 @@ class Setup:
         if name == "stage_one":
             packed = not because and (self.objective.packed or not here)
             return stage_one_demand(stage, self.objective, device, packed, because or UNPACKABLE)
-        packed = not because and (self.packs_stage_two or not here)
-        return stage_two_demand(stage, self.tokenizer, packed, because or UNPACKABLE)
+        packed = not because and (self.two.engine.packed or not here)
+        return stage_two_demand(stage, self.tokenizer, packed, because or UNPACKABLE, self.two.generation)
 
     def passes(self, name: StageName, recipe: Recipe) -> Scaled:
         """What an optimizer step of the stage `name` of `recipe` puts through the decoder, by some pairs."""
@@ -102,12 +103,17 @@ class Setup:
         with_negatives = sum(self.inputs.rows_with_negatives.values()) / rows * two.negatives
         read = Passes([len(text) for pair in pairs for text in (pair.query, pair.document)])
         negatives = Passes([len(pair.document) for pair in pairs])  # taken to be as long as a positive
+        written = _written(self.two.generation, pairs)
         factor = two.pairs_per_step / len(pairs)
-        tokens, squares = (
-            factor * (a + with_negatives * b)
-            for a, b in ((read.tokens, negatives.tokens), (read.squares, negatives.squares))
-        )
-        return Scaled(tokens, squares, 0.0)
+        return (read.times(1) + negatives.times(with_negatives) + written.times(1)).times(factor)
+
+
+def _written(generation: Generation | None, pairs: list[TokenPair]) -> Passes:
+    """What Stage II passes over to write the documents of `pairs` after their queries."""
+    if generation is None:
+        return Passes([])
+    there = [generation.pair(pair.query, pair.document) for pair in pairs]
+    return Passes([len(pair.query) + len(pair.document_targets) for pair in there], sum(generation.targets(there)))
 
 
 def _passes_of_stage_one(recipe: Recipe, objective: Reconstruction, pairs: list[TokenPair]) -> Passes:

@@ -23,6 +23,10 @@ def show(estimate: "RunEstimate") -> Group:
         )
         if not stage.fits:
             table.add_row("", Text(_way_out(stage)))
+        if stage.whole_model > stage.memory.peak:
+            table.add_row("", Text(f"{gigabytes(stage.whole_model)} GB when it starts: the whole model, in fp32"))
+        if stage.exchanged:
+            table.add_row(f"{name}, network", f"{gigabytes(stage.exchanged)} GB that each device sends in a step")
         table.add_row(f"{name}, arithmetic", f"{stage.tokens:,} tokens, {stage.flops:.3g} FLOPs")
         if stage.seconds is not None and stage.seconds_per_step is not None:
             share = "" if stage.share is None else f", at {stage.share:.0%} of the peak"

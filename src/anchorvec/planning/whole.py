@@ -64,10 +64,7 @@ def estimate_run(setup: Setup, machine: Machine | None, folder: Path) -> RunEsti
                 step = pace.seconds_of_step(outline, stages[name].tokens / settings.steps, stages[name].trained)
                 stages[name] = replace(stages[name], seconds_per_step=step, seconds=step * settings.steps)
     else:
-        notes.append(
-            f"an estimate: peaks of {machine.name} ({machine.source}), of which that share is reckoned with that was "
-            "measured on an H100; each device holds all weights"
-        )
+        notes += _of_machine(recipe, machine)
     for name in recipe.stages:
         if not stages[name].fits:
             stages[name] = replace(stages[name], advice=advice(setup, recipe, name, machine))
@@ -91,6 +88,27 @@ def estimate_run(setup: Setup, machine: Machine | None, folder: Path) -> RunEsti
         body_parameters=outline.body_parameters,
         notes=tuple(notes),
     )
+
+
+def _of_machine(recipe: Recipe, machine: Machine) -> Iterator[str]:
+    """What is to be said of a plan of `recipe` for `machine`."""
+    yield (
+        f"an estimate: peaks of {machine.name} ({machine.source}), of which that share is reckoned with that was "
+        "measured on an H100"
+    )
+    if machine.devices == 1:
+        return
+    one = recipe.stage_one
+    if one is not None and one.sharded:
+        yield "in stage_one each device holds a part of weights, gradients and moments; in stage_two all weights"
+    else:
+        yield "each device holds all weights; stage_one.sharded=true shares those of Stage I out"
+    if one is not None and one.pairs_per_step % machine.devices:
+        few, rest = divmod(one.pairs_per_step, machine.devices)
+        yield (
+            f"stage_one.pairs_per_step: {rest} of {machine.devices} devices have {few + 1} of its {one.pairs_per_step} "
+            f"pairs and the others {few}, which wait for them"
+        )
 
 
 def scoring_flops(setup: Setup) -> float:

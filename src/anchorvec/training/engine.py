@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 from anchorvec.device import default_device, resolve_precision
 from anchorvec.model.packing import packing_pays
 from anchorvec.processes import gathered
-from anchorvec.ranks import ranks
 from anchorvec.training.memory import ADAM_BYTES, kept_bytes, tokens_that_fit
 
 ENOUGH_TOKENS = {"cpu": 1_536, "cuda": 65_536}
@@ -57,9 +56,9 @@ class Demand:
 
     `packed`, and `padded_because`, why not. `precision`, `gradient_checkpointing` and `micro_batch_tokens` are the
     recipe's. `longest`: the tokens of the longest text; `least_tokens`: those that must be held at one time;
-    `logits_bytes` exist beside what is kept; `shards`: the devices that the weights are shared out among;
-    `step_tokens`: those of a step that would best be held at once, with cached gradients where they do not fit.
-    `long_enough`: compiling the layers pays.
+    `logits_bytes` exist beside what is kept; `devices`: those of the run; `shards`: those that the weights are shared
+    out among; `step_tokens`: those of a step that would best be held at once, with cached gradients where they do not
+    fit. `long_enough`: compiling the layers pays.
     """
 
     packed: bool
@@ -69,6 +68,7 @@ class Demand:
     longest: int
     least_tokens: int
     logits_bytes: int = 0
+    devices: int = 1
     shards: int = 1
     step_tokens: float | None = None
     long_enough: bool = False
@@ -99,7 +99,7 @@ def decide_engine(
     """
     device = device or default_device()
     # DDP copies the gradients, in fp32, to exchange them
-    copied = 4 if ranks() > 1 and demand.shards == 1 else 0
+    copied = 4 if demand.devices > 1 and demand.shards == 1 else 0
     beside = demand.logits_bytes + (ADAM_BYTES + copied) * trained / demand.shards
 
     def kept_and_fit(checkpointing: bool) -> tuple[float, int]:
@@ -119,7 +119,7 @@ def decide_engine(
         f"texts are padded: {demand.padded_because}": not demand.packed,
         _CHECKPOINTING: checkpointing and asked == "auto",
         f"{_CACHED}: a step of {step_tokens or 0:,.0f} tokens does not fit at once": cached,
-        _CONVERTED: ranks() > 1 and resolve_precision(demand.precision) == "bf16",
+        _CONVERTED: demand.devices > 1 and resolve_precision(demand.precision) == "bf16",
         _NOT_COMPILED: device.type == "cuda" and not demand.long_enough,
     }
     held = micro_batch_tokens or max(1, min(fit, ENOUGH_TOKENS.get(device.type, 1_536)))

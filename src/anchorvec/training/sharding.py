@@ -25,13 +25,9 @@ def shard(objective: nn.Module, model: PreTrainedModel, *, bf16: bool) -> None:
     """Share out the weights of `objective`, which trains `model`, among all processes, layer by layer.
 
     With `bf16` layers compute on weights in bf16, gathered so; gradients are added up in fp32. Raises AnchorvecError
-    for a family whose layers cannot be told.
+    as `layers_to_share`.
     """
-    layers = decoder_layers(model)
-    if not layers:
-        raise AnchorvecError(
-            f"stage_one.sharded: {type(model).__name__} has no layers that can be shared out; set it to false"
-        )
+    layers = layers_to_share(model)
     mesh = init_device_mesh(model.device.type, (ranks(),))
     # hidden states stay as they are, in fp32 from layer to layer, as with one device
     as_one = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -41,6 +37,16 @@ def shard(objective: nn.Module, model: PreTrainedModel, *, bf16: bool) -> None:
     fully_shard(objective, mesh=mesh, mp_policy=as_one)
     marked: Any = objective
     marked._is_accelerate_prepared = True  # or else it would copy what is shared out to all (DDP)
+
+
+def layers_to_share(model: PreTrainedModel) -> list[nn.Module]:
+    """The decoder layers of `model`. Raises AnchorvecError for a family whose layers cannot be told."""
+    layers = decoder_layers(model)
+    if not layers:
+        raise AnchorvecError(
+            f"stage_one.sharded: {type(model).__name__} has no layers that can be shared out; set it to false"
+        )
+    return layers
 
 
 def is_sharded(model: object) -> bool:

@@ -142,6 +142,7 @@ def stage_one_demand(
         micro_batch_tokens=settings.micro_batch_tokens,
         longest=recipe.longest_read,
         least_tokens=objective.passes * recipe.longest_read,
+        devices=ranks(),
         shards=ranks() if settings.sharded else 1,
         logits_bytes=objective.score_bytes(share, recipe.training_tokens, device),
         long_enough=stage.long_enough,

@@ -21,7 +21,6 @@ from anchorvec.data.samplers import DifferentTexts, SimilarPairs
 from anchorvec.data.stage_inputs import large_step
 from anchorvec.data.tokens import PairTokenizer
 from anchorvec.device import default_device, keep_frozen_in_bf16
-from anchorvec.errors import AnchorvecError
 from anchorvec.files import new_folder, write_json
 from anchorvec.model.compiling import compile_decoder_layers
 from anchorvec.model.decoder import decoder_of
@@ -194,6 +193,7 @@ def stage_two_demand(
         least_tokens=longest,
         step_tokens=max(step_tokens(name, rows) for name, rows in inputs.contrastive.items()) / ranks(),
         logits_bytes=logits_bytes,
+        devices=ranks(),
         long_enough=stage.long_enough,
         padded_because=padded_because,
     )
@@ -212,11 +212,6 @@ def _trained_model(stage: Stage) -> tuple[SentenceTransformer, PreTrainedModel |
     model.max_seq_length = stage.recipe.training_tokens
     if not stage.two.generation_weight:
         return model, None
-    if ranks() > 1:
-        raise AnchorvecError(
-            "stage_two.generation_weight: documents are written beside the contrastive loss by one process alone yet; "
-            "start one, or set it to 0"
-        )
     causal_lm = load_causal_lm(stage.start, attention=stage.recipe.model.attention).train()
     nn.Module.to(causal_lm, default_device())  # PreTrainedModel.to is not typed
     module: Any = model[0]
