@@ -48,6 +48,19 @@ def test_more_pairs_take_no_more_memory(tmp_path):
     assert found["most_added_gb"] < 0.1
 
 
+@pytest.mark.slow
+def test_the_table_of_the_papers_models():
+    """A row for each stage, the paper's hours beside those on eight A100; what does not fit says so."""
+    options = ["--only", "llama-3.2-1b", "llama-3.1-8b", "--devices", "1", "8"]
+    command = [sys.executable, BENCHMARKS / "scaling.py", *options]
+    table = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table]
+    assert [row[-1] for row in cells[2:]] == ["", "", "4", "2", "", "", "45", "13"]
+    assert "does not fit" in cells[6][3]
+    assert cells[8][3].startswith("parts: ")
+    assert all(0 < float(row[6]) < float(row[7]) for row in cells[2:] if row[6])
+
+
 @pytest.fixture
 def common(monkeypatch):
     """What the benchmarks share, as a module."""
