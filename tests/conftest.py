@@ -83,7 +83,9 @@ def hub(tmp_path, monkeypatch):
             "HF_HUB_CACHE": str(tmp_path / "hub_cache"),
         }.items():
             monkeypatch.setattr(constants, name, value)
-        monkeypatch.setattr(hf_api.api, "endpoint", address)  # kept since it was imported
+        # kept since they were imported, or first used
+        monkeypatch.setattr(hf_api.api, "endpoint", address)
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)
         monkeypatch.setattr(datasets.config, "HF_ENDPOINT", address)
         monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "data_cache")
