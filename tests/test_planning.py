@@ -108,13 +108,13 @@ def test_frozen_layers_of_stage_two_are_in_bf16_where_it_is(setup, bf16, share):
 
 
 @pytest.mark.parametrize("bf16", [True, False])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(("attention", "real"), [("kernel", "sdpa"), ("eager", "eager")])
 @pytest.mark.parametrize("lora", [None, (4, 0.1)])
-def test_activations_are_those_that_autograd_keeps(bf16, attention, lora):
+def test_activations_are_those_that_autograd_keeps(bf16, attention, real, lora):
     """Of all layers, counted on one and two layers without data; matrices of the longest text where it keeps them."""
     made = config(layers=4, tied=False)
     found = kept_for_a_token(Outline(made), bf16=bf16, checkpointing=False, longest=100, attention=attention, lora=lora)
-    model = LlamaForCausalLM._from_config(made, attn_implementation=attention).train()
+    model = LlamaForCausalLM._from_config(made, attn_implementation=real).train()
     if lora is not None:
         get_peft_model(model.model, lora_config(model.model, r=lora[0], alpha=8, dropout=lora[1]))
 
@@ -123,9 +123,20 @@ def test_activations_are_those_that_autograd_keeps(bf16, attention, lora):
         return model.model(inputs_embeds=embedded, use_cache=False)[0], 64 * n
 
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        real, _ = kept_bytes(model.model, forward, 100)
-    # without data sdpa's kernel is another one, which keeps keys and values of all heads
-    assert found == pytest.approx(real, rel=0.02 if attention == "eager" else 0.2)
+        kept, _ = kept_bytes(model.model, forward, 100)
+    assert found == pytest.approx(kept, rel=1e-6)
+
+
+@pytest.mark.parametrize(("bf16", "least"), [(True, 0.95), (False, 0.999)])
+def test_activations_are_those_of_the_engine(bf16, least):
+    """As packed texts of Stage I are measured when it starts; in bf16 its attention copies some of them, uncounted."""
+    made = config(layers=4, tied=False)
+    model = LlamaForCausalLM(made).train()
+    objective = TextReconstruction(model, packed=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        real, _ = kept_bytes(model, lambda n: (objective.encode([[5] * 64 * n]), 64 * n), 256)
+    found = kept_for_a_token(Outline(made), bf16=bf16, checkpointing=False, longest=256)
+    assert least * real <= found <= real
 
 
 def test_what_depends_on_the_texts():
@@ -147,7 +158,7 @@ def test_what_depends_on_the_texts():
 @pytest.mark.parametrize("lora", [True, False])
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_flops_are_those_that_torch_counts(tied, lora, checkpointing):
-    """Forward and backward passes of two texts, attention and LM head included, within 3%."""
+    """Forward and backward passes of two texts, attention and LM head included; to the last one."""
     outline = Outline(config(tied=tied))
     model = LlamaForCausalLM._from_config(config(tied=tied), attn_implementation="eager").train()
     adapters = 0
@@ -156,18 +167,17 @@ def test_flops_are_those_that_torch_counts(tied, lora, checkpointing):
         adapters = outline.adapters(4)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    layers = Layers(outline.linear, outline.attention_width * outline.layers, outline.head, adapters, frozen=lora)
+    last = outline.last_adapters(4) if lora else outline.last
+    layers = Layers(outline.linear, outline.attention_width * outline.layers, outline.head, adapters, last, frozen=lora)
     passes = Passes([70, 70], targets=140).times(1)
     ids = torch.randint(0, 260, (2, 70))
     with FlopCounterMode(display=False) as counter:
         states = model.model(inputs_embeds=model.get_input_embeddings()(ids).detach().requires_grad_(), use_cache=False)
         forward = counter.get_total_flops()
         model.lm_head(states[0]).sum().backward()
-    assert forward == pytest.approx(forward_flops(layers, passes), rel=0.03)
+    assert forward == forward_flops(layers, passes)
     head = 2 * outline.head * 140 if lora else 0  # frozen: no gradient of its own
-    expected = step_flops(layers, passes, again=int(checkpointing)) - head
-    # the last product of a layer is not made again
-    assert counter.get_total_flops() == pytest.approx(expected, rel=0.04)
+    assert counter.get_total_flops() == step_flops(layers, passes, checkpointing=checkpointing) - head
 
 
 # Machines

@@ -5,8 +5,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from anchorvec.model.attention import packed_attention
 from anchorvec.model.decoder import decoder_of
 from anchorvec.planning.outline import Outline
 from anchorvec.training.engine import LAYER_STATES
@@ -14,6 +16,20 @@ from anchorvec.training.lora import lora_config
 from anchorvec.training.memory import kept_bytes
 
 _PART_TOKENS = 64
+
+Attention = Literal["here", "kernel", "eager"]
+"""Packed texts as they are attended to on a CPU, or by a kernel that reads grouped heads as they are; or matrices."""
+
+
+def _text_by_text(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    """As `packed_attention` attends on a CPU, which puts the texts one after another again."""
+    return packed_attention(*args, **kwargs)[0].clone(), None
+
+
+# Under names that transformers make no mask for: without data they cannot see that none is needed.
+_NAMES: dict[Attention, str] = {"here": "anchorvec_text_by_text", "kernel": "anchorvec_kernel", "eager": "eager"}
+AttentionInterface.register(_NAMES["here"], _text_by_text)
+AttentionInterface.register(_NAMES["kernel"], sdpa_attention_forward)
 
 _COUNTED: dict[tuple[Any, ...], float] = {}
 """What was counted, by the configuration and the options."""
@@ -40,7 +56,7 @@ def kept_for_a_token(
     bf16: bool,
     checkpointing: bool,
     longest: int,
-    attention: Literal["sdpa", "eager"] = "sdpa",
+    attention: Attention = "here",
     lora: tuple[int, float] | None = None,
 ) -> float:
     """Bytes that the decoder of `outline` keeps for a token until the backward pass.
@@ -62,10 +78,11 @@ def kept_for_a_token(
 
 
 def _counted(
-    outline: Outline, layers: int, bf16: bool, longest: int, attention: str, lora: tuple[int, float] | None
+    outline: Outline, layers: int, bf16: bool, longest: int, attention: Attention, lora: tuple[int, float] | None
 ) -> float:
+    name = _NAMES[attention]
     with FakeTensorMode(allow_non_fake_inputs=True), torch.random.fork_rng(devices=[]):
-        model: Any = AutoModelForCausalLM.from_config(outline.cut(layers), attn_implementation=attention).train()
+        model: Any = AutoModelForCausalLM.from_config(outline.cut(layers), attn_implementation=name).train()
         body = decoder_of(model)
         if lora is not None:
             body.requires_grad_(False)

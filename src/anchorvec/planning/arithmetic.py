@@ -5,7 +5,8 @@ targets, and heads of d numbers together in each of l layers:
 
     forward          F = 2 w T + 2 a T + 4 d l sum(L^2)        attention whole, as torch's counter has it
     backward         full 2 F; with adapters 2 w T + 4 a T + 8 d l sum(L^2): frozen weights have no gradients
-    again            F with gradient checkpointing, F with cached gradients
+    again            F with gradient checkpointing, less 2 T for each weight of a layer's last product, which no
+                     gradient needs (with adapters that is B's); F with cached gradients
     LM head          2 h n forward, 4 h n backward, 2 h n again where it goes in chunks
 """
 
@@ -53,12 +54,16 @@ class Scaled:
 
 @dataclass(frozen=True)
 class Layers:
-    """What a token is multiplied by: `linear` weights, `adapters`, the LM `head`'s; `attention`: d l as above."""
+    """What a token is multiplied by: `linear` weights, `adapters`, the LM `head`'s; `attention`: d l as above.
+
+    `last` are those of all layers' last products.
+    """
 
     linear: float
     attention: float
     head: float = 0.0
     adapters: float = 0.0
+    last: float = 0.0
     frozen: bool = False
 
 
@@ -68,12 +73,16 @@ def forward_flops(layers: Layers, passes: Scaled) -> float:
     return 2 * weights * passes.tokens + 4 * layers.attention * passes.squares
 
 
-def step_flops(layers: Layers, passes: Scaled, *, again: int = 0, chunked: bool = False) -> float:
+def step_flops(
+    layers: Layers, passes: Scaled, *, checkpointing: bool = False, cached: bool = False, chunked: bool = False
+) -> float:
     """FLOPs of the forward and backward passes of `passes` through `layers`.
 
-    The decoder's forward pass is made `again` so many times; the LM head's once, if it is `chunked`.
+    The decoder's forward pass is made again with gradient `checkpointing`, and with `cached` gradients; the LM head's,
+    if it is `chunked`.
     """
     forward = forward_flops(layers, passes)
     backward = 2 * forward - (2 * layers.linear * passes.tokens if layers.frozen else 0)
     head = 2 * layers.head * passes.targets
-    return (1 + again) * forward + backward + (4 if chunked else 3) * head
+    again = checkpointing * (forward - 2 * layers.last * passes.tokens) + cached * forward
+    return forward + again + backward + (4 if chunked else 3) * head

@@ -9,7 +9,7 @@ import torch
 
 from anchorvec.device import default_device, resolve_precision
 from anchorvec.objectives.bag_of_words import SAMPLE_PAIRS
-from anchorvec.planning.activations import kept_for_a_token
+from anchorvec.planning.activations import Attention, kept_for_a_token
 from anchorvec.planning.arithmetic import Layers, Scaled, forward_flops, step_flops
 from anchorvec.planning.machines import Machine, share_of_peak
 from anchorvec.planning.memory import Memory, Weights, memory_of_stage, memory_of_weights, shared_out
@@ -73,7 +73,8 @@ def estimate_stage(setup: Setup, recipe: Recipe, name: StageName, machine: Machi
     whole_model = 4 * weights.whole if sharded else 0.0  # it is shared out after the engine was chosen
     held_by_weights = whole_model or fixed.weights + fixed.master_weights
     own, capacity = _room(machine, device)
-    kept = _kept(setup.outline, recipe, settings, demand.longest, bf16=bf16)
+    kernel = demand.packed and device.type == "cuda"
+    kept = _kept(setup.outline, recipe, settings, demand.longest, bf16=bf16, kernel=kernel)
     engine = decide_engine(kept, demand, weights.trained, device, max(0.0, capacity - own - held_by_weights))
     passes = setup.passes(name, recipe)
     of_device = passes.tokens * largest_share / settings.pairs_per_step
@@ -113,11 +114,14 @@ def _room(machine: Machine | None, device: torch.device) -> tuple[float, float]:
 
 
 def _kept(
-    outline: Outline, recipe: Recipe, settings: StageOne | StageTwo, longest: int, *, bf16: bool
+    outline: Outline, recipe: Recipe, settings: StageOne | StageTwo, longest: int, *, bf16: bool, kernel: bool
 ) -> Callable[[bool], tuple[float, float]]:
-    """Bytes that `outline` keeps for a token, and 0 for all, by whether gradient checkpointing is on."""
+    """Bytes that `outline` keeps for a token, and 0 for all, by whether gradient checkpointing is on.
+
+    `kernel`: one attends.
+    """
     lora = None if settings.lora is None else (settings.lora.r, settings.lora.dropout)
-    attention: Any = "eager" if recipe.model.attention == "eager" else "sdpa"
+    attention: Attention = "eager" if recipe.model.attention == "eager" else "kernel" if kernel else "here"
     options: dict[str, Any] = {"bf16": bf16, "longest": longest, "attention": attention, "lora": lora}
     return lambda checkpointing: (kept_for_a_token(outline, checkpointing=checkpointing, **options), 0.0)
 
@@ -193,13 +197,14 @@ def flops_of_step(outline: Outline, settings: StageOne | StageTwo, engine: Engin
         attention=outline.attention_width * outline.layers,
         head=outline.head,
         adapters=0 if lora is None else outline.adapters(lora.r),
+        last=outline.last if lora is None else outline.last_adapters(lora.r),
         frozen=lora is not None,
     )
-    again = engine.gradient_checkpointing + engine.cached_gradients
+    again = {"checkpointing": engine.gradient_checkpointing, "cached": engine.cached_gradients}
     exchanged = 0.0
     if isinstance(settings, StageOne) and settings.target != "masked":
         exchanged = (forward_flops(layers, passes) + 2 * layers.head * passes.targets) / settings.log_every
-    return step_flops(layers, passes, again=again, chunked=passes.targets > 0) + exchanged
+    return step_flops(layers, passes, **again, chunked=passes.targets > 0) + exchanged
 
 
 @dataclass(frozen=True)

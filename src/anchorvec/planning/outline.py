@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from anchorvec.model.compiling import decoder_layers
 from anchorvec.model.decoder import decoder_of
 from anchorvec.training.lora import lora_config
 from anchorvec.training.sharding import layers_to_share
@@ -94,6 +95,22 @@ class Outline:
         )
         stacked = sum(p.numel() for p in self.body.parameters() if p.dim() == 3)
         return layers + round(stacked * min(1.0, active / experts))
+
+    @cached_property
+    def _last_layers(self) -> list[nn.Module]:
+        """The linear layer that each decoder layer ends with, by their order."""
+        layers = decoder_layers(self.model)
+        linear = ([m for m in layer.modules() if isinstance(m, nn.Linear | Conv1D)] for layer in layers)
+        return [found[-1] for found in linear if found]
+
+    @property
+    def last(self) -> int:
+        """Weights of the products that decoder layers end with."""
+        return sum(layer.get_parameter("weight").numel() for layer in self._last_layers)
+
+    def last_adapters(self, r: int) -> int:
+        """Weights of the adapters of rank `r` that decoder layers end with: those that are multiplied by last, B."""
+        return r * self.hidden * len(self._last_layers)
 
     @cached_property
     def linear_parameters(self) -> int:
