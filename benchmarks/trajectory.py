@@ -30,8 +30,31 @@ RENAMED = {
 }
 """Keys and values of a recipe, as they were and as they are."""
 
-ADDED = {"evaluation": ("precision", "bm25")}
-"""Keys that a recipe has now, with their defaults."""
+ADDED: dict[str, dict[str, Any]] = {
+    "": {"about": "", "report_to": []},
+    "model": {
+        "attention_direction": "causal",
+        "between": "\n",
+        "pool_prompt": True,
+        "pooling": "lasttoken",
+        "read": "once",
+    },
+    "evaluation": {"precision": "fp32", "bm25": False, "at": [], "every": None, "keep_best": False},
+    "stage_one": {
+        "candidates": "texts",
+        "lm_weight": 1.0,
+        "lora": None,
+        "masking": {"mask_replace_prob": 0.8, "mlm_probability": 0.2, "random_replace_prob": 0.1, "token": "_"},
+        "max_df": 0.1,
+        "save_steps": 100,
+        "save_total_limit": 2,
+        "sharded": False,
+        "source": "other",
+    },
+    "stage_two": {"generation_weight": 0.0, "save_steps": 100, "save_total_limit": 2},
+    "data.train": {"revision": None},
+}
+"""Keys that a recipe has now, by section, with their defaults, which are what was done then."""
 
 STAGES = [
     f"stage_{stage}.{key}"
@@ -157,8 +180,10 @@ def differences(before: Path, now: Path) -> Iterator[str]:
         pair = [run / "model" / name for run in (before, now)]
         if not all(p.is_file() for p in pair) or pair[0].read_bytes() != pair[1].read_bytes():
             yield f"model/{name}"
-    if as_now(recipe_of(before)) != without_added(recipe_of(now)):
-        yield "recipe.yaml"
+    then, since = as_now(recipe_of(before)), without_added(recipe_of(now))
+    for key in sorted(then.keys() | since.keys()):
+        if then.get(key) != since.get(key):
+            yield f"recipe.yaml: {key}: {then.get(key)} was, {since.get(key)} is"
     cards = [card_text(run) for run in (before, now)]
     if cards[0] != cards[1]:
         yield "model/README.md"
@@ -189,17 +214,25 @@ def as_now(recipe: dict[str, Any]) -> dict[str, Any]:
 
 
 def without_added(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A recipe of now without the keys that are new."""
-    for section, keys in ADDED.items():
-        for key in keys:
-            recipe[section].pop(key)
+    """A recipe of now without the keys that are new, where they have their defaults."""
+    for name, added in ADDED.items():
+        sections = recipe["data"]["train"] if name == "data.train" else [recipe[name] if name else recipe]
+        for section in sections:
+            for key, default in added.items():
+                if section is not None and section.get(key) == default:
+                    del section[key]
     return recipe
 
 
 def card_text(run: Path) -> str:
-    """The card without its recipe, which is compared by itself, and its record of versions and machine."""
+    """The card without its recipe, which is compared by itself, and its record of versions and machine.
+
+    How a text is read is told in other words; its length and the vector's are compared.
+    """
     text = (run / "model" / "README.md").read_text(encoding="utf-8")
     text = re.sub(r"```(yaml|json)\n.*?\n```", "", text, flags=re.DOTALL)
+    reading = r"It maps a text of up to (\d+) tokens to\s+(\d+) numbers.*?(?=\n\n)"
+    text = re.sub(reading, r"It maps \1 tokens to \2 numbers.", text, flags=re.DOTALL)
     return text.replace("reconstruction of bags of words", "reconstruction of words").replace(
         "bag-of-words reconstruction beside it", "reconstruction of words beside it"
     )

@@ -115,10 +115,13 @@ def decide_engine(
         per_token, fit = kept_and_fit(True)
     step_tokens = demand.step_tokens
     cached = step_tokens is not None and step_tokens > (micro_batch_tokens or fit)
+    too_large = (
+        f"is more than micro_batch_tokens, {micro_batch_tokens}" if micro_batch_tokens else "does not fit at once"
+    )
     slower = {
         f"texts are padded: {demand.padded_because}": not demand.packed,
         _CHECKPOINTING: checkpointing and asked == "auto",
-        f"{_CACHED}: a step of {step_tokens or 0:,.0f} tokens does not fit at once": cached,
+        f"{_CACHED}: a step of {step_tokens or 0:,.0f} tokens {too_large}": cached,
         _CONVERTED: demand.devices > 1 and resolve_precision(demand.precision) == "bf16",
         _NOT_COMPILED: device.type == "cuda" and not demand.long_enough,
     }
