@@ -288,6 +288,7 @@ def test_the_smallest_difference_that_could_have_been_shown():
     size = TTestPower().solve_power(nobs=60, alpha=0.025, power=0.8) * values.std(ddof=1)
     assert corrected.detectable() == pytest.approx(size, rel=0.02)
     assert paired_difference({"q": 0.0}, {"q": 1.0}).detectable() == math.inf
+    assert paired_difference({"q": 0.0, "r": 0.5}, {"q": 0.0, "r": 0.5}).detectable() == math.inf  # none was seen
     two_seeds = Difference(0, 0, 0, 1.0, standard_error=0.1, degrees_of_freedom=1.0, comparisons=50)
     limit, quantile = 636.6, 1.2816  # t's for 0.1% of one degree of freedom; |z| is below this in 80%
     assert two_seeds.detectable() == pytest.approx(limit * quantile * 0.1, rel=0.01)

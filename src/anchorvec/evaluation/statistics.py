@@ -5,6 +5,7 @@ again, of several test sets within each of them; differences are tested by excha
 Over seeds, of which there are few, they are Student's.
 """
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -65,13 +66,13 @@ class Difference(Interval):
 
         By the power of Student's test at `alpha`, of several `comparisons` at their share of it, which is Holm's first
         step; where seeds and items are sources of chance, with the degrees of freedom of Satterthwaite (1946). It is
-        inf where no spread could be seen, as of one item.
+        inf where no spread could be seen, as of one item, or of items that are all alike.
         """
         from scipy.optimize import brentq
         from statsmodels.stats.power import ttest_power
 
         if not 0 < self.standard_error < np.inf:
-            return self.standard_error
+            return math.inf
 
         level = alpha / self.comparisons / 2  # of one tail; the other one adds nothing to such a power
 

@@ -1,5 +1,6 @@
 """By how much systems differ: as a comparison's file says, or computed item by item for single runs."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -99,6 +100,7 @@ def corrected(rows: Sequence[tuple[str, str, Difference]]) -> list[Change]:
 
 
 def _change(name: str, kind: str, found: Difference) -> Change:
+    detectable = found.detectable()
     return Change(
         arm=name,
         kind=kind,
@@ -109,7 +111,7 @@ def _change(name: str, kind: str, found: Difference) -> Change:
         p_holm=found.p_holm,
         method=found.method,
         verdict=found.verdict,
-        detectable=found.detectable(),
+        detectable=detectable if math.isfinite(detectable) else None,
     )
 
 
