@@ -146,9 +146,15 @@ def _check_texts(name: str, rows: ContrastiveRows, pairs_per_step: int) -> None:
 def _steps_of_a_pass(name: str, rows: ContrastiveRows, pairs_per_step: int, seed: int) -> int:
     steps = steps_of_a_pass(rows.hashes, pairs_per_step, seed=seed)
     if not steps:
+        different = {
+            column: len(np.unique(hashes[hashes > 0]))
+            for column, hashes in zip(rows.columns, rows.hashes.T, strict=True)
+        }
+        fewest = min(different, key=lambda column: different[column] or math.inf)
         raise AnchorvecError(
             f"stage_two.pairs_per_step: no {pairs_per_step} rows of {name} were found in which no text is there twice, "
-            "as its texts repeat so often; lower it"
+            f"as its texts repeat so often; its column {fewest} has {different[fewest]} different ones; lower "
+            f"pairs_per_step{', or take fewer stage_two.negatives' if fewest.startswith('negative') else ''}"
         )
     return steps
 
