@@ -59,7 +59,9 @@ def launched(launcher: str, processes: int, *command: str) -> "subprocess.Comple
     """The end of `command` in so many processes, by `torchrun` or `accelerate`."""
     if launcher == "torchrun":
         return torchrun(processes, *command)
-    start = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
+    # as on several GPUs of one machine; on a CPU alone accelerate starts one process, whatever it is asked for
+    options = ["--multi_gpu", "--num_processes", str(processes), "--num_machines", "1", "--main_process_port", "0"]
+    start = [sys.executable, "-m", "accelerate.commands.launch", *options, "--mixed_precision", "no"]
     return subprocess.run([*start, *command], env=environment(), capture_output=True, text=True, timeout=900)
 
 

@@ -233,7 +233,7 @@ def _few_ticks(title: str) -> "alt.Axis":
 
     counts = any(word in title for word in ("token", "step"))
     label = "datum.value < 1000 ? datum.label : format(datum.value, '~s')" if counts else "datum.label"
-    return alt.Axis(tickCount=4, labelOverlap=True, titleAnchor="start", labelExpr=label)
+    return alt.Axis(tickCount=4, labelOverlap=True, labelSeparation=8, titleAnchor="start", labelExpr=label)
 
 
 def _tooltip(x: str, y: str | None) -> "list[alt.Tooltip]":
@@ -260,7 +260,12 @@ def _spec(chart: Any, *, height: int) -> dict[str, Any]:
     }
     spec: dict[str, Any] = (
         chart.properties(width="container", height=height, background="transparent")
-        .configure(lineBreak="\n", font="system-ui, sans-serif", aria=False, padding=2)
+        .configure(
+            lineBreak="\n",
+            font="system-ui, sans-serif",
+            aria=False,
+            padding={"left": 2, "top": 2, "right": 14, "bottom": 2},
+        )
         .configure_view(stroke=None)
         .configure_axis(**axis)
         .to_dict()
