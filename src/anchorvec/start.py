@@ -5,15 +5,17 @@ import shutil
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
 from huggingface_hub import HfApi
 from pydantic import ValidationError
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from anchorvec.data.reading import check_instructions, readout_of
 from anchorvec.data.rows import is_on_hub
 from anchorvec.errors import AnchorvecError
 from anchorvec.files import user_path
 from anchorvec.model.base import base_on_hub
+from anchorvec.model.decoder import layers_with_dropout
 from anchorvec.model.embedder import build_embedder
 from anchorvec.model.end import stored_between, stored_end
 from anchorvec.model.folders import ModelFolder, commit_of_model, identify, reading
@@ -207,12 +209,26 @@ def build_base(recipe: Recipe, folder: Path) -> Path:
     try:
         check_instructions(recipe, AutoTokenizer.from_pretrained(folder))
         _check_generation(recipe, folder)
+        _check_attention_dropout(recipe, folder)
         if settings.pooling == "latent_attention" and settings.attention_direction == "causal":
             say("model.pooling: latent_attention behind causal attention is not NV-Embed's; that is bidirectional")
     except AnchorvecError:
         shutil.rmtree(folder)  # so that the mended recipe may use the run's folder
         raise
     return folder
+
+
+def _check_attention_dropout(recipe: Recipe, folder: Path) -> None:
+    """Raise AnchorvecError where the decoder has no dropout of attention weights to set."""
+    if recipe.stage_two is None or not recipe.stage_two.attention_dropout:
+        return
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    if not layers_with_dropout(model):
+        raise AnchorvecError(
+            f"stage_two.attention_dropout: the layers of {recipe.model.base} have no dropout of attention weights that "
+            "could be set; take 0"
+        )
 
 
 def _check_generation(recipe: Recipe, folder: Path) -> None:

@@ -6,7 +6,7 @@ from anchorvec.data.docstrings import (
     docstring_pairs,
     quickstart_data,
 )
-from anchorvec.data.negatives import ContrastiveRows, contrastive_rows
+from anchorvec.data.negatives import ContrastiveRows, contrastive_rows, documents_twice
 from anchorvec.data.pairs import Pairs, ReadReport, drawn_rows, read_pairs
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "ReadReport",
     "contrastive_rows",
     "docstring_pairs",
+    "documents_twice",
     "drawn_rows",
     "quickstart_data",
     "read_pairs",

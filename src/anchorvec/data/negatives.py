@@ -48,6 +48,18 @@ class ContrastiveRows:
         return ContrastiveRows(self.dataset.select(rows), self.hashes[rows])
 
 
+def documents_twice(pairs: datasets.Dataset) -> ContrastiveRows:
+    """The document of each row of `pairs` as query and as positive (SimCSE)."""
+    hashes = np.zeros((len(pairs), 2), dtype=np.uint64)
+    for start, part in _parts(pairs, "positive"):
+        hashes[start : start + len(part)] = text_hashes(part["positive"])[:, None]
+    return ContrastiveRows(pairs.select_columns(["query", "positive"]).with_transform(_document_twice), hashes)
+
+
+def _document_twice(rows: dict[str, list[str]]) -> dict[str, list[str]]:
+    return {"query": rows["positive"], "positive": rows["positive"]}
+
+
 def contrastive_rows(pairs: datasets.Dataset, *, negatives: int = 1) -> ContrastiveRows:
     """Each row of `pairs` with the first `negatives` of its hard negatives, or with none if it has fewer.
 

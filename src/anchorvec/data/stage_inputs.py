@@ -14,7 +14,7 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from torch.utils.data import ConcatDataset
 
-from anchorvec.data import ContrastiveRows, Pairs, ReadReport, contrastive_rows, drawn_rows
+from anchorvec.data import ContrastiveRows, Pairs, ReadReport, contrastive_rows, documents_twice, drawn_rows
 from anchorvec.data.pairs import places_of
 from anchorvec.data.samplers import steps_of_a_pass
 from anchorvec.errors import AnchorvecError
@@ -66,12 +66,13 @@ def stage_inputs(recipe: Recipe, pairs: Mapping[str, Pairs]) -> StageInputs:
         instructions = {"query_prompt": source.instruction, "document_prompt": source.document_instruction}
         reconstruction.append(texts.with_transform(partial(_with_prompts, prompts=instructions)))
         if recipe.stage_two is not None:
-            rows = contrastive_rows(dataset, negatives=recipe.stage_two.negatives)
+            own = recipe.stage_two.positives == "dropout"
+            rows = documents_twice(dataset) if own else contrastive_rows(dataset, negatives=recipe.stage_two.negatives)
             if recipe.stage_two.negatives:
                 with_negatives[source.name] = rows.with_negatives
             contrastive[source.name] = rows if drawn is None else rows.select(drawn)
             prompts[source.name] = {
-                column: source.instruction if column == "query" else source.document_instruction
+                column: source.instruction if column == "query" and not own else source.document_instruction
                 for column in contrastive[source.name].columns
             }
     if recipe.stage_one is not None:

@@ -164,3 +164,8 @@ def _auto_classes(model: PreTrainedModel) -> tuple[type, ...]:
         return ()
     classes = MODEL_MAPPING[type(model.config)]
     return tuple(c for c in (classes if isinstance(classes, tuple) else (classes,)) if c is not None)
+
+
+def layers_with_dropout(model: nn.Module) -> list[Any]:
+    """The layers of `model` that have a share of attention weights to leave out in training, `attention_dropout`."""
+    return [layer for layer in model.modules() if isinstance(getattr(layer, "attention_dropout", None), int | float)]

@@ -101,7 +101,8 @@ class Setup:
         assert two is not None
         rows = sum(report.rows for report in self.inputs.reports.values())
         with_negatives = sum(self.inputs.rows_with_negatives.values()) / rows * two.negatives
-        read = Passes([len(text) for pair in pairs for text in (pair.query, pair.document)])
+        own = two.positives == "dropout"
+        read = Passes([len(t) for pair in pairs for t in (pair.document if own else pair.query, pair.document)])
         negatives = Passes([len(pair.document) for pair in pairs])  # taken to be as long as a positive
         written = _written(self.two.generation, pairs)
         factor = two.pairs_per_step / len(pairs)

@@ -6,7 +6,7 @@ from pydantic_core import PydanticCustomError
 
 if TYPE_CHECKING:
     from anchorvec.recipe.settings import ModelSettings, Recipe
-    from anchorvec.recipe.stages import Masking, StageOne
+    from anchorvec.recipe.stages import Masking, StageOne, StageTwo
 
 _Key = tuple[str, ...]
 
@@ -73,6 +73,31 @@ def check_recipe(recipe: "Recipe") -> None:
         _refuse(
             "a document is written after a query that stands there once; it needs model.read: once",
             "stage_two.generation_weight",
+        )
+    if recipe.stage_two is not None and recipe.stage_two.positives == "dropout":
+        _check_dropout(recipe.stage_two)
+
+
+def _check_dropout(stage: "StageTwo") -> None:
+    """A text is its own positive: nothing else of its pair can be asked for."""
+    others = {
+        "bag_of_words_weight": (stage.bag_of_words_weight, 0),
+        "generation_weight": (stage.generation_weight, 0),
+        "in_batch_negatives": (stage.in_batch_negatives, "random"),
+        "negatives": (stage.negatives, 0),
+    }
+    for key, (value, needed) in others.items():
+        if value != needed:
+            _refuse(
+                "each document is its own positive (positives: dropout), and nothing else of a pair is read; take "
+                "{needed}",
+                f"stage_two.{key}",
+                needed=needed,
+            )
+    if not stage.attention_dropout and not (stage.lora and stage.lora.dropout):
+        _refuse(
+            "both passes over a text would give the same vector; set stage_two.attention_dropout, 0.3 for example",
+            "stage_two.positives",
         )
 
 

@@ -34,6 +34,8 @@ def describe_stage_one(stage: StageOne) -> str:
 def kind_of_stage_two(stage: StageTwo) -> str:
     """What Stage II with the settings `stage` is called."""
     beside = [name for name, weight in _beside(stage).items() if weight]
+    if stage.positives == "dropout":
+        return "contrastive learning of each document with itself under dropout (SimCSE)"
     return "contrastive learning" + f" with {' and '.join(beside)} beside it" * bool(beside)
 
 

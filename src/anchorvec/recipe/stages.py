@@ -159,7 +159,13 @@ class StageTwo(_Stage):
     words beside it, models trained so were better on text like their pairs, and worse on other text."""
     negatives: NonNegativeInt = 1
     """Hard negatives per query. A row with fewer is used without any; `anchorvec plan` counts those that have them."""
+    positives: Literal["pairs", "dropout"] = "pairs"
+    """What a text is to be near: its partner in the `pairs`, or with `dropout` itself in another pass, in which other
+    parts are left out at random (SimCSE). The texts are then the documents of the pairs, twice each."""
+    attention_dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of the attention weights that are left out at random while Stage II trains; for decoders whose
+    configuration has such a value. SimCSE lives on it: LLM2Vec takes 0.3. Attention runs text by text then."""
     micro_batch_tokens: PositiveInt | None = None
-    """Tokens encoded at a time; the result does not depend on it, but for the random draws of LoRA's dropout. A step
+    """Tokens encoded at a time; the result does not depend on it, but for the random draws of dropout. A step
     with more goes through cached gradients, which encode every text twice. null: the whole step if it fits into the
     free memory, else at most 1,536 on a CPU and 65,536 on a GPU."""

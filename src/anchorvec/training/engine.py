@@ -26,6 +26,7 @@ LAYER_STATES = 32
 _CHECKPOINTING = "gradient checkpointing: the longest texts do not fit into the free memory without it"
 _CACHED = "cached gradients, every text is encoded twice"
 _CONVERTED = "weights are converted to bf16 in each micro-batch: on several devices not once a step"
+_TEXT_BY_TEXT = "attention runs text by text: no kernel for packed texts has dropout"
 _NOT_COMPILED = "layers are not compiled: the stage is too short for it to pay"
 
 
@@ -73,6 +74,7 @@ class Demand:
     step_tokens: float | None = None
     long_enough: bool = False
     padded_because: str = ""
+    attention_dropout: float = 0.0
 
 
 def choose_engine(model: PreTrainedModel, forward: Callable[[int], tuple[Tensor, int]], demand: Demand) -> Engine:
@@ -118,11 +120,13 @@ def decide_engine(
     too_large = (
         f"is more than micro_batch_tokens, {micro_batch_tokens}" if micro_batch_tokens else "does not fit at once"
     )
+    bf16 = resolve_precision(demand.precision) == "bf16"
     slower = {
         f"texts are padded: {demand.padded_because}": not demand.packed,
         _CHECKPOINTING: checkpointing and asked == "auto",
         f"{_CACHED}: a step of {step_tokens or 0:,.0f} tokens {too_large}": cached,
-        _CONVERTED: demand.devices > 1 and resolve_precision(demand.precision) == "bf16",
+        _CONVERTED: demand.devices > 1 and bf16,
+        _TEXT_BY_TEXT: demand.packed and demand.attention_dropout > 0 and bf16,
         _NOT_COMPILED: device.type == "cuda" and not demand.long_enough,
     }
     held = micro_batch_tokens or max(1, min(fit, ENOUGH_TOKENS.get(device.type, 1_536)))

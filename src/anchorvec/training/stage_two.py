@@ -23,7 +23,7 @@ from anchorvec.data.tokens import PairTokenizer
 from anchorvec.device import default_device, keep_frozen_in_bf16
 from anchorvec.files import new_folder, write_json
 from anchorvec.model.compiling import compile_decoder_layers
-from anchorvec.model.decoder import decoder_of
+from anchorvec.model.decoder import decoder_of, layers_with_dropout
 from anchorvec.model.embedder import attention_options, load_causal_lm, put_head_back, save_tokenizer
 from anchorvec.model.end import template_of
 from anchorvec.model.folders import START, weights_fingerprint
@@ -194,8 +194,9 @@ def stage_two_demand(
         step_tokens=max(step_tokens(name, rows) for name, rows in inputs.contrastive.items()) / ranks(),
         logits_bytes=logits_bytes,
         devices=ranks(),
-        long_enough=stage.long_enough,
+        long_enough=stage.long_enough and not settings.attention_dropout,
         padded_because=padded_because,
+        attention_dropout=settings.attention_dropout,
     )
 
 
@@ -211,12 +212,20 @@ def _trained_model(stage: Stage) -> tuple[SentenceTransformer, PreTrainedModel |
     ).train()
     model.max_seq_length = stage.recipe.training_tokens
     if not stage.two.generation_weight:
+        _set_attention_dropout(model, stage.two.attention_dropout)
         return model, None
     causal_lm = load_causal_lm(stage.start, attention=stage.recipe.model.attention).train()
     nn.Module.to(causal_lm, default_device())  # PreTrainedModel.to is not typed
     module: Any = model[0]
     module.model = decoder_of(causal_lm)
+    _set_attention_dropout(model, stage.two.attention_dropout)
     return model, causal_lm
+
+
+def _set_attention_dropout(model: SentenceTransformer, share: float) -> None:
+    """Have the layers leave out a `share` of the attention weights in training; what is saved does not tell of it."""
+    for layer in layers_with_dropout(model) if share else ():
+        layer.attention_dropout = share
 
 
 def _generation(stage: Stage, model: SentenceTransformer, causal_lm: PreTrainedModel, packed: bool) -> Generation:

@@ -37,7 +37,8 @@ def tokens_of_a_step(recipe: Recipe, inputs: StageInputs, batch: Sequence[TokenP
     if one := recipe.stage_one:
         tokens["stage_one"] = tokens_of_a_pair(recipe, batch) * one.pairs_per_step
     if two := recipe.stage_two:
-        read = statistics.mean(len(pair.query) + len(pair.document) for pair in batch)
+        own = two.positives == "dropout"
+        read = statistics.mean(len(pair.document if own else pair.query) + len(pair.document) for pair in batch)
         rows = sum(report.rows for report in inputs.reports.values())
         with_negatives = sum(inputs.rows_with_negatives.values()) / rows
         read += with_negatives * two.negatives * statistics.mean(len(pair.document) for pair in batch)
