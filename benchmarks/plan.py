@@ -8,7 +8,6 @@ step. The targets are 20% of the memory and 25% of the time.
     python benchmarks/plan.py --shape tiny --only full
 """
 
-import json
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from common import in_process, parser, report, survived
-from stage_two import draw_texts, save_base
+from stage_two import save_base, save_texts
 
 STEPS = 4
 
@@ -40,9 +39,7 @@ def recipe_of(name: str, folder: Path, settings: Mapping[str, Any]) -> Any:
     longest = asked.pop("longest", 512)
     if not (folder / "base").exists():
         save_base(folder, dict(settings))
-        columns = draw_texts(48 * STEPS, {**settings, "longest": longest})
-        rows = [{"query": q, "positive": d} for q, d in zip(*columns, strict=True)]
-        (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        save_texts(folder / "pairs.jsonl", 48 * STEPS, {**settings, "longest": longest})
     common = {"steps": STEPS, "warmup_steps": 0, "log_every": 1, "save_steps": None, "learning_rate": 1e-5}
     return Recipe.model_validate(
         {

@@ -48,7 +48,7 @@ def save_base(folder: Path, settings: Mapping[str, Any]) -> Path:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<end>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     base = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", unk_token="<end>")
-    make_model(settings["shape"], settings["seed"]).save_pretrained(folder / "causal")
+    make_model(settings["shape"], settings["seed"], settings.get("vocabulary")).save_pretrained(folder / "causal")
     base.save_pretrained(folder / "causal")
     return build_embedder(str(folder / "causal"), folder / "base", max_tokens=512)
 
@@ -62,6 +62,12 @@ def draw_texts(n: int, settings: Mapping[str, Any]) -> list[list[str]]:
 
     lengths = draw_lengths(n, settings["seed"])
     return [[text(query) for query, _ in lengths], [text(document) for _, document in lengths]]
+
+
+def save_texts(file: Path, n: int, settings: Mapping[str, Any]) -> None:
+    """`n` pairs of such texts as JSON Lines."""
+    rows = [{"query": q, "positive": d} for q, d in zip(*draw_texts(n, settings), strict=True)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def rows_of(settings: Mapping[str, Any]) -> list[dict[str, str]]:

@@ -49,6 +49,23 @@ def test_more_pairs_take_no_more_memory(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("part", "bounds"),
+    [
+        ("pairs", {"stage_one_512_to_64_pairs": 1.1, "stage_two_512_to_64_pairs": 1.1}),
+        ("plan", {"largest_error_of_the_plan": 0.2}),
+    ],
+)
+def test_memory_of_real_runs(part, bounds, tmp_path):
+    """512 pairs a step take a tenth more than 64 at most, and six runs what their plan says, within a fifth."""
+    file = tmp_path / "figures.json"
+    options = ["--shape", "small", "--precision", "fp32", "--part", part, "--json", file]
+    subprocess.run([sys.executable, BENCHMARKS / "memory.py", *options], check=True, cwd=tmp_path)
+    found = json.loads(file.read_text())
+    assert all(found[figure] <= bound for figure, bound in bounds.items()), found["rows"]
+
+
+@pytest.mark.slow
 def test_the_table_of_the_papers_models():
     """A row for each stage, the paper's hours beside those on eight A100; what does not fit says so."""
     options = ["--only", "llama-3.2-1b", "llama-3.1-8b", "--devices", "1", "8"]

@@ -146,19 +146,20 @@ def test_search_by_usearch_finds_the_same(model: SentenceTransformer, tmp_path: 
 
 
 MILLION = """
-import resource, sys
+import os, resource, sys
 from pathlib import Path
 import numpy as np
 from sentence_transformers import SentenceTransformer
 from anchorvec import Index, Passage
+from anchorvec.data.passages import document_prompt
 from anchorvec.model.text_encoder import TextEncoder
 from anchorvec.model.vector_cache import vector_cache
 
 resource.setrlimit(resource.RLIMIT_DATA, (4 * 2**30, 4 * 2**30))  # memory of its own; not what is mapped from files
-N, DIM, BLOCK = 1_000_000, 576, 20_000
+N, DIM, BLOCK = int(os.environ.get("ANCHORVEC_TEST_PASSAGES", 1_000_000)), 576, 20_000
 model = SentenceTransformer(sys.argv[1], device="cpu")
 texts = [f"Passage {i} is about the things that are numbered {i % 977} and {i % 1009}." for i in range(N)]
-keys = TextEncoder(model, cache=vector_cache())._keys(texts, None, "document")
+keys = TextEncoder(model, cache=vector_cache())._keys(texts, document_prompt(model), "document")
 query = model.encode_query(["which one"])[0]
 query /= np.linalg.norm(query)
 best = []

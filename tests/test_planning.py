@@ -151,6 +151,16 @@ def test_what_depends_on_the_texts():
     assert 0 < here.gaps < 361
 
 
+def test_scores_are_those_of_the_targets_that_are_held(setup):
+    """Of 256 tokens at a time, half of which are written over 260 tokens of vocabulary; not of a whole step."""
+    found = setup()
+    stage = estimate_stage(found, found.recipe, "stage_one", find_machine("h100"))
+    passes = found.passes("stage_one", found.recipe)
+    held = max(256, 4 * found.recipe.longest_read)
+    expected = 16 * 260 * min(held, passes.tokens) * passes.targets / passes.tokens
+    assert stage.memory.head == pytest.approx(expected)
+
+
 # Arithmetic
 
 

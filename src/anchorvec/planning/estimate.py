@@ -19,7 +19,7 @@ from anchorvec.planning.setup import Setup
 from anchorvec.recipe import Recipe, StageOne, StageTwo
 from anchorvec.run import StageName
 from anchorvec.training.checkpoints import CHECKPOINT_BYTES, WEIGHT_BYTES, most_at_once
-from anchorvec.training.engine import Engine, decide_engine
+from anchorvec.training.engine import Demand, Engine, decide_engine
 from anchorvec.training.memory import free_memory
 
 _CONTEXT = 1e9
@@ -79,13 +79,13 @@ def estimate_stage(setup: Setup, recipe: Recipe, name: StageName, machine: Machi
     passes = setup.passes(name, recipe)
     of_device = passes.tokens * largest_share / settings.pairs_per_step
     at_once = name == "stage_two" and not engine.cached_gradients
+    held = min(max(engine.micro_batch_tokens, demand.least_tokens), of_device)
+    held = (demand.step_tokens or of_device) if at_once else held
     memory = memory_of_stage(
         fixed,
         engine,
-        held=(demand.step_tokens or of_device)
-        if at_once
-        else min(max(engine.micro_batch_tokens, demand.least_tokens), of_device),
-        score_bytes=demand.logits_bytes,
+        held=held,
+        score_bytes=_score_bytes(demand, setup.outline.vocabulary, held, passes),
         embeddings=2 * largest_share * setup.outline.hidden,
         cpu=device.type == "cpu",
     )
@@ -111,6 +111,16 @@ def _room(machine: Machine | None, device: torch.device) -> tuple[float, float]:
         return 0.0, machine.memory - _CONTEXT
     own = memory_of_stage(Memory(), _NOTHING, held=0, score_bytes=0, embeddings=0, cpu=device.type == "cpu").peak
     return own, free_memory(device) + own
+
+
+def _score_bytes(demand: Demand, vocabulary: int, held: float, passes: Scaled) -> float:
+    """What `demand` says of scores, or if less those of the targets in `held` tokens of `passes` over the `vocabulary`.
+
+    Logits, their log-softmax and their gradients, in fp32.
+    """
+    if not passes.targets:
+        return demand.logits_bytes
+    return min(demand.logits_bytes, 4 * 4 * vocabulary * held * passes.targets / passes.tokens)
 
 
 def _kept(
