@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from anchorvec.commands.decode import decode
 from anchorvec.errors import AnchorvecError
 from anchorvec.exporting.folder import PROBES, PROGRAMS, encode_with_transformers, export
+from anchorvec.model.embedder import build_embedder
 from anchorvec.model.loading import load_model
 from anchorvec.pipeline import train
 from anchorvec.recipe import load_recipe
@@ -193,3 +194,14 @@ def test_each_text_counts_in_the_comparison(run, tmp_path, monkeypatch):
     with pytest.raises(AnchorvecError, match=r"in transformers \S+ the vectors of some text have cosine 0.999[5-8]"):
         export(run, tmp_path / "model", texts=["a further text"])
     assert seen == [[*PROBES, "a further text"]]
+
+
+def test_an_embedder_in_half_precision_is_exported_in_fp32(tmp_path):
+    """Any folder of an embedder can be exported."""
+    half = load_model(build_embedder("tiny", tmp_path / "base", max_tokens=32)).to(torch.bfloat16)
+    half.save_pretrained(str(tmp_path / "half"), create_model_card=False)
+    exported = export(tmp_path / "half", tmp_path / "model")
+    assert {weights.dtype for weights in load_file(tmp_path / "model" / "model.safetensors").values()} == {
+        torch.float32
+    }
+    assert min(exported.cosines.values()) >= 0.9999

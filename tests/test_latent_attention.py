@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules.dense import Dense
 
@@ -13,7 +14,7 @@ from anchorvec.exporting.folder import encode_with_transformers
 from anchorvec.model.embedder import build_embedder
 from anchorvec.model.encoding import encode_packed
 from anchorvec.model.latent_attention import LatentAttention, dense_layers
-from anchorvec.model.loading import load_encoder, load_model
+from anchorvec.model.loading import load_encoder, load_model, load_sentence_transformer
 from anchorvec.model.readout import stored_readout
 from interrupting import BOTH_WAYS, assert_same_run, killed_after
 from support import make_model, make_tokenizer, recipe
@@ -128,6 +129,22 @@ def test_the_folder_has_the_vectors_of_the_run(trained):
     assert stored_readout(run / "model") == reading(pooling)
     plan = anchorvec.plan(recipe({**VALUES, "model.pooling": pooling}), step=False)
     assert plan.description["a text is"] in " ".join((run / "model" / "README.md").read_text().split())
+
+
+def test_the_modules_that_trained_beside_adapters_are_those_of_the_folder(trained):
+    """As Stage II saved them, and no longer as it found them; with the prompts, and in the format that is asked for."""
+    _, run = trained
+    before, stage, model = (load_model(run / name) for name in ("base", "stage_two", "model"))
+    for i, module in enumerate(list(model)[1:-1], start=1):
+        saved = load_file(run / "stage_two" / f"{i}_{type(module).__name__}" / "model.safetensors")
+        assert saved
+        for name, weights in saved.items():
+            assert torch.equal(module.get_parameter(name), weights)
+            assert torch.equal(stage[i].get_parameter(name), weights)
+            assert not torch.equal(before[i].get_parameter(name), weights)
+    assert model.prompts["query"] == stage.prompts["query"] == "find:"
+    wide = load_sentence_transformer(str(run / "model"), model_kwargs={"dtype": torch.float64})
+    assert {p.dtype for p in wide[0].parameters()} == {torch.float64}
 
 
 def test_what_reads_the_folder(trained):

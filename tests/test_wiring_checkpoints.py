@@ -4,11 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import transformers.trainer
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 import anchorvec
-from support import recipe, write_rows
+from anchorvec.start import build_base
+from support import make_model, make_tokenizer, recipe, write_rows
 from wiring import sources
 
 STAGES = ["stage_one", "stage_two"]
@@ -78,6 +81,22 @@ def test_a_revision_of_a_data_set_is_read(hub, tmp_path):
     source = {"path": "builtin:debug", "revision": "main"}
     with pytest.raises(anchorvec.AnchorvecError, match="builtin:debug has no revisions"):
         anchorvec.plan(recipe({"data.train": [source]}), step=False)
+
+
+@pytest.mark.wires("model.revision")
+def test_a_revision_of_a_base_is_read(hub, tmp_path):
+    """That of its name, else the newest one."""
+    commits = []
+    for seed in (0, 1):
+        folder = tmp_path / f"decoder{seed}"
+        make_model(seed=seed).float().save_pretrained(folder)
+        make_tokenizer().save_pretrained(folder)
+        commits.append(hub.add("models/someone/decoder", {f.name: f.read_bytes() for f in folder.iterdir()}))
+    for revision, seed in ((None, 1), (commits[0], 0), (commits[1], 1)):
+        values = {"model.base": "someone/decoder", "model.max_tokens": 64, "model.revision": revision}
+        base = build_base(recipe(values), tmp_path / f"base-{revision}")
+        expected = make_model(seed=seed).float().get_input_embeddings().weight
+        assert torch.equal(load_file(base / "model.safetensors")["model.embed_tokens.weight"], expected)
 
 
 @pytest.mark.wires("at", "every", "keep_best", of=["evaluation"])

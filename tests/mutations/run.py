@@ -38,7 +38,8 @@ LEAST = {"key": 0.95, "other": 0.90}
 
 TESTS = {
     "data/samplers": ["batches", "wiring_data"],
-    "data/negatives": ["negatives", "batches", "wiring_data"],
+    "data/negatives": ["negatives", "wiring_simcse", "batches", "wiring_data"],
+    "data/stage_inputs": ["wiring_simcse", "training_data", "memory", "wiring_data"],
     "data/tokens": ["reconstruction", "wiring_data", "wiring_steps"],
     "data/reading": ["wiring_reading", "readout", "training_data", "wiring_steps"],
     "data/": ["wiring_data", "training_data", "memory"],
@@ -59,7 +60,7 @@ TESTS = {
     "model/packing": ["packing", "encoding"],
     "model/folders": ["folders", "loading"],
     "model/latent_attention": ["latent_attention"],
-    "model/loading": ["loading", "export", "latent_attention"],
+    "model/loading": ["latent_attention", "loading", "export"],
     "model/": ["embedder", "loading", "export"],
     "exporting/": ["export", "loading"],
     "training/engine": ["memory", "wiring_engine"],
@@ -78,6 +79,8 @@ TESTS = {
     ],
     "training/bag_of_words": ["bag_of_tokens", "words_training", "wiring_objectives"],
     "training/stage_two": ["wiring_engine", "memory", "wiring_steps", "wiring_data", "generation"],
+    "recipe/description": ["words_training", "wiring_simcse"],
+    "recipe/checks": ["wiring_simcse", "arms", "recipe"],
     "recipe/": ["wiring_engine", "wiring_data"],
     "pipeline.py": ["quickstarting", "wiring_data", "wiring_engine"],
     "run_scores.py": ["quickstarting", "wiring_data", "wiring_engine"],
