@@ -13,12 +13,14 @@ from sentence_transformers import SentenceTransformer
 
 from anchorvec import cli
 from anchorvec.commands.search import search
-from anchorvec.device import devices_named
+from anchorvec.device import default_device, devices_named
 from anchorvec.errors import AnchorvecError
 from anchorvec.model.embedder import build_embedder
 from anchorvec.model.loading import load_encoder
 from anchorvec.model.text_encoder import TextEncoder
 from anchorvec.model.vector_cache import VectorCache
+from anchorvec.recipe import load_recipe
+from anchorvec.run_scores import score_on_the_way
 
 TEXTS = [f"text number {i} " + "and so on " * (i % 7) for i in range(300)]
 
@@ -85,3 +87,15 @@ def test_search_encodes_on_two_devices(folder: Path, tmp_path: Path) -> None:
     cli.app(arguments, standalone_mode=False)
     expected = search(folder, file, ["7"])["7"]
     assert [hit["text"] for hit in json.loads(found.read_text())["7"]] == [hit.text for hit in expected]
+
+
+def test_scores_of_a_run_take_the_devices_that_its_processes_have(monkeypatch, tmp_path):
+    """Those of this machine; one process names none."""
+    asked = []
+    monkeypatch.setattr("anchorvec.run_scores.load_encoder", lambda *_: None)
+    monkeypatch.setattr("anchorvec.run_scores.evaluate", lambda _, **options: asked.append(options["devices"]) or {})
+    for here in ("1", "3"):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
+        score_on_the_way(load_recipe("debug"), [], tmp_path)
+    kind = default_device().type
+    assert asked == [[], ["cpu"] * 3 if kind == "cpu" else [f"{kind}:{i}" for i in range(3)]]

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import wiring
+from anchorvec.evaluation import BeirData, evaluate, write_beir
 from interrupting import log, weights
 from several import in_processes, launched, train_all
 from support import make_model, make_tokenizer
@@ -153,6 +154,23 @@ def test_launchers_start_a_run_of_which_one_process_tells(launcher, tmp_path):
     assert refused.returncode != 0
     expected = "stage_two.pairs_per_step: 7 pairs are not so many for each of 2 devices; set it to 6 or 8"
     assert refused.stderr.count(expected) == 1
+
+
+@pytest.mark.slow
+def test_texts_to_score_are_shared_out_among_the_devices_of_a_run(tmp_path):
+    """By two processes of their own; the scores are those that the model has in one."""
+    names = ["otter", "heron", "badger", "lynx", "raven", "trout"]
+    corpus = {f"d{i}": {"title": "", "text": f"The {name} is an animal."} for i, name in enumerate(names)}
+    queries = {f"q{i}": f"what is the {name}" for i, name in enumerate(names)}
+    write_beir(BeirData(corpus, queries, {f"q{i}": {f"d{i}": 1} for i in range(6)}), tmp_path / "animals")
+    command = ["-m", "anchorvec", "train", "debug", "stage_one=null", "stage_two.steps=2", "stage_two.warmup_steps=0"]
+    command += [f"evaluation.data=[{tmp_path / 'animals'}]", f"output={tmp_path / 'run'}"]
+    done = launched("torchrun", 2, *command)
+    assert done.returncode == 0, done.stderr[-3000:]
+    scores = json.loads((tmp_path / "run" / "scores.json").read_text())
+    assert scores["stage_two"]["animals"]["device"] == "cpu"
+    alone = evaluate(tmp_path / "run" / "model", data=[tmp_path / "animals"])["animals"]
+    assert scores["stage_two"]["animals"]["ndcg_at_10"] == pytest.approx(alone.main_score, abs=1e-5)  # of five digits
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from anchorvec.errors import AnchorvecError
-from anchorvec.ranks import ranks
+from anchorvec.ranks import ranks, ranks_here
 
 _PACE_SECONDS = 0.25
 
@@ -66,6 +66,14 @@ def devices_named(text: str | int, *, ray: bool = False) -> list[str]:
             f"--devices: {text!r} names no device of this machine ({', '.join(unknown)}); it has {', '.join(known)}"
         )
     return names
+
+
+def devices_of_run() -> list[str]:
+    """The devices of this machine that the processes of the run have, where it has several; else none are named."""
+    kind, here = default_device().type, ranks_here()
+    if here == 1:
+        return []
+    return [kind if kind == "cpu" else f"{kind}:{i}" for i in range(here)]
 
 
 def check_one_device() -> None:

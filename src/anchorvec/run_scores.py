@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from anchorvec.device import resolve_precision
+from anchorvec.device import devices_of_run, resolve_precision
 from anchorvec.evaluation import LocalData, Scores, bm25_scores, evaluate, ranking_sets
 from anchorvec.files import write_json
 from anchorvec.model.loading import load_encoder
@@ -114,7 +114,10 @@ def score_model(
 def _evaluated(
     recipe: Recipe, tests: Sequence[LocalData], names: Sequence[str], model: Path, *, cache: bool = True
 ) -> dict[str, Scores]:
-    """The scores of the embedder folder `model` on `tests` and the tasks `names`."""
+    """The scores of the embedder folder `model` on `tests` and the tasks `names`.
+
+    Texts are shared out among the devices of the run on this machine.
+    """
     settings = recipe.evaluation
     bf16 = resolve_precision(settings.precision) == "bf16"
     return evaluate(
@@ -123,6 +126,7 @@ def _evaluated(
         tasks=names,
         batch_size=settings.batch_size,
         cache=cache,
+        devices=devices_of_run(),
         show_progress_bar=True,
     )
 
