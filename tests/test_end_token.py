@@ -217,3 +217,12 @@ def test_a_family_s_own_tokenizer_class(family, make, adds_end, save_base):
         assert auto(text, truncation=True)["input_ids"] == expected
         assert bare.encode(text).ids == expected
         assert model.preprocess([text])["input_ids"][0].tolist() == expected
+
+
+@pytest.mark.parametrize("between", [None, " again "])
+def test_the_text_is_found_among_what_stands_around_it(between):
+    """Of two copies the second one; neither the words before it nor those after it."""
+    tokenizer = with_end(make_tokenizer("bos"), max_tokens=64, end_prompt=END_PROMPT, between=between)
+    ids = tokenizer("some words")["input_ids"]
+    template = template_of(tokenizer)
+    assert ids[template.span(ids)] == template.once(bare_ids(tokenizer, "some words"))

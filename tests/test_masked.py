@@ -122,6 +122,9 @@ def test_tokens_of_the_text_are_masked_in_the_shares_that_are_asked_for():
         assert (read[chosen] == 5).mean() == pytest.approx(0.7, abs=0.02)
         assert (read[chosen] == ids[chosen]).mean() == pytest.approx(0.1, abs=0.02)
         assert len(np.unique(read[chosen])) > 200
+    [all_of_it] = masking(mlm_probability=1.0).draw([long], 0)
+    for labels, start in ((all_of_it.query_targets, 2), (all_of_it.document_targets, 1)):
+        assert [i for i, label in enumerate(labels) if label == IGNORED] == [*range(start), len(labels) - 1]
     [first] = masking(most=10).draw([long], 0)
     assert max(np.nonzero(np.array(first.query_targets) != IGNORED)[0]) < 12
 

@@ -18,6 +18,7 @@ from anchorvec.evaluation import BeirData
 from anchorvec.pipeline import WholeSet, load_training_data, run_stages, train, with_steps
 from anchorvec.recipe import load_recipe
 from anchorvec.run import Run
+from anchorvec.run_scores import seconds_of_whole
 from anchorvec.start import build_base
 from anchorvec.training.budget import Budget, Limit, Measured
 from anchorvec.training.stage import Stage
@@ -183,6 +184,7 @@ def test_a_deadline_moves_when_the_machine_slows_down(monkeypatch):
     machine.pace = 2.0
     assert deadline() == pytest.approx(1000 + 600 - 30 - 90)
     looks = [(2.0, 1.0), (2.0, 1.0), (3.0, 2.0), (3.0, 2.0), (3.0, 3.0), (1.1, 1.0), (9.0, 1.0), (9.0, 1.0), (9.0, 9.0)]
+    looks += [(0.9, 1.0), (0.5, 0.5)]  # faster than it was
     for machine.pace, times in looks:
         machine.now += 21.0
         # what can be left out takes no more than a quarter of the time
@@ -281,3 +283,11 @@ def test_the_whole_quickstart_on_the_tiny_model(tmp_path):
     assert result.minutes <= 3.3
     recipe = load_recipe(str(tmp_path / "run" / "recipe.yaml"))
     assert result.steps == {"stage_one": recipe.stage_one.steps, "stage_two": recipe.stage_two.steps}
+
+
+def test_the_whole_set_is_reckoned_by_scores_of_the_part():
+    """By those of the model that is asked for: the last one's tell how fast the machine is now."""
+    taken = {"untrained": 9.0, "stage_two": 2.0}
+    scores = {system: {"part": SimpleNamespace(seconds=seconds)} for system, seconds in taken.items()}
+    whole = WholeSet(None, times=5.0)
+    assert [seconds_of_whole(whole, scores, system) for system in taken] == [45.0, 10.0]

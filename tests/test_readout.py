@@ -338,3 +338,9 @@ def test_decode_reads_as_the_folder_says_and_writes_causally(readout, save_base)
     decoded = decode(folder, "why", max_tokens=6, first_tokens=1)
     assert decoded.first_tokens[0][1] == pytest.approx(float(found.max()), rel=1e-4)
     assert decoded.text == AutoTokenizer.from_pretrained(folder).decode(written[0], skip_special_tokens=True)
+
+
+def test_words_around_a_text_are_those_of_the_readout():
+    """Before it and after it, in the tokenizer that is stored."""
+    tokenizer = Readout(32, end_prompt=("<", ">>")).tokenizer(make_tokenizer())
+    assert tokenizer.decode(tokenizer("a b")["input_ids"]) == "<a b>>"

@@ -38,10 +38,10 @@ def test_checkpoints_are_written_and_kept_as_each_stage_says(tmp_path, monkeypat
     monkeypatch.setattr(transformers.trainer, "DEFAULT_CALLBACKS", [*transformers.trainer.DEFAULT_CALLBACKS, watch])
     values = {f"{stage}.{key}": 7 if key == "steps" else 4 for stage in STAGES for key in ("steps", "pairs_per_step")}
     values |= {"data.train": sources(tmp_path / "data"), "output": str(tmp_path / "run"), "model.precision": "fp32"}
-    values |= {"stage_one.save_steps": 2, "stage_one.save_total_limit": 1}
-    values |= {"stage_two.save_steps": 3, "stage_two.save_total_limit": 2}
+    values |= {"stage_one.save_steps": 3, "stage_one.save_total_limit": 1}
+    values |= {"stage_two.save_steps": 2, "stage_two.save_total_limit": 2}
     anchorvec.train(recipe(values))
-    assert watch.seen == [[2], [4], [6], [6], [3], [3, 6], [3, 6]]
+    assert watch.seen == [[3], [6], [6], [2], [2, 4], [4, 6], [4, 6]]
     assert not (tmp_path / "run" / "checkpoints").exists()
     watch.seen.clear()
     none = {"output": str(tmp_path / "none"), "stage_one.save_steps": None, "stage_two": None}

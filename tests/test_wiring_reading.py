@@ -140,4 +140,5 @@ def test_what_a_recipe_is_stands_in_its_plan_and_in_its_card(tmp_path):
     values = {key: value for key, value in values.items() if not key.startswith("stage_one.")}
     assert anchorvec.plan(recipe(values), step=False).description["what it is"] == "A [bold] arm."
     run = train(tmp_path / "run", values)
-    assert "A [bold] arm." in (run.folder / "model" / "README.md").read_text()
+    before_any_code = (run.folder / "model" / "README.md").read_text().split("```")[0]
+    assert "A [bold] arm." in before_any_code

@@ -45,6 +45,7 @@ from anchorvec.run_scores import (
     score_model,
     score_on_the_way,
     scores_of,
+    seconds_of_whole,
     stored_scores,
     system_of,
 )
@@ -193,7 +194,7 @@ def run_stages(
             interrupts.stop()
             score_model(as_begun, run, tests, scores, name, stage)
             end_curve(as_begun, run, name, main_scores(scores, name, whole), timed=budget.is_limited)
-        if whole is not None and budget.left() < whole_seconds * scoring.slowdown():
+        if whole is not None and budget.left() < seconds_of_whole(whole, scores, name):  # as it went just now
             say(f"{whole.data.name}: no time is left to score on the whole of it")
         elif whole is not None:
             score_model(as_begun, run, [whole.data], scores, name, stage, tasks=False)

@@ -16,7 +16,7 @@ from anchorvec.model.loading import load_encoder
 from anchorvec.recipe import Recipe
 from anchorvec.run import SYSTEM_TITLES, Run
 from anchorvec.terminal import say
-from anchorvec.training.budget import Budget, Measured
+from anchorvec.training.budget import Budget, Measured, pace_now
 from anchorvec.training.memory import release_freed_memory
 
 Scored = dict[str, dict[str, Scores]]
@@ -55,21 +55,30 @@ def first_scoring(recipe: Recipe, run: Run, tests: Sequence[LocalData], scores: 
     """What scoring the untrained embedder of `run` takes, or took where that is done.
 
     `recipe`, `tests` and `scores` are as in `score_model`. Where the run is `timed`, no vectors of an earlier one are
-    used, and the machine's pace is measured, too.
+    used, and the machine's pace is measured, too: the faster one of before and after.
     """
     if not run.noted("scoring"):
+        before = pace_now() if timed else 1.0
         seconds = score_model(recipe, run, tests, scores, "untrained", run.base, cache=not timed)
         took = seconds or sum(of_task.seconds for of_task in scores.get("untrained", {}).values())
-        run.note("scoring", asdict(Measured.at_this_pace(took) if timed else Measured(took, 1.0)))
+        run.note("scoring", asdict(Measured(took, min(before, pace_now()) if timed else 1.0)))
     return Measured(**run.noted("scoring"))
+
+
+def seconds_of_whole(whole: WholeSet, scores: Scored, system: str) -> float:
+    """What scoring on the `whole` takes, by the `scores` of `system` on what it is compared on.
+
+    To load a model takes as long for a set of any size.
+    """
+    return whole.times * sum(of_task.seconds for of_task in scores[system].values())
 
 
 def affordable(whole: WholeSet | None, budget: Budget, scores: Scored) -> tuple[WholeSet | None, float]:
     """`whole` with the seconds that scoring on it takes; None and 0 where `budget` has no time for that, which is said.
 
-    They follow from those of the untrained embedder in `scores`; to load a model takes as long for a set of any size.
+    They follow from those of the untrained embedder in `scores`.
     """
-    seconds = whole.times * sum(of_task.seconds for of_task in scores["untrained"].values()) if whole else 0.0
+    seconds = seconds_of_whole(whole, scores, "untrained") if whole else 0.0
     if whole is None or budget.affords(seconds):
         return whole, seconds
     say(f"{whole.data.name}: scoring on the whole of it would take {seconds:.0f} s; left out")

@@ -85,7 +85,7 @@ CHANGES: list[tuple[str, str, str, str]] = [
     ("key stage_one.lm_weight", "training/stage_one.py", "lm_weight=settings.lm_weight", "lm_weight=1.0"),
     ("key stage_one.max_df", "training/stage_one.py", "max_df=settings.max_df", "max_df=0.5"),
     ("key stage_one.alpha", "training/stage_one.py", "        alpha=settings.alpha,\n", "        alpha=0.5,\n"),
-    ("objectives", "objectives/bag_of_tokens.py", "count > max_df * n}", "count >= max_df * n}"),
+    ("objectives", "objectives/bag_of_tokens.py", "count > max_df * n}", "count > 0.5 * n}"),
     ("objectives", "objectives/bag_of_tokens.py", "return sorted(set(text) - self.stop_tokens)", "return sorted(set(text))"),
     ("objectives", "objectives/bag_of_tokens.py", "- sums / size", "- sums / size.max()"),
     ("objectives", "objectives/bag_of_tokens.py", "offset + i - 1 for i", "offset + i for i"),

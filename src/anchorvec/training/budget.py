@@ -25,7 +25,7 @@ _SMALL_PART = 0.25
 """Of a time, for what a run can do without."""
 
 _NOISE = 1.2
-"""A slowdown of less is taken for noise."""
+"""Times as slow or as fast; less is taken for noise."""
 
 _LEAST_SECONDS = 60.0
 """For training, set-up of the stages included."""
@@ -38,22 +38,22 @@ class Measured:
     seconds: float
     pace: float
 
-    @classmethod
-    def at_this_pace(cls, seconds: float) -> "Measured":
-        """The `seconds` with the pace of this moment, which takes a quarter of a second to find."""
-        return cls(seconds, pace())
-
     def slowdown(self, now: float | None = None) -> float:
-        """How many times as long it would take at a pace of `now`; 1 where that is about the same, or less.
+        """How many times as long it would take at a pace of `now`, more or less; 1 where that is about the same.
 
         None: the pace of this moment.
         """
         times = (pace() if now is None else now) / self.pace
-        return times if times > _NOISE else 1.0
+        return 1.0 if 1 / _NOISE <= times <= _NOISE else times
 
     def now(self) -> float:
         """The seconds that it would take now."""
         return self.seconds * self.slowdown() if self.seconds else 0.0
+
+
+def pace_now() -> float:
+    """Seconds that a fixed piece of arithmetic takes at this moment (`device.pace`)."""
+    return pace()
 
 
 @dataclass(frozen=True)
