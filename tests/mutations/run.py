@@ -54,6 +54,7 @@ TESTS = {
     "objectives/generation": ["generation", "wiring_objectives"],
     "objectives/masked": ["masked", "wiring_objectives"],
     "objectives/bag_of_tokens": ["bag_of_tokens", "wiring_objectives"],
+    "objectives/reconstruction": ["reconstruction", "readout", "wiring_steps"],
     "objectives/": ["reconstruction", "wiring_steps", "words"],
     "model/head": ["reconstruction", "wiring_steps"],
     "model/end": ["end_token"],
