@@ -6,6 +6,8 @@ import os
 import pickle
 import shutil
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import anchorvec
@@ -144,6 +146,15 @@ def test_a_file_that_unzips_to_far_too_much_is_refused(tmp_path, monkeypatch, na
         read_pairs(tmp_path / name)
     with pytest.raises(AnchorvecError, match="unzips to more than 200 times its size"):
         list(files.read_lines(tmp_path / name))
+
+
+def test_a_parquet_file_that_unpacks_to_far_too_much_is_refused(tmp_path, monkeypatch):
+    """By what it says of itself, before any of it is read."""
+    monkeypatch.setattr(files, "FREE_OF_LIMIT", 2**20)
+    table = pa.table({"query": [f"{i}" + "q" * 2**12 for i in range(2**11)], "positive": ["p"] * 2**11})
+    pq.write_table(table, tmp_path / "pairs.parquet", compression="zstd", use_dictionary=False)
+    with pytest.raises(AnchorvecError, match=r"pairs.parquet unpacks to [0-9,]+ bytes, more than 200 times its size"):
+        read_pairs(tmp_path / "pairs.parquet")
 
 
 def test_a_line_that_is_far_too_long_is_refused(tmp_path, monkeypatch):

@@ -100,6 +100,15 @@ def open_bytes(path: Path, *, lines: bool = True) -> io.BufferedReader:
     return io.BufferedReader(_Limited(opened, path, most, LONGEST_LINE if lines else None))
 
 
+def check_unpacked_size(path: Path, size: int) -> None:
+    """Raise AnchorvecError where the file `path` says that it unpacks to a `size` in bytes which no text does."""
+    if size > max(FREE_OF_LIMIT, MOST_TIMES * path.stat().st_size):
+        raise AnchorvecError(
+            f"{path} unpacks to {size:,} bytes, more than {MOST_TIMES} times its size, which no text does; if you "
+            "trust it, write it again without compression"
+        )
+
+
 class _Limited(io.RawIOBase):
     """What is read of `file`, at most `most` bytes, and `line` of them without a line's end; None: no limit."""
 

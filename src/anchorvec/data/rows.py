@@ -30,6 +30,7 @@ from anchorvec.data.formats import (
     twice,
 )
 from anchorvec.errors import AnchorvecError
+from anchorvec.files import check_unpacked_size
 
 REQUIRED = ("query", "positive")
 COLUMNS = (*REQUIRED, "negative", "negatives")
@@ -217,6 +218,8 @@ def _table_row(header: Sequence[str], fields: Sequence[str]) -> Mapping[str, obj
 
 def _parquet(path: Path, columns: set[str]) -> Rows:
     with pq.ParquetFile(path) as file:
+        groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
+        check_unpacked_size(path, sum(group.total_byte_size for group in groups))
         names = file.schema_arrow.names
         _check_columns(path, names)
         columns.update(names)
